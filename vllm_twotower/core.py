@@ -1,0 +1,61 @@
+"""The nouns of the decoding backend: start reading here.
+
+| word | meaning |
+| --- | --- |
+| canvas | the S tokens denoised together (the paper's "block"; "block" alone means a KV-cache block) |
+| denoise pass | one forward of the denoiser tower over a canvas |
+| reveal | a pass fixes a masked position for good |
+| commit | the context tower's causal forward over a finished canvas |
+| context step / denoise step | an engine step that runs the context tower / the denoiser tower |
+
+Nothing here imports torch or vLLM, so every layer of the package may import it.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+MASK_TOKEN_ID = 3
+"""Token id of the mask in the released checkpoint, which registers no mask token (spec: model card, inference.py)."""
+
+TIMESTEP_SCALE = 1000.0
+"""The noise level t in [0, 1] is embedded as t * 1000 (reference: ``TimestepEmbedder``)."""
+
+
+class Mode(str, Enum):
+    """How one request is decoded."""
+
+    MASK_DIFFUSION = "mask_diffusion"
+    """The denoiser tower fills a canvas in several passes, the context tower commits it."""
+    MOCK_AR = "mock_ar"
+    """The denoiser tower predicts one token at a time, causally and without time conditioning."""
+    AR = "ar"
+    """The context tower alone, one token at a time, with vLLM's own sampler."""
+
+
+class StepKind(str, Enum):
+    """Which tower an engine step runs. Every step runs exactly one."""
+
+    CONTEXT = "context"
+    DENOISE = "denoise"
+
+
+@dataclass(frozen=True)
+class CanvasSnapshot:
+    """One canvas as it stood before one denoise pass."""
+
+    tokens: tuple[int, ...]
+    """Canvas tokens, the mask id where undecided."""
+    noise_level: float
+    """Masked fraction of the canvas: t in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class DecodingResult:
+    """What a decoding loop produced for one prompt."""
+
+    token_ids: tuple[int, ...]
+    """Generated tokens, whole canvases, not trimmed at an end-of-sequence token."""
+    num_denoise_passes: int
+    """Denoiser forwards used (the reference's ``_last_nfe``)."""
+    canvases: tuple[tuple[CanvasSnapshot, ...], ...] = ()
+    """For each canvas, its snapshot before each pass."""

@@ -1,0 +1,1 @@
+"""The decoding algorithm in plain torch. Imports neither vLLM nor triton."""

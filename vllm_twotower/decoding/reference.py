@@ -1,0 +1,104 @@
+"""The whole algorithm on one screen: one prompt, one canvas at a time, the model passed in as callables.
+
+This is the oracle. The engine's batched, paged, step-wise decoding must produce these tokens with this many passes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_twotower.core import MASK_TOKEN_ID, CanvasSnapshot, DecodingResult
+from vllm_twotower.decoding.noise import gumbel_noise
+from vllm_twotower.decoding.noise_level import noise_level
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskDiffusion:
+    """Mask-diffusion settings of one request; names and meaning as in ``diffusion_params``."""
+
+    canvas_length: int = 16
+    max_steps: int = 16
+    confidence_threshold: float = 0.8
+    temperature: float = 0.0
+    seed: int = 0
+    mask_token_id: int = MASK_TOKEN_ID
+
+
+def generate_mask_diffusion(
+    prompt_len: int,
+    max_tokens: int,
+    denoise: Callable[[Sequence[int], float], torch.Tensor],
+    commit: Callable[[Sequence[int]], None],
+    settings: MaskDiffusion,
+) -> DecodingResult:
+    """Generate whole canvases until ``max_tokens`` are there (reference: ``generate_mask_diffusion``).
+
+    Args:
+        prompt_len: tokens the context already holds; at least 1.
+        max_tokens: tokens wanted; the last canvas is denoised whole, so more can come back.
+        denoise: (canvas tokens, t) -> logits, float32 [S, V]; one denoise pass.
+        commit: canvas tokens -> None; extends the context.
+        settings: the request's settings.
+
+    """
+    tokens: list[int] = []
+    canvases: list[tuple[CanvasSnapshot, ...]] = []
+    while len(tokens) < max_tokens:
+        canvas = [settings.mask_token_id] * settings.canvas_length
+        snapshots: list[CanvasSnapshot] = []
+        for step in range(settings.max_steps):
+            masked = [i for i, token in enumerate(canvas) if token == settings.mask_token_id]
+            if not masked:
+                break
+            level = noise_level(len(masked), len(canvas))
+            snapshots.append(CanvasSnapshot(tuple(canvas), level))
+            logits = denoise(canvas, level).float()
+            proposals = {i: _propose(logits[i], prompt_len + len(tokens) + i, step, settings) for i in masked}
+            for i in _positions_to_reveal(proposals, step, settings):
+                canvas[i] = proposals[i][0]
+        commit(canvas)
+        tokens += canvas
+        canvases.append(tuple(snapshots))
+    return DecodingResult(tuple(tokens), sum(len(c) for c in canvases), tuple(canvases))
+
+
+def _propose(logits_V: torch.Tensor, position: int, step: int, settings: MaskDiffusion) -> tuple[int, float]:
+    """The proposed token and its untempered probability, the mask id excluded."""
+    logits_V = logits_V.clone()
+    logits_V[settings.mask_token_id] = float("-inf")
+    scores_V = logits_V
+    if settings.temperature > 0:
+        key = [torch.tensor([value], device=logits_V.device) for value in (settings.seed, position, step)]
+        scores_V = logits_V / settings.temperature + gumbel_noise(*key, logits_V.shape[0])[0]
+    token = int(scores_V.argmax())
+    return token, float(logits_V.softmax(dim=-1)[token])
+
+
+def _positions_to_reveal(
+    proposals: dict[int, tuple[int, float]], step: int, settings: MaskDiffusion
+) -> list[int]:
+    """The k surest positions, ties to the lowest; k = max(#(confidence > threshold), 1, ceil(masked / passes left))."""
+    num_sure = sum(confidence > settings.confidence_threshold for _, confidence in proposals.values())
+    num_due = -(-len(proposals) // (settings.max_steps - step))
+    surest_first = sorted(proposals, key=lambda i: (-proposals[i][1], i))
+    return surest_first[: max(num_sure, num_due, 1)]
+
+
+def generate_greedy(
+    first: torch.Tensor, step: Callable[[int], torch.Tensor], max_tokens: int
+) -> DecodingResult:
+    """One token at a time, greedily: ``ar`` and ``mock_ar`` (reference: ``generate_ar``, ``generate_mock_ar``).
+
+    Args:
+        first: float [V], logits of the first new token.
+        step: new token -> logits [V] of the token after it.
+        max_tokens: tokens to generate.
+
+    """
+    logits, tokens = first, []
+    while len(tokens) < max_tokens:
+        if tokens:
+            logits = step(tokens[-1])
+        tokens.append(int(logits.argmax()))
+    return DecodingResult(tuple(tokens), 0)
