@@ -1,0 +1,168 @@
+"""Engine options and request options: every range check and every message, once.
+
+Imports neither torch nor vLLM: the front end, the scheduler and the workers all read settings through here.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vllm_twotower.core import Mode
+
+CONFIG_KEY = "diffusion"
+"""Key of ``additional_config`` that turns diffusion on: True, or a dict of engine options."""
+
+REQUEST_PREFIX = "diffusion_"
+"""Every key of ``extra_args`` / ``vllm_xargs`` that starts so is ours; unknown ones are refused."""
+
+MAX_CANVAS_LENGTH = 32
+"""Widest canvas; the released model was trained at 16 and collapses beyond its training width (paper, table 4)."""
+
+MAX_STEPS_LIMIT = 1024
+"""Most denoise passes per canvas; beyond the canvas length they never happen."""
+
+PLACEMENTS = ("auto", "colocated", "split")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Options of one engine: ``additional_config["diffusion"]`` or ``--diffusion '{...}'``."""
+
+    canvas_length: int = 16
+    """Tokens per canvas, S; also the default and the maximum of the request's ``diffusion_canvas_length``."""
+
+    max_steps: int = 16
+    """Denoise passes per canvas at most, T; the default of the request's ``diffusion_max_steps``."""
+
+    confidence_threshold: float = 0.8
+    """Gamma; the default of the request's ``diffusion_confidence_threshold``."""
+
+    commit_quorum: float = 0.4
+    """Finished canvases wait until they are this fraction of the mask-diffusion requests, then are committed together."""
+
+    passes_per_step: int = 1
+    """Denoise passes inside one engine step; more share its host work, fewer let requests join and leave sooner."""
+
+    tower_placement: str = "auto"
+    """Where the towers live: ``colocated`` on every device, ``split`` between devices, or ``auto``."""
+
+    def __post_init__(self) -> None:
+        where = "engine option"
+        _check_int(where, "canvas_length", self.canvas_length, 1, MAX_CANVAS_LENGTH)
+        _check_int(where, "max_steps", self.max_steps, 1, MAX_STEPS_LIMIT)
+        _check_threshold(where, "confidence_threshold", self.confidence_threshold)
+        _check_fraction(where, "commit_quorum", self.commit_quorum)
+        _check_int(where, "passes_per_step", self.passes_per_step, 1, MAX_STEPS_LIMIT)
+        if self.tower_placement not in PLACEMENTS:
+            raise ValueError(_refusal(where, "tower_placement", self.tower_placement, f"one of {', '.join(PLACEMENTS)}"))
+
+    @classmethod
+    def from_additional_config(cls, value: Any) -> "EngineOptions | None":
+        """Read ``additional_config["diffusion"]``; None where diffusion is off.
+
+        Raises:
+            ValueError: an unknown option or a value out of range.
+
+        """
+        if value is None or value is False:
+            return None
+        if value is True:
+            return cls()
+        if not isinstance(value, Mapping):
+            raise ValueError(_refusal("setting", CONFIG_KEY, value, 'True, False or a dict such as {"canvas_length": 16}'))
+        known = [f.name for f in fields(cls)]
+        if unknown := [key for key in value if key not in known]:
+            raise ValueError(
+                f"unknown diffusion engine option {unknown[0]!r} (value {value[unknown[0]]!r}); the options are {', '.join(known)}"
+            )
+        return cls(**value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """Diffusion settings of one request, defaults filled in from the engine's."""
+
+    mode: Mode
+    """How this request is decoded."""
+    canvas_length: int
+    """Tokens per canvas."""
+    max_steps: int
+    """Denoise passes per canvas at most."""
+    confidence_threshold: float
+    """Gamma: proposals surer than this are revealed."""
+
+    @classmethod
+    def from_extra_args(cls, extra_args: Mapping[str, Any] | None, engine: EngineOptions) -> "RequestOptions":
+        """Read a request's ``extra_args``; keys that do not start with ``diffusion_`` are somebody else's.
+
+        Raises:
+            ValueError: an unknown ``diffusion_`` key or a value out of range.
+
+        """
+        given = {k: v for k, v in (extra_args or {}).items() if isinstance(k, str) and k.startswith(REQUEST_PREFIX)}
+        known = [f"{REQUEST_PREFIX}{f.name}" for f in fields(cls)]
+        if unknown := [key for key in given if key not in known]:
+            raise ValueError(
+                f"unknown request setting {unknown[0]!r} (value {given[unknown[0]]!r}); the settings are {', '.join(known)}"
+            )
+        values = {key.removeprefix(REQUEST_PREFIX): value for key, value in given.items()}
+        check_request_values(values, max_canvas_length=engine.canvas_length)
+        return cls(
+            mode=Mode(values.get("mode", Mode.MASK_DIFFUSION)),
+            canvas_length=values.get("canvas_length", engine.canvas_length),
+            max_steps=values.get("max_steps", engine.max_steps),
+            confidence_threshold=float(values.get("confidence_threshold", engine.confidence_threshold)),
+        )
+
+
+def check_request_values(values: Mapping[str, Any], max_canvas_length: int = MAX_CANVAS_LENGTH) -> None:
+    """Check those request settings that are there, named without their prefix."""
+    where = "request setting"
+    for name, value in values.items():
+        shown = f"{REQUEST_PREFIX}{name}"
+        if name == "mode":
+            allowed = [m.value for m in Mode]
+            if not isinstance(value, str) or value not in allowed:
+                raise ValueError(_refusal(where, shown, value, f"one of {', '.join(allowed)}"))
+        elif name == "canvas_length":
+            _check_int(where, shown, value, 1, max_canvas_length)
+        elif name == "max_steps":
+            _check_int(where, shown, value, 1, MAX_STEPS_LIMIT)
+        elif name == "confidence_threshold":
+            _check_threshold(where, shown, value)
+
+
+def request_extra_args(**values: Any) -> dict[str, Any]:
+    """The ``extra_args`` entries for the settings that are not None, checked as far as is possible without an engine."""
+    given = {name: value for name, value in values.items() if value is not None}
+    check_request_values(given)
+    return {f"{REQUEST_PREFIX}{name}": getattr(value, "value", value) for name, value in given.items()}
+
+
+def _refusal(where: str, name: str, value: Any, allowed: str) -> str:
+    return f"{where} {name}={_short(value)} is not allowed: use {allowed}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_int(where: str, name: str, value: Any, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(_refusal(where, name, value, f"an integer from {low} to {high}"))
+
+
+def _check_threshold(where: str, name: str, value: Any) -> None:
+    if not _is_number(value) or not 0 < value <= 1:  # written so that NaN fails
+        raise ValueError(_refusal(where, name, value, "a number above 0 and at most 1 (1 reveals one token per pass)"))
+
+
+def _check_fraction(where: str, name: str, value: Any) -> None:
+    if not _is_number(value) or not math.isfinite(value) or not 0 <= value <= 1:
+        raise ValueError(_refusal(where, name, value, "a number from 0 (commit at once) to 1 (wait for all)"))

@@ -1,0 +1,77 @@
+"""Time conditioning of the denoiser: from the noise level t to each layer's shift, scale and gate (adaLN-single).
+
+A canvas of at most S tokens has finitely many noise levels, so everything before the layers' own tables is computed once per level
+and looked up ever after.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_twotower.core import TIMESTEP_SCALE
+from vllm_twotower.decoding.noise_level import all_noise_levels
+
+NUM_FEATURES = 256
+MAX_PERIOD = 10_000.0
+
+
+def timestep_features(level_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sinusoidal features of t, cosines then sines (reference: ``TimestepEmbedder.timestep_embedding``).
+
+    Args:
+        level_N: float32 [N], noise levels in [0, 1].
+        dtype: the model's; t * 1000 is rounded to it, as the reference does.
+
+    Returns:
+        ``dtype`` [N, 256].
+
+    """
+    half = NUM_FEATURES // 2
+    index = torch.arange(half, dtype=torch.float32, device=level_N.device)
+    frequency = torch.exp(-math.log(MAX_PERIOD) * index / half)
+    angle = (level_N.to(dtype) * TIMESTEP_SCALE).float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
+
+
+class _TimestepEmbedder(nn.Module):
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(NUM_FEATURES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+
+class TimeConditioning(nn.Module):
+    """``t_embedder``, ``t_block`` and the layers' ``scale_shift_tables``; replicated on every rank, never quantised."""
+
+    def __init__(self, config: Any, max_canvas_length: int) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.max_canvas_length = max_canvas_length
+        self.t_embedder = _TimestepEmbedder(hidden)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 3 * hidden))
+        self.scale_shift_tables = nn.ParameterList(
+            nn.Parameter(torch.empty(3, hidden), requires_grad=False) for _ in config.hybrid_override_pattern
+        )
+        self._vector_by_level: torch.Tensor | None = None
+
+    def vectors(self, level_index_R: torch.Tensor) -> torch.Tensor:
+        """The vector all layers share, looked up by ``decoding.noise_level.level_index``: [R, 3, D]."""
+        if self._vector_by_level is None:
+            self._vector_by_level = self._tabulate(level_index_R.device)
+        return self._vector_by_level[level_index_R]
+
+    def modulation(self, layer: int, vector_R3D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A layer's shift, scale and gate, each [R, D]."""
+        shift, scale, gate = (vector_R3D + self.scale_shift_tables[layer]).unbind(dim=1)
+        return shift, scale, gate
+
+    def forget(self) -> None:
+        """Drop the table; to be called whenever weights change."""
+        self._vector_by_level = None
+
+    def _tabulate(self, device: torch.device) -> torch.Tensor:
+        dtype = self.t_block[1].weight.dtype
+        features = timestep_features(all_noise_levels(self.max_canvas_length).to(device), dtype)
+        vectors = self.t_block(self.t_embedder.mlp(features))
+        return vectors.view(vectors.shape[0], 3, -1)

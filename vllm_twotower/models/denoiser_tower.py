@@ -1,0 +1,283 @@
+"""The denoiser tower on vLLM's layers: one forward is one denoise pass over the canvases of a batch.
+
+It owns weights only. Keys and values go through the aligned context layer's ``Attention`` module, into the lookahead slots that the
+commit will overwrite; Mamba starts from the aligned context layer's states and writes nothing back. It holds no ``Attention`` and
+no ``MambaMixer2`` (vLLM would allocate caches for them) and is never compiled as a whole (a graph could replay in the wrong step).
+
+Legend: T tokens of all canvases in batch order, R rows (requests), W widest canvas of the batch, D hidden, C conv channels.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.mamba_mixer2 import Mixer2RMSNormGated, mamba_v2_sharded_weight_loader
+from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import composed_weight_loader, sharded_weight_loader
+from vllm.model_executor.models.nemotron_h import NemotronHMLP, NemotronHMoE
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
+
+from vllm_twotower.models.conditioning import TimeConditioning
+from vllm_twotower.models.portable_moe import PortableMoE
+from vllm_twotower.ops import seeded_conv, seeded_scan
+
+LOGITS_TILE = 1024
+"""Most rows whose logits exist at once: 0.5 GiB of fp32 at a vocabulary of 131,072."""
+
+
+@dataclass(frozen=True)
+class CanvasLayout:
+    """How the canvases of a batch lie in the flat token dimension, and where each row's Mamba states are."""
+
+    row_T: torch.Tensor
+    """int64 [T], each token's row."""
+    column_T: torch.Tensor
+    """int64 [T], each token's position in its canvas."""
+    num_rows: int
+    max_width: int
+    mamba_slots: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Layer name of a context Mamba layer -> int64 [R], slot of each row's committed state; empty in a profile run."""
+
+    @classmethod
+    def from_widths(
+        cls, widths: Sequence[int], device: torch.device, mamba_slots: Mapping[str, torch.Tensor] | None = None
+    ) -> "CanvasLayout":
+        """Canvases of the given widths, one after the other."""
+        width_R = torch.tensor(widths)
+        row_T = torch.arange(len(widths)).repeat_interleave(width_R)
+        first_R = width_R.cumsum(0) - width_R
+        column_T = torch.arange(int(width_R.sum())) - first_R[row_T]
+        return cls(row_T.to(device), column_T.to(device), len(widths), max(widths), mamba_slots or {})
+
+    def pad(self, x_TC: torch.Tensor) -> torch.Tensor:
+        """[T, C] -> [R, W, C]; positions past a canvas are zero."""
+        if x_TC.shape[0] == self.num_rows * self.max_width:
+            return x_TC.view(self.num_rows, self.max_width, -1)
+        padded = x_TC.new_zeros(self.num_rows, self.max_width, x_TC.shape[-1])
+        padded[self.row_T, self.column_T] = x_TC
+        return padded
+
+    def unpad(self, x_RWC: torch.Tensor) -> torch.Tensor:
+        """[R, W, C] -> [T, C]."""
+        return x_RWC[self.row_T, self.column_T]
+
+
+class DenoiserAttention(nn.Module):
+    """Projections of an attention layer; every canvas position sees the whole context and the whole canvas."""
+
+    def __init__(self, config: Any, quant_config: Any, prefix: str) -> None:
+        super().__init__()
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+
+    def forward(self, x_TD: torch.Tensor, context_mixer: nn.Module, layout: CanvasLayout) -> torch.Tensor:
+        """Attend through the context layer's paged cache; the step's metadata says ``causal=False``."""
+        qkv, _ = self.qkv_proj(x_TD)
+        q, k, v = qkv.split([context_mixer.q_size, context_mixer.kv_size, context_mixer.kv_size], dim=-1)
+        out, _ = self.o_proj(context_mixer.attn(q, k, v))
+        return out
+
+
+class _ShardedConv(nn.Module):
+    """Weights of the depthwise convolution, sharded like the channels x, B, C that it runs over."""
+
+    def __init__(self, sizes: Sequence[int], kernel: int, use_bias: bool) -> None:
+        super().__init__()
+        tp_size, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        loader = mamba_v2_sharded_weight_loader([(size, 0, False) for size in sizes], tp_size, rank)
+        channels = sum(sizes) // tp_size
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel), requires_grad=False)
+        set_weight_attrs(self.weight, {"weight_loader": loader})
+        self.bias = None
+        if use_bias:
+            self.bias = nn.Parameter(torch.empty(channels), requires_grad=False)
+            set_weight_attrs(self.bias, {"weight_loader": loader})
+
+
+class DenoiserMamba(nn.Module):
+    """A Mamba-2 layer that starts from the context tower's state and leaves no state behind; causal within the canvas."""
+
+    def __init__(self, config: Any, quant_config: Any, prefix: str) -> None:
+        super().__init__()
+        tp_size = get_tensor_model_parallel_world_size()
+        if config.n_groups % tp_size or config.mamba_num_heads % tp_size:
+            raise ValueError(
+                f"tensor_parallel_size={tp_size} does not divide n_groups={config.n_groups} and "
+                f"mamba_num_heads={config.mamba_num_heads}: use a size that divides both"
+            )
+        self.heads = config.mamba_num_heads // tp_size
+        self.groups = config.n_groups // tp_size
+        inner, groups = config.mamba_num_heads * config.mamba_head_dim, config.n_groups * config.ssm_state_size
+        self.inner, self.group_channels = inner // tp_size, groups // tp_size
+        self.in_proj = MergedColumnParallelLinear(
+            config.hidden_size,
+            [inner, inner, groups, groups, config.mamba_num_heads],
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.in_proj",
+        )
+        self.conv1d = _ShardedConv([inner, groups, groups], config.conv_kernel, config.use_conv_bias)
+        self.A = nn.Parameter(torch.empty(self.heads, dtype=torch.float32), requires_grad=False)
+        self.D = nn.Parameter(torch.empty(self.heads), requires_grad=False)
+        self.dt_bias = nn.Parameter(torch.empty(self.heads), requires_grad=False)
+        by_head = sharded_weight_loader(0)
+        set_weight_attrs(self.A, {"weight_loader": composed_weight_loader(by_head, lambda a: -torch.exp(a.float()))})
+        set_weight_attrs(self.D, {"weight_loader": by_head})
+        set_weight_attrs(self.dt_bias, {"weight_loader": by_head})
+        self.norm = Mixer2RMSNormGated(inner, config.n_groups, eps=config.layer_norm_epsilon)
+        self.out_proj = RowParallelLinear(
+            inner, config.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.out_proj"
+        )
+
+    def forward(self, x_TD: torch.Tensor, context_mixer: nn.Module, layout: CanvasLayout) -> torch.Tensor:
+        """One canvas per row, seeded from ``context_mixer``'s cache."""
+        projected, _ = self.in_proj(x_TD)
+        channels = self.inner + 2 * self.group_channels
+        gate_TC, xbc_TC, dt_TH = projected.split([self.inner, channels, self.heads], dim=-1)
+        conv_cache, ssm_cache, slot_R = self._seed(context_mixer, layout, xbc_TC)
+        conv_RWC = seeded_conv(layout.pad(xbc_TC), self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_cache)
+        x, b, c = conv_RWC.split([self.inner, self.group_channels, self.group_channels], dim=-1)
+        y_RWHP = seeded_scan(
+            x.unflatten(-1, (self.heads, -1)),
+            layout.pad(dt_TH),
+            self.A,
+            b.unflatten(-1, (self.groups, -1)),
+            c.unflatten(-1, (self.groups, -1)),
+            self.D,
+            self.dt_bias,
+            ssm_cache,
+            slot_R,
+        )
+        y_TC = layout.unpad(y_RWHP.flatten(2)).to(gate_TC.dtype)
+        out, _ = self.out_proj(self.norm(y_TC, gate_TC))
+        return out
+
+    def _seed(
+        self, context_mixer: nn.Module, layout: CanvasLayout, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The K - 1 newest conv inputs of each row, the cache of SSM states, and each row's slot in it."""
+        if not layout.mamba_slots:  # profile run: no cache yet
+            kernel, head_dim, state = context_mixer.conv_kernel_size, context_mixer.head_dim, context_mixer.ssm_state_size
+            conv = like.new_zeros(layout.num_rows, kernel - 1, like.shape[-1])
+            ssm = like.new_zeros(1, self.heads, head_dim, state, dtype=torch.float32)
+            return conv, ssm, torch.zeros(layout.num_rows, dtype=torch.int64, device=like.device)
+        slot_R = layout.mamba_slots[context_mixer.prefix]
+        conv_cache, ssm_cache = context_mixer.kv_cache[:2]
+        conv = conv_cache[slot_R]
+        return (conv.transpose(1, 2) if is_conv_state_dim_first() else conv), ssm_cache, slot_R
+
+
+def feed_forward(kind: str, config: Any, vllm_config: VllmConfig, prefix: str) -> nn.Module:
+    """A mixture of experts or a dense MLP: per token, with no input from the context."""
+    if kind == "-":
+        return NemotronHMLP(
+            config, config.hidden_size, config.intermediate_size, vllm_config.quant_config, config.mlp_bias, prefix=prefix
+        )
+    if current_platform.is_cpu():
+        return PortableMoE(config, vllm_config.quant_config, prefix)
+    return NemotronHMoE(config, vllm_config.quant_config, vllm_config.parallel_config, prefix)
+
+
+class DenoiserLayer(nn.Module):
+    """Residual, modulation, norm, mixer, gate; where the modulation goes depends on the layer's kind."""
+
+    def __init__(self, kind: str, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        mixer_prefix = f"{prefix}.mixer"
+        if kind == "*":
+            self.mixer: nn.Module = DenoiserAttention(config, vllm_config.quant_config, mixer_prefix)
+        elif kind == "M":
+            self.mixer = DenoiserMamba(config, vllm_config.quant_config, mixer_prefix)
+        else:
+            self.mixer = feed_forward(kind, config, vllm_config, mixer_prefix)
+
+    def forward(
+        self,
+        hidden_TD: torch.Tensor,
+        modulation_T: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        context_mixer: nn.Module,
+        layout: CanvasLayout,
+    ) -> torch.Tensor:
+        """[T, D] -> [T, D]; ``modulation_T`` is each token's shift, scale and gate."""
+        shift_TD, scale_TD, gate_TD = modulation_T
+        if self.kind in "*M":
+            # trained with the norm fused into the projection, hence after the modulation (spec 3.3)
+            x_TD = self.norm(hidden_TD * (1 + scale_TD) + shift_TD)
+            out_TD = self.mixer(x_TD, context_mixer, layout)
+        else:
+            out_TD = self.mixer(self.norm(hidden_TD) * (1 + scale_TD) + shift_TD)
+        return hidden_TD + gate_TD * out_TD
+
+
+class DenoiserTower(nn.Module):
+    """Embedding, layers, final norm, head and time conditioning of the denoiser."""
+
+    def __init__(self, vllm_config: VllmConfig, max_canvas_length: int, prefix: str) -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        quant_config = vllm_config.quant_config
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, quant_config=quant_config, prefix=f"{prefix}.embed_tokens"
+        )
+        self.layers = nn.ModuleList(
+            DenoiserLayer(kind, config, vllm_config, f"{prefix}.layers.{index}")
+            for index, kind in enumerate(config.hybrid_override_pattern)
+        )
+        self.norm_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.lm_head = ParallelLMHead(
+            config.vocab_size, config.hidden_size, quant_config=quant_config, prefix=f"{prefix}.lm_head"
+        )
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.conditioning = TimeConditioning(config, max_canvas_length)
+
+    def forward(
+        self, token_T: torch.Tensor, level_index_R: torch.Tensor, layout: CanvasLayout, context_layers: nn.ModuleList
+    ) -> torch.Tensor:
+        """One denoise pass (reference: ``_run_denoiser_step_diffusion``).
+
+        Args:
+            token_T: int64 [T], canvas tokens, the mask id where undecided.
+            level_index_R: int64 [R], noise level of each row, see ``decoding.noise_level.level_index``.
+            layout: how the canvases lie in T.
+            context_layers: the context tower's layers; layer i of this tower reads layer i's caches.
+
+        Returns:
+            Final hidden states, model dtype [T, D]; row t is about the token **at** position t.
+
+        """
+        vector_R3D = self.conditioning.vectors(level_index_R)
+        hidden_TD = self.embed_tokens(token_T)
+        for index, layer in enumerate(self.layers):
+            modulation_R = self.conditioning.modulation(index, vector_R3D)
+            modulation_T = tuple(m[layout.row_T] for m in modulation_R)
+            hidden_TD = layer(hidden_TD, modulation_T, context_layers[index].mixer, layout)
+        return self.norm_f(hidden_TD)
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Logits of the denoiser's own head, float32 [N, V], all-gathered: the same on every tensor-parallel rank."""
+        return self.logits_processor(self.lm_head, hidden_ND).float()

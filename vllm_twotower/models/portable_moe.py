@@ -1,0 +1,132 @@
+"""Nemotron-H's mixture of experts in plain torch, for platforms where vLLM's fused one refuses (a CPU, vLLM 0.32).
+
+vLLM's CPU experts know gated activations only; this model's experts are down(relu(up(x))^2). Same parameters, same weights file.
+The routing runs in fp64 as the reference's does, so that borderline choices fall the same way.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.models.nemotron_h import NemotronHMLP, NemotronHMoEDecoderLayer
+
+
+@torch.library.custom_op("vllm_twotower::routed_experts", mutates_args=())
+def routed_experts(
+    x_TD: torch.Tensor, chosen_Tk: torch.Tensor, weight_Tk: torch.Tensor, up_EID: torch.Tensor, down_EDI: torch.Tensor
+) -> torch.Tensor:
+    """Weighted sum of each token's chosen experts, float32 [T, D] (reference: ``NemotronHMoE.moe``).
+
+    A custom op, because which experts run depends on the data and vLLM compiles the context tower as one graph.
+
+    Args:
+        x_TD: tokens, any float dtype.
+        chosen_Tk: int64, expert ids.
+        weight_Tk: float32, routing weights.
+        up_EID: up projections.
+        down_EDI: down projections.
+
+    """
+    out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    for expert in chosen_Tk.unique().tolist():
+        token, slot = (chosen_Tk == expert).nonzero(as_tuple=True)
+        y = F.linear(F.relu(F.linear(x_TD[token], up_EID[expert])).square(), down_EDI[expert])
+        out_TD.index_add_(0, token, y.float() * weight_Tk[token, slot, None])
+    return out_TD
+
+
+@routed_experts.register_fake
+def _routed_experts_fake(
+    x_TD: torch.Tensor, chosen_Tk: torch.Tensor, weight_Tk: torch.Tensor, up_EID: torch.Tensor, down_EDI: torch.Tensor
+) -> torch.Tensor:
+    return torch.empty_like(x_TD, dtype=torch.float32)
+
+
+class _Experts(nn.Module):
+    """All experts' matrices, stacked; each rank holds a slice of every expert's width I."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        tp_size = get_tensor_model_parallel_world_size()
+        self.width = config.moe_intermediate_size // tp_size
+        self.first = get_tensor_model_parallel_rank() * self.width
+        shape = (config.n_routed_experts, self.width, config.hidden_size)
+        self.up = nn.Parameter(torch.empty(shape), requires_grad=False)
+        self.down = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]), requires_grad=False)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Take ``{expert}.up_proj.weight`` and ``{expert}.down_proj.weight``; called by vLLM's ``AutoWeightsLoader``."""
+        for name, tensor in weights:
+            expert, projection, _ = name.split(".")
+            if projection == "up_proj":
+                self.up.data[int(expert)].copy_(tensor.narrow(0, self.first, self.width))
+            else:
+                self.down.data[int(expert)].copy_(tensor.narrow(1, self.first, self.width))
+        return {"up", "down"}
+
+
+class PortableMoE(nn.Module):
+    """Sigmoid router with a selection bias, top-k routed experts and one shared expert."""
+
+    def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
+        super().__init__()
+        if config.n_group != 1 or config.topk_group != 1:
+            raise ValueError(
+                f"n_group={config.n_group}, topk_group={config.topk_group}: the portable mixture of experts knows one group only; "
+                "set both to 1 or run on a GPU"
+            )
+        self.top_k = config.num_experts_per_tok
+        self.normalise = config.norm_topk_prob
+        self.scaling = config.routed_scaling_factor
+        self.tp_size = get_tensor_model_parallel_world_size()
+        # what vLLM's MixtureOfExperts interface reads of a layer; there is no expert parallelism here
+        self.n_routed_experts = self.n_logical_experts = self.n_physical_experts = config.n_routed_experts
+        self.n_local_physical_experts, self.n_redundant_experts = config.n_routed_experts, 0
+        self.n_shared_experts = config.n_shared_experts
+        self.gate = nn.Module()
+        self.gate.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size), requires_grad=False)
+        self.gate.e_score_correction_bias = nn.Parameter(
+            torch.empty(config.n_routed_experts, dtype=torch.float32), requires_grad=False
+        )
+        self.experts = _Experts(config)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            self.shared_experts = NemotronHMLP(
+                config,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.moe_shared_expert_intermediate_size * config.n_shared_experts,
+                quant_config=quant_config,
+                reduce_results=False,
+                prefix=f"{prefix}.shared_experts",
+            )
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """[T, D] -> [T, D], same dtype."""
+        score_TE = F.linear(x_TD.double(), self.gate.weight.double()).sigmoid()
+        chosen_Tk = (score_TE + self.gate.e_score_correction_bias).topk(self.top_k, dim=-1).indices
+        weight_Tk = score_TE.gather(1, chosen_Tk)
+        if self.normalise:
+            weight_Tk = weight_Tk / (weight_Tk.sum(-1, keepdim=True) + 1e-20)
+        weight_Tk = (weight_Tk * self.scaling).float()
+        out_TD = routed_experts(x_TD, chosen_Tk, weight_Tk, self.experts.up, self.experts.down).to(x_TD.dtype)
+        if self.shared_experts is not None:
+            out_TD = out_TD + self.shared_experts(x_TD)
+        return out_TD if self.tp_size == 1 else tensor_model_parallel_all_reduce(out_TD)
+
+
+class PortableMoEDecoderLayer(NemotronHMoEDecoderLayer):
+    """Stands in for vLLM's ``E`` layer of the context tower; the same forward, another mixer."""
+
+    def __init__(self, config: Any, layer_idx: int, quant_config: Any = None, prefix: str = "", **_: Any) -> None:
+        nn.Module.__init__(self)  # not the parent's: it would build the fused experts that refuse
+        self.config = config
+        self.mixer = PortableMoE(config, quant_config, f"{prefix}.mixer")
+        self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)

@@ -1,0 +1,123 @@
+"""The registered model: vLLM's own Nemotron-H as the context tower, and the denoiser tower beside it.
+
+Every engine step runs exactly one of them. ``forward`` is told which by the step's inputs: the model state passes a denoise step
+(``runtime/denoise_step.py``) or nothing.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.nemotron_h import NemotronHForCausalLM
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+from vllm.platforms import current_platform
+
+from vllm_twotower import compat
+from vllm_twotower.config import CONFIG_KEY, EngineOptions
+from vllm_twotower.models.denoiser_tower import LOGITS_TILE, CanvasLayout, DenoiserTower
+from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, checked
+
+
+class DenoiseStep(Protocol):
+    """What a denoise step does with the denoiser: one or more passes, and the reveals between them."""
+
+    def run(self, denoiser: DenoiserTower, context_layers: nn.ModuleList) -> None:
+        """Run the passes; results stay in the step."""
+
+
+class NemotronHTwoTowerForCausalLM(NemotronHForCausalLM):
+    """Context tower, and with diffusion on the denoiser tower.
+
+    Without ``additional_config["diffusion"]`` only the context tower is built and loaded: a plain autoregressive Nemotron-H.
+    """
+
+    hf_to_vllm_mapper = CHECKPOINT_TO_MODULE
+
+    allow_patterns_overrides = ("model-*.safetensors", "model.safetensors")
+    """The files a checkpoint consists of, shards first: nothing is unpickled, and other safetensors beside them are not read."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        compat.raise_recorded_problem()
+        on_cpu = current_platform.is_cpu()
+        with compat.portable_moe_layers(on_cpu):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if on_cpu:
+            compat.disable_prefill_checkpoints(self.model.layers)
+        self.options = EngineOptions.from_additional_config(vllm_config.additional_config.get(CONFIG_KEY))
+        self.denoiser: DenoiserTower | None = None
+        if self.options is not None:
+            self.denoiser = DenoiserTower(vllm_config, self.options.canvas_length, maybe_prefix(prefix, "denoiser"))
+        self._ran_denoise_step = False
+
+    def get_model_state_cls(self) -> type:
+        """The runner asks for this class; with diffusion off it gets the one it would have chosen itself."""
+        if self.denoiser is None:
+            from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+
+            return MambaHybridModelState
+        from vllm_twotower.runtime.model_state import TwoTowerModelState
+
+        return TwoTowerModelState
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        denoise_step: DenoiseStep | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Run one tower.
+
+        Returns:
+            Hidden states of the context tower [T, D], or in a denoise step an empty stand-in of that shape: what was revealed
+            stays in ``denoise_step`` for the sampler.
+
+        """
+        self._ran_denoise_step = denoise_step is not None
+        if denoise_step is not None:
+            assert self.denoiser is not None
+            denoise_step.run(self.denoiser, self.model.layers)
+            return self._no_hidden_states(positions.shape[0])
+        hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        if self.denoiser is not None and get_forward_context().attn_metadata is None:
+            self._profile_denoiser(positions.device)
+        return hidden
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Logits of the context tower's head; in a denoise step nothing is computed, the sampler only reports."""
+        if self._ran_denoise_step:
+            return hidden_states.new_empty(0, 1)
+        return super().compute_logits(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint in the released layout, strictly.
+
+        Raises:
+            ValueError: tensors that are missing, unknown or of the wrong shape, by name.
+
+        """
+        wanted = checked(weights, self.config, with_denoiser=self.denoiser is not None)
+        loaded = AutoWeightsLoader(self).load_weights(wanted, mapper=self.hf_to_vllm_mapper)
+        if self.denoiser is not None:
+            self.denoiser.conditioning.forget()
+        return loaded
+
+    def _no_hidden_states(self, num_tokens: int) -> torch.Tensor:
+        empty = torch.empty((), dtype=self.model_config.dtype, device=self.lm_head.weight.device)
+        return empty.expand(num_tokens, self.config.hidden_size)
+
+    def _profile_denoiser(self, device: torch.device) -> None:
+        """Run the denoiser at its widest, so that vLLM's memory profile covers it; there are no caches yet."""
+        assert self.denoiser is not None and self.options is not None
+        width = self.options.canvas_length
+        num_rows = min(self.scheduler_config.max_num_seqs, self.scheduler_config.max_num_batched_tokens // width)
+        layout = CanvasLayout.from_widths([width] * num_rows, device)
+        tokens = torch.zeros(num_rows * width, dtype=torch.int64, device=device)
+        level = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        hidden = self.denoiser(tokens, level, layout, self.model.layers)
+        self.denoiser.logits(hidden[:LOGITS_TILE]).logsumexp(dim=-1)

@@ -1,0 +1,115 @@
+"""Admission checks: a request that cannot be honoured gets a 400 before it reaches the engine.
+
+vLLM calls ``validate_params`` of every logits-processor class in the front end; ours changes no logits. The class has to know the
+engine's canvas length but gets only the request, so it is in its name: ``canvas_16`` (``canvas_0`` with diffusion off), made on
+demand by this module's ``__getattr__``. Import-light: no torch here.
+"""
+
+import functools
+import re
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
+
+from vllm_twotower.config import REQUEST_PREFIX, EngineOptions, RequestOptions
+from vllm_twotower.core import Mode
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+MAX_BIASED_TOKENS = 1024
+"""vLLM's worker raises beyond this many logit_bias or allowed_token_ids entries, which kills the server (traps B19)."""
+MAX_STOP_TOKENS_WITH_MIN_TOKENS = 128
+"""The same for stop token ids together with min_tokens."""
+
+
+class DiffusionParams(LogitsProcessor):
+    """Checks a request against one engine's options; ``engine`` is None where diffusion is off."""
+
+    engine: EngineOptions | None = None
+
+    @classmethod
+    def validate_params(cls, sampling_params: "SamplingParams") -> None:
+        """Check one request.
+
+        Raises:
+            ValueError: what is wrong and what to send instead; vLLM turns it into a 400.
+
+        """
+        check_vllm_limits(sampling_params)
+        extra = sampling_params.extra_args or {}
+        if cls.engine is None:
+            if ours := [key for key in extra if str(key).startswith(REQUEST_PREFIX)]:
+                raise ValueError(
+                    f"request setting {ours[0]!r}: this engine decodes autoregressively only; start it with "
+                    'additional_config={"diffusion": true}'
+                )
+            return
+        options = RequestOptions.from_extra_args(extra, cls.engine)
+        if options.mode is Mode.MOCK_AR:
+            raise ValueError("request setting diffusion_mode='mock_ar' is not served yet: use 'mask_diffusion' or 'ar'")
+        if options.mode is Mode.MASK_DIFFUSION:
+            check_mask_diffusion(sampling_params)
+
+    def __init__(self, vllm_config: Any, req_states: Any) -> None:
+        """Built by the worker too, where it has nothing to do."""
+
+    def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:
+        """False: this request's logits need no processing by us."""
+        return False
+
+    def apply_staged_writes(self) -> None:
+        """Nothing is staged."""
+
+    def apply(self, logits: Any, ctx: Any) -> Any:
+        """Unchanged."""
+        return logits
+
+
+def check_vllm_limits(params: "SamplingParams") -> None:
+    """Refuse what vLLM 0.32 itself admits and then dies of."""
+    for name in ("logit_bias", "allowed_token_ids"):
+        if (given := getattr(params, name)) is not None and len(given) > MAX_BIASED_TOKENS:
+            raise ValueError(f"{name} has {len(given)} entries: use at most {MAX_BIASED_TOKENS}")
+    if params.min_tokens > 0 and len(params.all_stop_token_ids) > MAX_STOP_TOKENS_WITH_MIN_TOKENS:
+        raise ValueError(
+            f"min_tokens={params.min_tokens} with {len(params.all_stop_token_ids)} stop token ids: use at most "
+            f"{MAX_STOP_TOKENS_WITH_MIN_TOKENS}"
+        )
+
+
+def check_mask_diffusion(params: "SamplingParams") -> None:
+    """Refuse, rather than ignore, what mask diffusion does not honour (yet); ``ar`` honours all of it."""
+    refused = {
+        "structured_outputs": params.structured_outputs is not None,
+        "logprobs": params.logprobs is not None,
+        "logprob_token_ids": bool(getattr(params, "logprob_token_ids", None)),
+        "logit_bias": bool(params.logit_bias),
+        "allowed_token_ids": bool(params.allowed_token_ids),
+        "bad_words": bool(params.bad_words),
+        "min_tokens": params.min_tokens > 0,
+        "presence_penalty": params.presence_penalty != 0,
+        "frequency_penalty": params.frequency_penalty != 0,
+        "repetition_penalty": params.repetition_penalty != 1,
+        "top_k": params.top_k > 0,
+        "top_p": params.top_p != 1,
+        "min_p": params.min_p != 0,
+        "thinking_token_budget": getattr(params, "thinking_token_budget", None) is not None,
+    }
+    for name, given in refused.items():
+        if given:
+            raise ValueError(
+                f"{name}={getattr(params, name)!r} cannot be honoured in mask diffusion: leave it out, or send diffusion_mode='ar'"
+            )
+
+
+@functools.cache
+def _admission_class(canvas_length: int) -> type[DiffusionParams]:
+    engine = EngineOptions(canvas_length=canvas_length) if canvas_length else None
+    return type(f"canvas_{canvas_length}", (DiffusionParams,), {"engine": engine, "__module__": __name__})
+
+
+def __getattr__(name: str) -> Any:
+    if match := re.fullmatch(r"canvas_(\d+)", name):
+        return _admission_class(int(match[1]))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

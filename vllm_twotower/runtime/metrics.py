@@ -1,0 +1,41 @@
+"""Counters of one worker; ``diffusion_stats`` reads them, and their meaning is documented there."""
+
+from dataclasses import asdict, dataclass
+
+from vllm_twotower.runtime.denoise_step import DenoiseOutcome
+
+
+@dataclass
+class DiffusionStats:
+    """What this worker has decoded since the start or the last reset."""
+
+    canvases: int = 0
+    denoise_passes: int = 0
+    context_passes: int = 0
+    commits: int = 0
+    committed_tokens: int = 0
+    denoise_steps: int = 0
+    context_steps: int = 0
+    denoise_forwards: int = 0
+
+    def count_denoise_step(self, outcome: DenoiseOutcome, widths: list[int]) -> None:
+        """Count one denoise step."""
+        emitted = [width for width, finished in zip(widths, outcome.finished, strict=True) if finished]
+        self.denoise_steps += 1
+        self.denoise_forwards += outcome.num_forwards
+        self.denoise_passes += sum(outcome.num_passes)
+        self.canvases += len(emitted)
+        self.committed_tokens += sum(emitted)
+
+    def count_context_step(self, num_rows: int, num_commits: int) -> None:
+        """Count one context step over ``num_rows`` requests."""
+        self.context_steps += 1
+        self.context_passes += num_rows
+        self.commits += num_commits
+
+    def take(self, reset: bool) -> dict[str, int]:
+        """The counters, and zeros from now on if ``reset``."""
+        counters = asdict(self)
+        if reset:
+            self.__init__()  # type: ignore[misc]
+        return counters

@@ -1,0 +1,176 @@
+"""The worker's side of a step: which tower it runs, what it needs, and what of the runner's bookkeeping it skips.
+
+The runner builds positions, slots and sequence lengths for a canvas by itself, because the scheduler gave it S tokens past the end of
+the request. What is left: attention metadata that is not causal, and no Mamba bookkeeping, since a denoise step advances no state.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_twotower.config import RequestOptions
+from vllm_twotower.core import MASK_TOKEN_ID, Mode, StepKind
+from vllm_twotower.models.denoiser_tower import CanvasLayout
+from vllm_twotower.runtime.canvas_table import CanvasTable, request_seed
+from vllm_twotower.runtime.denoise_step import DenoiseStep
+from vllm_twotower.runtime.metrics import DiffusionStats
+from vllm_twotower.runtime.trace import CanvasTrace
+
+
+class TwoTowerModelState(MambaHybridModelState):
+    """vLLM's hybrid model state, and the denoise step beside it."""
+
+    def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.options = model.options
+        self.canvases = CanvasTable(self.max_num_reqs, self.options.canvas_length, MASK_TOKEN_ID, device)
+        self.request_options: dict[str, RequestOptions] = {}
+        self.stats = DiffusionStats()
+        self.trace: CanvasTrace | None = None
+        self.step: DenoiseStep | None = None
+        self._mamba_slots: dict[str, torch.Tensor] = {}
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """Take over a request's settings; called again after a preemption, whose canvas starts over."""
+        super().add_request(req_index, new_req_data)
+        params = new_req_data.sampling_params
+        assert params is not None
+        options = RequestOptions.from_extra_args(params.extra_args, self.options)
+        self.request_options[new_req_data.req_id] = options
+        seed = request_seed(new_req_data.req_id, params.seed, self.model_config.seed)
+        self.canvases.add_request(req_index, options, params.temperature, seed)
+
+    def remove_request(self, req_id: str) -> None:
+        """Forget a request that finished, was aborted or was preempted."""
+        super().remove_request(req_id)
+        self.request_options.pop(req_id, None)
+
+    def step_kind(self, batch: InputBatch) -> StepKind:
+        """Which tower a batch runs, from the modes of its requests; dummy batches (unknown ids) run the context tower."""
+        rows = [self._is_denoise_row(batch, row) for row in range(batch.num_reqs)]
+        assert all(rows) or not any(rows), "an engine step runs one tower"
+        return StepKind.DENOISE if rows[0] else StepKind.CONTEXT
+
+    def _is_denoise_row(self, batch: InputBatch, row: int) -> bool:
+        options = self.request_options.get(batch.req_ids[row])
+        if options is None or options.mode is not Mode.MASK_DIFFUSION:
+            return False
+        computed = int(batch.num_computed_tokens_np[row])
+        if computed < int(batch.prefill_len_np[row]):
+            return False
+        width = min(options.canvas_length, self.max_model_len - computed)
+        assert int(batch.num_scheduled_tokens[row]) == width, "a canvas is scheduled whole"
+        return True
+
+    # ---- the runner's hooks, in the order of a step --------------------------------------------------------------------
+
+    def preprocess_state(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> None:
+        """Mamba states move across block boundaries in context steps only."""
+        if self.step_kind(input_batch) is StepKind.CONTEXT:
+            super().preprocess_state(input_batch, *args, **kwargs)
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[Any]],
+        kv_cache_config: KVCacheConfig,
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Metadata of the step; in a denoise step not causal, for attention layers only."""
+        if self.step_kind(input_batch) is StepKind.CONTEXT:
+            return super().prepare_attn(
+                input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, *args, **kwargs
+            )
+        assert cudagraph_mode != CUDAGraphMode.FULL, "no graph of the context tower may replay in a denoise step"
+        self._mamba_slots = self._committed_slots(input_batch, block_tables, kv_cache_config)
+        num_reqs = input_batch.num_reqs
+        seq_lens_upper_bound = input_batch.seq_lens_cpu_upper_bound
+        return build_attn_metadata(
+            attn_groups=[[g for g in gs if not isinstance(g.kv_cache_spec, MambaSpec)] for gs in attn_groups],
+            num_reqs=num_reqs,
+            num_tokens=input_batch.num_tokens,
+            query_start_loc_gpu=input_batch.query_start_loc[: num_reqs + 1],
+            query_start_loc_cpu=torch.from_numpy(input_batch.query_start_loc_np[: num_reqs + 1]),
+            max_query_len=int(input_batch.num_scheduled_tokens.max()),
+            seq_lens=input_batch.seq_lens,
+            max_seq_len=int(seq_lens_upper_bound[:num_reqs].max()),
+            block_tables=block_tables,
+            slot_mappings=slot_mappings,
+            kv_cache_config=kv_cache_config,
+            seq_lens_cpu_upper_bound=seq_lens_upper_bound,
+            positions=input_batch.positions,
+            causal=False,
+        )
+
+    def _committed_slots(
+        self, batch: InputBatch, block_tables: tuple[torch.Tensor, ...], kv_cache_config: KVCacheConfig
+    ) -> dict[str, torch.Tensor]:
+        """Where each row's committed Mamba state lies, by layer name.
+
+        Not where the step's own Mamba metadata points: in ``align`` mode that is the block of the canvas's end.
+        """
+        if self._align_mode:
+            block_size = self.cache_config.mamba_block_size
+            column = torch.from_numpy((batch.num_computed_tokens_np[: batch.num_reqs] - 1) // block_size)
+        else:
+            column = torch.zeros(batch.num_reqs, dtype=torch.int64)
+        column = column.to(device=self.device, dtype=torch.int64)
+        slots: dict[str, torch.Tensor] = {}
+        for table, group in zip(block_tables, kv_cache_config.kv_cache_groups, strict=True):
+            if isinstance(group.kv_cache_spec, MambaSpec):
+                slot_R = table[: batch.num_reqs].gather(1, column[:, None]).squeeze(1).to(torch.int64)
+                slots.update(dict.fromkeys(group.layer_names, slot_R))
+        return slots
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
+        """The model's extra inputs: the denoise step, in a denoise step."""
+        inputs = super().prepare_inputs(input_batch, req_states)
+        self.step = None
+        if self.step_kind(input_batch) is StepKind.DENOISE:
+            self.step = inputs["denoise_step"] = self._denoise_step(input_batch)
+        return inputs
+
+    def _denoise_step(self, batch: InputBatch) -> DenoiseStep:
+        num_reqs = batch.num_reqs
+        widths = [int(n) for n in batch.num_scheduled_tokens[:num_reqs]]
+        slots = [int(i) for i in batch.idx_mapping_np[:num_reqs]]
+        rows = self.canvases.gather(slots, widths, batch.idx_mapping[:num_reqs])
+        first_position_R = torch.from_numpy(batch.num_computed_tokens_np[:num_reqs]).to(self.device, torch.int64)
+        layout = CanvasLayout.from_widths(widths, self.device, self._mamba_slots)
+        observe = None
+        if self.trace is not None:
+            observe = self.trace.observer(batch.req_ids, widths)
+        return DenoiseStep(
+            rows, layout, widths, first_position_R, self.options.passes_per_step, MASK_TOKEN_ID, observe
+        )
+
+    def postprocess_state(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing was advanced by a denoise step."""
+        if self.step is None:
+            super().postprocess_state(*args, **kwargs)
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, None]:
+        """Put the canvas sampler around vLLM's."""
+        from vllm_twotower.runtime.sampler import CanvasSampler
+
+        return CanvasSampler(sampler, self), None
+
+    def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
+        """No full CUDA graphs: they are chosen by shape alone, and a canvas can have the shape of a decode step."""
+        return AttentionCGSupport.NEVER, type(self).__name__

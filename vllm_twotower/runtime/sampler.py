@@ -1,0 +1,89 @@
+"""The sampler of a two-tower engine: vLLM's own for AR rows, a report of finished canvases for denoise rows.
+
+What it tells the runner, per row:
+
+| row | ``num_sampled`` | ``num_rejected`` |
+| --- | --- | --- |
+| AR | vLLM's | vLLM's |
+| mask diffusion, context step | 0: the prompt or the commit emits nothing | 0 |
+| mask diffusion, denoise step | the canvas's width if it is finished, else 0 | the width: nothing of the context was computed |
+
+Both counts of a denoise row are its scheduled width, never S: the runner's token table ends at ``max_model_len``.
+"""
+
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from vllm_twotower.core import Mode
+from vllm_twotower.runtime.denoise_step import DenoiseOutcome
+
+
+class CanvasSampler:
+    """Wraps vLLM's sampler; everything but the call is its."""
+
+    def __init__(self, base: Any, state: Any) -> None:
+        self.base = base
+        self.state = state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base, name)
+
+    def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
+        """Sample or report one step."""
+        step = self.state.step
+        if step is None:
+            return self._context_step(logits, input_batch)
+        assert step.outcome is not None, "the model ran the step's passes"
+        return self._denoise_step(step.outcome, input_batch)
+
+    def _context_step(self, logits: torch.Tensor, batch: InputBatch) -> SamplerOutput:
+        options = [self.state.request_options.get(req_id) for req_id in batch.req_ids]
+        is_diffusion = [o is not None and o.mode is Mode.MASK_DIFFUSION for o in options]
+        if any(o is not None for o in options):  # not a dummy batch
+            self._count_context_step(batch, is_diffusion)
+        if not all(is_diffusion):
+            output = self.base(logits, batch)
+            if any(is_diffusion):
+                emits_nothing_R = torch.tensor(is_diffusion, device=output.num_sampled.device)
+                output.num_sampled = output.num_sampled.masked_fill(emits_nothing_R, 0)
+            return output
+        zeros_R = torch.zeros(batch.num_reqs, dtype=torch.int32, device=logits.device)
+        tokens_R1 = torch.zeros(batch.num_reqs, 1, dtype=torch.int64, device=logits.device)
+        return SamplerOutput(tokens_R1, None, None, zeros_R, zeros_R.clone())
+
+    def _count_context_step(self, batch: InputBatch, is_diffusion: list[bool]) -> None:
+        prompt_len = self.base.req_states.prompt_len.np
+        num_commits = sum(
+            diffusion and int(computed) >= int(prompt_len[slot])
+            for diffusion, computed, slot in zip(
+                is_diffusion, batch.num_computed_tokens_np, batch.idx_mapping_np, strict=False
+            )
+        )
+        self.state.stats.count_context_step(batch.num_reqs, num_commits)
+
+    def _denoise_step(self, outcome: DenoiseOutcome, batch: InputBatch) -> SamplerOutput:
+        num_reqs = batch.num_reqs
+        widths = [int(n) for n in batch.num_scheduled_tokens[:num_reqs]]
+        self.state.stats.count_denoise_step(outcome, widths)
+        self.state.canvases.scatter(batch.idx_mapping[:num_reqs], outcome.token_RS, outcome.pass_index_R)
+        prefill_len = self.base.req_states.prefill_len
+        emitted = []
+        for slot, width, finished in zip(batch.idx_mapping_np, widths, outcome.finished, strict=False):
+            emitted.append(width if finished else 0)
+            if finished:
+                # the emitted tokens are what the next context step computes, like an extension of the prompt
+                prefill_len.np[slot] += width
+                self.state.canvases.finish(int(slot))
+        # safe between steps only because scheduling is synchronous: the buffer is double, not more
+        prefill_len.copy_to_uva()
+        device = outcome.token_RS.device
+        return SamplerOutput(
+            outcome.token_RS,
+            None,
+            None,
+            torch.tensor(emitted, dtype=torch.int32, device=device),
+            torch.tensor(widths, dtype=torch.int32, device=device),
+        )

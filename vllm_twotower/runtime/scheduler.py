@@ -1,0 +1,160 @@
+"""The block-commit scheduler: vLLM's scheduler, shown only the requests of one kind of step at a time.
+
+Per request, alternately: a context step computes the tokens that are not computed yet (a prompt chunk, or the canvas just emitted:
+the commit), a denoise step works on the next canvas in lookahead slots. ``schedule`` chooses the kind, hides the running requests of
+the other kind, calls vLLM's own ``schedule`` and restores; no upstream logic is copied.
+
+Invariants, each pinned in ``tests/test_scheduler_steps.py``: a step holds rows of one kind; a denoise step holds whole canvases, the
+least recently served first; denoising computes nothing (``num_computed_tokens`` is as before); nothing noisy is ever hashed.
+"""
+
+from typing import Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from vllm_twotower import compat
+from vllm_twotower.config import CONFIG_KEY, EngineOptions, RequestOptions
+from vllm_twotower.core import MASK_TOKEN_ID, Mode, StepKind
+from vllm_twotower.runtime.policy import RunnableRows, StepPolicy
+
+
+class BlockCommitScheduler(Scheduler):
+    """Schedules context steps and denoise steps over vLLM's queues, caches and budgets."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        options = EngineOptions.from_additional_config(self.vllm_config.additional_config.get(CONFIG_KEY))
+        assert options is not None, "the config hook sets this scheduler with diffusion on only"
+        self.options = options
+        self.policy_of_steps = StepPolicy(options.commit_quorum)
+        # A canvas may end exactly at max_model_len: upstream must not keep a slot free for a token sampled after it.
+        self.num_sampled_tokens_per_step = 0
+        self._request_options: dict[str, RequestOptions] = {}
+        self._denoising: frozenset[str] = frozenset()
+        self._num_denoise_steps = 0
+        self._last_denoised: dict[str, int] = {}
+        self._held_prompt_logprobs: dict[str, tuple[Any, Any]] = {}
+
+    # ---- choosing a step ---------------------------------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule one step of one kind; a context step that finds nothing to do becomes a denoise step in the same call."""
+        canvases = [r for r in self.running if self._has_canvas(r)]
+        if self.policy_of_steps.choose(self._runnable_rows()) is StepKind.CONTEXT:
+            output = self._schedule_context(canvases, args, kwargs)
+            if output.total_num_scheduled_tokens or not canvases:
+                self.policy_of_steps.ran(StepKind.CONTEXT)
+                return output
+            # Nothing was admissible (no KV blocks, a grammar still compiling). Denoise instead of spinning, and let that step
+            # carry what the empty one had to tell the workers.
+            self.finished_req_ids |= output.finished_req_ids
+            self.reset_preempted_req_ids |= output.preempted_req_ids or set()
+        output = self._schedule_denoise(args, kwargs)
+        self.policy_of_steps.ran(StepKind.DENOISE)
+        return output
+
+    def _runnable_rows(self) -> RunnableRows:
+        commits = canvases = urgent = 0
+        for request in self.running:
+            if self._has_canvas(request):
+                canvases += 1
+            elif self._options_of(request).mode is Mode.MASK_DIFFUSION and request.num_output_tokens:
+                commits += 1
+            else:
+                urgent += 1
+        admissible = bool(self.waiting or self.kv_holding_waiting) and len(self.running) < self.max_num_active_reqs
+        return RunnableRows(commits=commits, canvases=canvases, urgent=urgent, admissible=admissible)
+
+    def _has_canvas(self, request: Request) -> bool:
+        """Whether the request is in the middle of a canvas: all its tokens are computed, and it is not AR."""
+        everything_computed = request.num_computed_tokens == request.num_tokens
+        return everything_computed and self._options_of(request).mode is Mode.MASK_DIFFUSION
+
+    def _options_of(self, request: Request) -> RequestOptions:
+        options = self._request_options.get(request.request_id)
+        if options is None:
+            extra_args = request.sampling_params.extra_args if request.sampling_params else None
+            options = RequestOptions.from_extra_args(extra_args, self.options)
+            self._request_options[request.request_id] = options
+        return options
+
+    # ---- the two kinds -----------------------------------------------------------------------------------------------
+
+    def _schedule_context(self, canvases: list[Request], args: Any, kwargs: Any) -> SchedulerOutput:
+        self._denoising = frozenset()
+        return self._schedule_without(canvases, self.max_num_active_reqs - len(canvases), args, kwargs)
+
+    def _schedule_denoise(self, args: Any, kwargs: Any) -> SchedulerOutput:
+        """Whole canvases only, as many as the budget holds, the least recently served first; nobody is admitted."""
+        waiting_longest_first = sorted(
+            (r for r in self.running if self._has_canvas(r)), key=lambda r: self._last_denoised.get(r.request_id, 0)
+        )
+        budget, rows = self.max_num_scheduled_tokens, []
+        for request in waiting_longest_first:
+            width = self._canvas_width(request)
+            if width <= budget:
+                budget -= width
+                rows.append(request)
+        self._num_denoise_steps += 1
+        for request in rows:
+            # upstream allocates KV slots for draft tokens: the canvas, past the end of the request
+            request.spec_token_ids = [MASK_TOKEN_ID] * self._canvas_width(request)
+            self._last_denoised[request.request_id] = self._num_denoise_steps
+        self._denoising = frozenset(r.request_id for r in rows)
+        hidden = [r for r in self.running if r.request_id not in self._denoising]
+        output = self._schedule_without(hidden, 0, args, kwargs)
+        # the canvas lives in the worker: no drafts are sent, none are rejected
+        output.scheduled_spec_decode_tokens.clear()
+        return output
+
+    def _canvas_width(self, request: Request) -> int:
+        """The request's canvas length, narrower only at the end of ``max_model_len``."""
+        return min(self._options_of(request).canvas_length, self.max_model_len - request.num_computed_tokens)
+
+    def _schedule_without(self, hidden: list[Request], max_active: int, args: Any, kwargs: Any) -> SchedulerOutput:
+        """vLLM's own ``schedule`` with some running requests out of its sight; the order of ``running`` is kept."""
+        order, limit = list(self.running), self.max_num_active_reqs
+        hidden_ids = {r.request_id for r in hidden}
+        self.running = [r for r in order if r.request_id not in hidden_ids]
+        self.max_num_active_reqs = max_active
+        try:
+            return super().schedule(*args, **kwargs)
+        finally:
+            self.max_num_active_reqs = limit
+            before, after = {r.request_id for r in order}, {r.request_id for r in self.running}
+            admitted = [r for r in self.running if r.request_id not in before]
+            self.running = [r for r in order if r.request_id in after | hidden_ids] + admitted
+            for request in order:
+                request.spec_token_ids = []
+
+    # ---- around a step -----------------------------------------------------------------------------------------------
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        for req_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
+            if req_id in self._denoising:  # a denoise step computes nothing of the context
+                self.requests[req_id].num_computed_tokens -= num_tokens
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
+        """As upstream's, except that prompt logprobs wait for the request's first tokens."""
+        self._hold_prompt_logprobs(model_runner_output)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _hold_prompt_logprobs(self, result: Any) -> None:
+        dicts = compat.prompt_logprobs_of(result)
+        for req_id in result.req_ids:
+            row = result.req_id_to_index[req_id]
+            if result.sampled_token_ids and not result.sampled_token_ids[row]:
+                if any(req_id in d for d in dicts):
+                    self._held_prompt_logprobs[req_id] = tuple(d.pop(req_id, None) for d in dicts)
+            elif req_id in self._held_prompt_logprobs:
+                for d, held in zip(dicts, self._held_prompt_logprobs.pop(req_id), strict=True):
+                    if held is not None:
+                        d[req_id] = held
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        for table in (self._request_options, self._last_denoised, self._held_prompt_logprobs):
+            table.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)

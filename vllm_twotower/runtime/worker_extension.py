@@ -1,0 +1,24 @@
+"""Methods added to every worker, called by name through ``collective_rpc``."""
+
+from typing import Any
+
+from vllm_twotower.runtime.trace import CanvasTrace
+
+
+class DiffusionWorkerExtension:
+    """vLLM mixes this class into its worker (``worker_extension_cls``)."""
+
+    model_runner: Any
+
+    def diffusion_stats(self, reset: bool = False) -> dict[str, int]:
+        """The counters of this worker."""
+        return self.model_runner.model_state.stats.take(reset)
+
+    def diffusion_trace_start(self) -> None:
+        """Record canvases from now on."""
+        self.model_runner.model_state.trace = CanvasTrace()
+
+    def diffusion_trace_take(self) -> dict[str, list[list[int]]]:
+        """The canvases recorded since the last call, by request id."""
+        trace = self.model_runner.model_state.trace
+        return trace.take() if trace is not None else {}
