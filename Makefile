@@ -1,0 +1,43 @@
+# One command each; everything is installed into .venv on first use.
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+
+# Without a GPU vLLM's model runner needs Triton's interpreter, and Triton reads this when it is imported.
+ifeq ($(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu),)
+export TRITON_INTERPRET := 1
+endif
+export VLLM_NO_USAGE_STATS := 1
+export VLLM_LOGGING_LEVEL ?= WARNING
+
+.PHONY: setup demo test test-slow check bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml tools/setup_env.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python tools/setup_env.py
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/vllm-twotower demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tools/check_sizes.py
+	$(BIN)/python tools/check_vllm_names.py --installed
+
+bench: setup
+	$(BIN)/python benchmarks/engine.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

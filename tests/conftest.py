@@ -1,0 +1,59 @@
+"""Environment of every test: Triton's interpreter, engines in this process, quiet logs; uninitialised memory is poison."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import json
+import pathlib
+
+import pytest
+import torch
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+
+
+class Golden:
+    """One golden checkpoint and what NVIDIA's reference did with it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.path = GOLDENS / name
+        self.config = json.loads((self.path / "config.json").read_text())
+        expected = json.loads((self.path / "expected.json").read_text())
+        self.mask_diffusion: list[dict] = expected["mask_diffusion"]
+        self.ar: list[dict] = expected["ar"]
+        self.mock_ar: list[dict] = expected["mock_ar"]
+
+    def cases(self, canvas_length: int) -> list[dict]:
+        return [c for c in self.mask_diffusion if c["params"]["block_size"] == canvas_length]
+
+
+@pytest.fixture(scope="session")
+def tiny_moe() -> Golden:
+    return Golden("tiny-moe")
+
+
+@pytest.fixture(scope="session")
+def tiny_mlp() -> Golden:
+    return Golden("tiny-mlp")
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what ``torch.empty`` and its kin return with NaN, so that an element nobody wrote shows."""
+
+    def poisoned(make):
+        def wrapper(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return wrapper
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    for name in ("new_empty",):
+        monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))

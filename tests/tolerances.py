@@ -1,0 +1,7 @@
+"""Every numerical tolerance of the tests, in one place and the same everywhere."""
+
+GOLDEN_LOGITS = 2e-3
+"""Largest absolute difference of logits from NVIDIA's reference (goldens/README.md)."""
+
+FP32_OP = 1e-4
+"""Largest difference of an fp32 op from its definition, relative to the largest value."""

@@ -1,0 +1,96 @@
+"""The ``vllm-twotower`` command: ``demo``, ``trace MODEL PROMPT`` and ``inspect MODEL``."""
+
+import argparse
+import os
+import pathlib
+import sys
+
+DEMO_MODEL = pathlib.Path(__file__).parent / "assets" / "demo"
+DEMO_PROMPTS = ("And God said,", "In those days", "And it came to pass, that the king")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    _prepare_environment()
+    try:
+        return args.run(args)
+    except ValueError as problem:
+        print(f"vllm-twotower: {problem}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vllm-twotower", description="Block-diffusion decoding for vLLM.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="write text with the small trained model that ships with the package")
+    demo.add_argument("--max-tokens", type=int, default=64)
+    demo.set_defaults(run=_demo)
+
+    trace = commands.add_parser("trace", help="show every canvas of one prompt filling in, pass by pass")
+    trace.add_argument("model")
+    trace.add_argument("prompt")
+    trace.add_argument("--max-tokens", type=int, default=64)
+    trace.add_argument("--confidence-threshold", type=float)
+    trace.add_argument("--max-steps", type=int)
+    trace.add_argument("--temperature", type=float, default=0.0)
+    trace.set_defaults(run=_trace)
+
+    inspect = commands.add_parser("inspect", help="say what a checkpoint needs, from its config.json alone")
+    inspect.add_argument("model", help="a checkpoint folder, or a config.json")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _prepare_environment() -> None:
+    """Before anything imports torch or triton: interpreter on a CPU, quiet logs, one process."""
+    from shutil import which
+
+    if which("nvidia-smi") is None:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from vllm_twotower import diffusion_params
+    from vllm_twotower.live import Run, print_table, start_engine, write_live
+
+    print(f"Starting vLLM with the demo model ({DEMO_MODEL.name}), a few seconds ...", flush=True)
+    llm = start_engine(str(DEMO_MODEL))
+    runs: list[Run] = []
+    for mode in ("mask_diffusion", "ar"):
+        print(f"\n=== {mode}")
+        params = diffusion_params(mode=mode, temperature=0.0, max_tokens=args.max_tokens)
+        runs.append(write_live(llm, list(DEMO_PROMPTS), params, title=mode))
+    print()
+    print_table(runs)
+    return 0
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from vllm_twotower import diffusion_params
+    from vllm_twotower.live import print_table, start_engine, write_live
+
+    params = diffusion_params(
+        confidence_threshold=args.confidence_threshold,
+        max_steps=args.max_steps,
+        temperature=args.temperature,
+        max_tokens=args.max_tokens,
+    )
+    llm = start_engine(args.model)
+    print_table([write_live(llm, [args.prompt], params, title="mask_diffusion")])
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from vllm_twotower.inspection import describe, read_config
+
+    print(describe(read_config(args.model)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
