@@ -1,0 +1,220 @@
+"""Checkpoints: every tensor of the real model has a place, and a checkpoint that does not match is an error that names tensors."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engine_harness import engine
+from safetensors.torch import load_file, save_file
+from vllm import SamplingParams
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_twotower.models.twotower import NemotronHTwoTowerForCausalLM
+from vllm_twotower.models.weights import checked, checkpoint_shapes
+
+REAL_CONFIG = {
+    "architectures": ["NemotronHTwoTowerForCausalLM"],
+    "model_type": "nemotron_h",
+    "torch_dtype": "bfloat16",
+    "vocab_size": 131072,
+    "hidden_size": 2688,
+    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    "num_hidden_layers": 52,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "mamba_num_heads": 64,
+    "mamba_head_dim": 64,
+    "n_groups": 8,
+    "ssm_state_size": 128,
+    "conv_kernel": 4,
+    "use_conv_bias": True,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 6,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712,
+    "intermediate_size": 1856,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+    "layer_norm_epsilon": 1e-5,
+    "max_position_embeddings": 262144,
+    "tie_word_embeddings": False,
+    "chunk_size": 128,
+    "mamba_ssm_cache_dtype": "float32",
+}
+"""Spec section 1: Nemotron-3-Nano-30B-A3B's values, which the two-tower config repeats."""
+
+
+def test_the_real_checkpoint_has_12544_tensors_of_the_published_shapes():
+    shapes = checkpoint_shapes(SimpleNamespace(**REAL_CONFIG))
+    assert len(shapes) == 12_544
+    assert sum(torch.Size(s).numel() for s in shapes.values()) == pytest.approx(63.19e9, rel=1e-3)
+    published = {  # spec section 2
+        "context_tower.embeddings.weight": (131072, 2688),
+        "denoiser_tower.norm_f.weight": (2688,),
+        "context_tower.layers.0.mixer.in_proj.weight": (10304, 2688),
+        "context_tower.layers.0.mixer.conv1d.weight": (6144, 1, 4),
+        "denoiser_tower.layers.0.mixer.A_log": (64,),
+        "denoiser_tower.layers.0.mixer.norm.weight": (4096,),
+        "context_tower.layers.5.mixer.q_proj.weight": (4096, 2688),
+        "context_tower.layers.5.mixer.k_proj.weight": (256, 2688),
+        "denoiser_tower.layers.5.mixer.o_proj.weight": (2688, 4096),
+        "context_tower.layers.1.mixer.gate.weight": (128, 2688),
+        "context_tower.layers.1.mixer.experts.127.up_proj.weight": (1856, 2688),
+        "context_tower.layers.1.mixer.shared_experts.down_proj.weight": (2688, 3712),
+        "context_lm_head.weight": (131072, 2688),
+        "lm_head.weight": (131072, 2688),
+        "t_embedder.mlp.0.weight": (2688, 256),
+        "t_block.1.weight": (8064, 2688),
+        "scale_shift_tables.51": (3, 2688),
+    }
+    assert {name: shapes[name] for name in published} == published
+
+
+def test_every_tensor_of_the_real_checkpoint_reaches_a_parameter(tmp_path, single_process_group):
+    """The real module tree on the meta device: nothing is allocated, every weight loader runs with the real shapes."""
+    (tmp_path / "config.json").write_text(json.dumps(REAL_CONFIG))
+    args = EngineArgs(
+        model=str(tmp_path),
+        skip_tokenizer_init=True,
+        max_model_len=4096,
+        additional_config={"diffusion": True},
+        kv_cache_memory_bytes=1 << 30,
+    )
+    config = args.create_engine_config()
+    with set_current_vllm_config(config), single_process_group(config), torch.device("meta"):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = NemotronHTwoTowerForCausalLM(vllm_config=config)
+            shapes = checkpoint_shapes(config.model_config.hf_config)
+            loaded = model.load_weights((name, torch.empty(shape)) for name, shape in shapes.items())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(p.device.type == "meta" for p in model.parameters())
+    parameters = {name for name, _ in model.named_parameters()}
+    assert parameters - loaded == set()
+    assert sum(p.numel() for p in model.parameters()) == sum(torch.Size(s).numel() for s in shapes.values())
+
+
+@pytest.fixture
+def single_process_group():
+    import contextlib
+
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from vllm.utils.network_utils import get_distributed_init_method, get_open_port
+
+    @contextlib.contextmanager
+    def group(config):
+        method = get_distributed_init_method("127.0.0.1", get_open_port())
+        init_distributed_environment(1, 0, method, 0, backend="gloo")
+        initialize_model_parallel()
+        try:
+            yield
+        finally:
+            cleanup_dist_env_and_memory()
+
+    return group
+
+
+# ---- checkpoints that do not match -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy_of(tmp_path, tiny_mlp):
+    """Write a copy of a golden checkpoint with its tensors or config changed."""
+
+    def make(change_tensors=None, change_config=None):
+        tensors, config = load_file(tiny_mlp.path / "model.safetensors"), dict(tiny_mlp.config)
+        if change_tensors:
+            change_tensors(tensors)
+        if change_config:
+            change_config(config)
+        save_file(tensors, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return make
+
+
+NAME = "denoiser_tower.layers.3.mixer.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda t: t.pop(NAME), f"1 missing: {NAME}", id="one removed"),
+        pytest.param(lambda t: t.update(extra=torch.zeros(2)), "1 not part of the model: extra", id="one added"),
+        pytest.param(
+            lambda t: t.update({NAME: torch.zeros(7, 64)}), rf"{NAME} has shape \[7, 64\].*\[128, 64\]", id="wrong shape"
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_match_is_an_error_naming_the_tensor(copy_of, change, message):
+    with pytest.raises(ValueError, match=message), engine(copy_of(change)):
+        pass
+
+
+def test_without_diffusion_the_denoiser_may_be_absent(copy_of, tiny_mlp):
+    def context_only(tensors):
+        for name in [n for n in tensors if not n.startswith("context_")]:
+            del tensors[name]
+
+    with engine(copy_of(context_only), diffusion=None) as e:
+        case = tiny_mlp.ar[3]
+        params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False)
+        assert e.tokens([case["prompt"]], params) == [case["output"][:4]]
+
+
+def test_what_is_missing_is_listed_but_not_for_pages(tiny_moe):
+    with pytest.raises(ValueError, match=r"and \d+ more$"):
+        list(checked([], SimpleNamespace(**tiny_moe.config), with_denoiser=True))
+
+
+@pytest.mark.parametrize(
+    "limit", [[0.0, float("inf")], [0.0, 1e30], None], ids=["bare Infinity", "1e30", "absent"]
+)
+def test_the_released_configs_oddities_are_read(copy_of, tiny_mlp, limit):
+    def change(config):
+        config["auto_map"] = {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"}
+        config.pop("time_step_limit")
+        if limit is not None:
+            config["time_step_limit"] = limit
+
+    path = copy_of(change_config=change)
+    case = tiny_mlp.cases(16)[0]
+    with engine(path, {"passes_per_step": 16}) as e:
+        from engine_harness import golden_params
+
+        assert e.tokens([case["prompt"]], golden_params(case)) == [case["output"]]
+
+
+def test_a_sharded_checkpoint_loads_and_files_beside_it_are_not_read(tmp_path, tiny_mlp):
+    tensors = load_file(tiny_mlp.path / "model.safetensors")
+    names = sorted(tensors)
+    half = len(names) // 2
+    index = {"metadata": {}, "weight_map": {}}
+    for part, part_names in enumerate((names[:half], names[half:]), start=1):
+        file = f"model-{part:05}-of-00002.safetensors"
+        save_file({n: tensors[n] for n in part_names}, tmp_path / file)
+        index["weight_map"].update(dict.fromkeys(part_names, file))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copy(tiny_mlp.path / "config.json", tmp_path)
+    shutil.copy(tiny_mlp.path / "logits.safetensors", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not a pickle, and nobody looks")
+    case = tiny_mlp.cases(16)[0]
+    with engine(tmp_path, {"passes_per_step": 16}) as e:
+        from engine_harness import golden_params
+
+        assert e.tokens([case["prompt"]], golden_params(case)) == [case["output"]]
