@@ -249,7 +249,6 @@ def _placement(c: Any, options: EngineOptions) -> str | None:
 
 ALWAYS_REFUSED: tuple[Rule, ...] = (_needs_interpreter,)
 REFUSED_WITH_DIFFUSION: tuple[Rule, ...] = (
-    _old_runner,
     _pipeline_parallel,
     _context_parallel,
     _connectors,
@@ -267,6 +266,7 @@ REFUSED_WITH_DIFFUSION: tuple[Rule, ...] = (
     _long_prefill_threshold,
     _model_length,
     _placement,
+    _old_runner,  # last: some of the above also make vLLM choose it, and name the reason better
 )
 
 

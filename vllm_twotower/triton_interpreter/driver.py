@@ -1,9 +1,32 @@
 """The driver half of the backend: active only under the interpreter, on a machine without a GPU."""
 
 import os
+import sys
+import types
 from typing import Any
 
 from triton.backends.driver import DriverBase
+
+
+BACKEND_NAME = "cpu"
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels in this process."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class _BackendsWithoutUs(types.ModuleType):
+    """``triton.backends`` as it would be if this package were not installed."""
+
+    @property
+    def backends(self) -> dict[str, Any]:
+        return {name: backend for name, backend in self.__dict__["backends"].items() if name != BACKEND_NAME}
+
+
+if not interpreting():
+    # Triton imports this module while it discovers its backends: the dict is not bound yet, and there is no later hook
+    sys.modules["triton.backends"].__class__ = _BackendsWithoutUs
 
 
 class InterpreterDriver(DriverBase):
@@ -12,7 +35,7 @@ class InterpreterDriver(DriverBase):
     @classmethod
     def is_active(cls) -> bool:
         """True under ``TRITON_INTERPRET=1`` where torch sees no GPU; two active drivers are an error in Triton."""
-        if os.environ.get("TRITON_INTERPRET") != "1":
+        if not interpreting():
             return False
         import torch
 

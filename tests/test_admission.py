@@ -1,0 +1,105 @@
+"""Request settings: every range check, and what reaches the engine is what was asked for or a refusal that says what to type."""
+
+import math
+
+import pytest
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from vllm_twotower import diffusion_params
+from vllm_twotower.config import EngineOptions, RequestOptions
+from vllm_twotower.core import Mode
+from vllm_twotower.runtime import admission
+
+canvas_16, autoregressive = admission.canvas_16, admission.canvas_0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("confidence_threshold", 0, "above 0 and at most 1"),
+        ("confidence_threshold", 1.01, "above 0 and at most 1"),
+        ("confidence_threshold", math.nan, "above 0 and at most 1"),
+        ("confidence_threshold", "high", "above 0 and at most 1"),
+        ("confidence_threshold", True, "above 0 and at most 1"),
+        ("max_steps", 0, "from 1 to 1024"),
+        ("max_steps", 2.0, "from 1 to 1024"),
+        ("max_steps", True, "from 1 to 1024"),
+        ("max_steps", 2**63, "from 1 to 1024"),
+        ("canvas_length", 17, "from 1 to 16"),
+        ("canvas_length", 0, "from 1 to 16"),
+        ("canvas_length", None, "from 1 to 16"),
+        ("mode", "diffuse", "mask_diffusion, mock_ar, ar"),
+        ("mode", ["ar"], "mask_diffusion, mock_ar, ar"),
+        ("canvas", 3, "unknown request setting 'diffusion_canvas'"),
+    ],
+)
+def test_a_bad_setting_is_refused_by_name_with_what_is_allowed(key, value, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        canvas_16.validate_params(SamplingParams(extra_args={f"diffusion_{key}": value}))
+    assert f"diffusion_{key}" in str(refusal.value)
+
+
+def test_good_settings_and_other_peoples_keys_pass():
+    extra = {"diffusion_mode": "mask_diffusion", "diffusion_canvas_length": 1, "kv_transfer_params": {"x": 1}}
+    canvas_16.validate_params(SamplingParams(extra_args=extra))
+    canvas_16.validate_params(SamplingParams())
+
+
+def test_mock_ar_is_refused_until_it_is_served():
+    with pytest.raises(ValueError, match="mock_ar.*not served yet"):
+        canvas_16.validate_params(diffusion_params(mode="mock_ar"))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"logprobs": 1},
+        {"logit_bias": {5: 1.0}},
+        {"allowed_token_ids": [5]},
+        {"min_tokens": 2},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": 0.5},
+        {"repetition_penalty": 1.1},
+        {"top_k": 5},
+        {"top_p": 0.9},
+        {"min_p": 0.1},
+        {"structured_outputs": StructuredOutputsParams(regex="a+")},
+    ],
+    ids=lambda p: next(iter(p)),
+)
+def test_what_mask_diffusion_does_not_honour_is_refused_and_ar_takes_it(params):
+    with pytest.raises(ValueError, match=f"{next(iter(params))}.*diffusion_mode='ar'"):
+        canvas_16.validate_params(diffusion_params(**params))
+    canvas_16.validate_params(diffusion_params(mode="ar", **params))
+
+
+def test_what_kills_vllms_worker_is_refused_in_every_mode():
+    too_many = {i: 1.0 for i in range(1025)}
+    with pytest.raises(ValueError, match="logit_bias has 1025 entries"):
+        autoregressive.validate_params(SamplingParams(logit_bias=too_many))
+    with pytest.raises(ValueError, match="129 stop token ids"):
+        canvas_16.validate_params(diffusion_params(mode="ar", min_tokens=1, stop_token_ids=list(range(4, 133))))
+
+
+def test_an_engine_without_diffusion_refuses_our_keys():
+    autoregressive.validate_params(SamplingParams(logprobs=1))
+    with pytest.raises(ValueError, match="autoregressively only"):
+        autoregressive.validate_params(diffusion_params(max_steps=4))
+
+
+def test_diffusion_params_is_a_plain_sampling_params():
+    params = diffusion_params(mode="mask_diffusion", confidence_threshold=0.9, max_tokens=5, extra_args={"mine": 1})
+    assert type(params) is SamplingParams
+    assert params.max_tokens == 5
+    assert params.extra_args == {"mine": 1, "diffusion_mode": "mask_diffusion", "diffusion_confidence_threshold": 0.9}
+    with pytest.raises(ValueError, match="diffusion_confidence_threshold=2"):
+        diffusion_params(confidence_threshold=2)
+
+
+def test_defaults_come_from_the_engine():
+    engine = EngineOptions(canvas_length=8, max_steps=5, confidence_threshold=0.7)
+    options = RequestOptions.from_extra_args(None, engine)
+    assert options == RequestOptions(
+        mode=Mode.MASK_DIFFUSION, canvas_length=8, max_steps=5, confidence_threshold=0.7
+    )

@@ -1,0 +1,185 @@
+"""What start-up refuses and what it sets, on vLLM's real configuration objects."""
+
+import subprocess
+import sys
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_twotower import compat, register
+from vllm_twotower.config import EngineOptions
+from vllm_twotower.registration import (
+    ADMISSION_MODULE,
+    ALWAYS_REFUSED,
+    DEFAULT_MAX_NUM_SEQS,
+    REFUSED_WITH_DIFFUSION,
+    SCHEDULER_CLASS,
+    TwoTowerConfigHook,
+    refuse,
+)
+
+
+@pytest.fixture
+def make_config(tiny_mlp):
+    def make(diffusion=True, **settings):
+        extra = {"diffusion": diffusion} if diffusion is not None else {}
+        defaults = {"skip_tokenizer_init": True, "max_model_len": 512, "kv_cache_memory_bytes": 64 << 20}
+        return EngineArgs(model=str(tiny_mlp.path), additional_config=extra, **{**defaults, **settings}).create_engine_config()
+
+    return make
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def _set(path, value):
+    def change(config):
+        *parents, name = path.split(".")
+        owner = config
+        for parent in parents:
+            owner = getattr(owner, parent)
+        object.__setattr__(owner, name, value)
+
+    return change
+
+
+def _both(*changes):
+    return lambda config: [change(config) for change in changes]
+
+
+@pytest.mark.parametrize(
+    ("rule", "change", "message"),
+    [
+        ("_pipeline_parallel", _set("parallel_config.pipeline_parallel_size", 2), "pipeline_parallel_size=2.*tensor-parallel"),
+        ("_context_parallel", _set("parallel_config.decode_context_parallel_size", 2), "decode_context_parallel_size=2"),
+        ("_context_parallel", _set("parallel_config.prefill_context_parallel_size", 2), "prefill_context_parallel_size=2"),
+        ("_connectors", _set("kv_transfer_config", object()), "kv_transfer_config.*leave it out"),
+        ("_connectors", _set("ec_transfer_config", object()), "ec_transfer_config.*leave it out"),
+        ("_speculative", _set("speculative_config", object()), "speculative_config.*leave it out"),
+        ("_lora", _set("lora_config", object()), "lora_config.*--enable-lora"),
+        ("_dual_batch_overlap", _set("parallel_config.enable_dbo", True), "--enable-dbo"),
+        ("_sharded_sampling", _set("parallel_config.enable_batch_sharded_sampling", True), "leave it out"),
+        ("_watermark", _set("watermark_config", object()), "watermark_config"),
+        ("_mamba_cache_mode", _set("cache_config.mamba_cache_mode", "all"), "mamba_cache_mode=all.*align"),
+        ("_replay_ssm", _set("cache_config.use_replayssm", True), "use_replayssm"),
+        ("_priority", _set("scheduler_config.policy", "priority"), "policy=priority.*fcfs"),
+        (
+            "_data_and_expert_parallel",
+            _both(_set("parallel_config.data_parallel_size", 2), _set("parallel_config.enable_expert_parallel", True)),
+            "data_parallel_size=2.*enable-expert-parallel",
+        ),
+        ("_step_budget", _set("scheduler_config.max_num_batched_tokens", 12), "max_num_batched_tokens=12.*16 or more"),
+        ("_long_prefill_threshold", _set("scheduler_config.long_prefill_token_threshold", 10), "threshold=10.*16 or more"),
+        ("_model_length", _set("model_config.max_model_len", 16), "max_model_len=16.*17 or more"),
+        ("_placement", _set("parallel_config.tensor_parallel_size", 2), "tensor_parallel_size=2.*colocated"),
+    ],
+)
+def test_start_up_refuses(make_config, rule, change, message):
+    config = make_config()
+    assert rule in {r.__name__ for r in REFUSED_WITH_DIFFUSION}
+    refuse(config, EngineOptions())  # as it is, nothing objects
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        refuse(config, EngineOptions())
+
+
+def test_every_rule_is_tested():
+    tested = {case.values[0] if hasattr(case, "values") else case[0] for case in test_start_up_refuses.pytestmark[0].args[1]}
+    elsewhere = {"_old_runner", "_breakable_graphs"}
+    assert tested | elsewhere == {r.__name__ for r in REFUSED_WITH_DIFFUSION}
+    assert {r.__name__ for r in ALWAYS_REFUSED} == {"_needs_interpreter"}
+
+
+def test_split_placement_is_refused_until_it_is_built(make_config):
+    with pytest.raises(ValueError, match="tower_placement=split.*colocated"):
+        make_config(diffusion={"tower_placement": "split"})
+
+
+def test_the_deprecated_runner_is_refused(make_config, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER"):
+        make_config()
+
+
+def test_breakable_graphs_are_refused(make_config, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_BREAKABLE_CUDAGRAPH=0"):
+        make_config()
+
+
+def test_without_the_interpreter_a_cpu_says_what_to_type(make_config, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    for diffusion in (True, None):
+        with pytest.raises(ValueError, match="set TRITON_INTERPRET=1 before Python starts"):
+            make_config(diffusion=diffusion)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"canvas": 16}, "unknown diffusion engine option 'canvas'"),
+        ({"canvas_length": 0}, "canvas_length=0.*from 1 to 32"),
+        ({"commit_quorum": 1.5}, "commit_quorum=1.5"),
+        ("yes", "diffusion='yes'"),
+    ],
+)
+def test_a_wrong_option_stops_start_up(make_config, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(diffusion=options)
+
+
+# ---- defaults --------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_hook_sets(make_config):
+    config = make_config()
+    assert config.scheduler_config.scheduler_cls == SCHEDULER_CLASS
+    assert config.scheduler_config.async_scheduling is False
+    assert config.scheduler_config.max_num_seqs == DEFAULT_MAX_NUM_SEQS
+    assert config.attention_config.use_non_causal is True
+    assert config.model_config.logits_processors == [f"{ADMISSION_MODULE}:canvas_16"]
+    assert config.cache_config.mamba_ssm_cache_dtype == "float32"
+
+
+def test_a_number_of_places_that_was_asked_for_is_kept(make_config):
+    assert make_config(max_num_seqs=100).scheduler_config.max_num_seqs == 100
+
+
+def test_without_diffusion_the_scheduler_is_vllms(make_config):
+    config = make_config(diffusion=None)
+    assert config.scheduler_config.scheduler_cls != SCHEDULER_CLASS
+    assert config.model_config.logits_processors == [f"{ADMISSION_MODULE}:canvas_0"]
+
+
+def test_vllms_own_diffusion_config_means_the_same(make_config):
+    config = make_config(diffusion=None, diffusion_config={"canvas_length": 8, "max_denoising_steps": 4})
+    assert config.diffusion_config is None
+    assert config.additional_config["diffusion"] == {"canvas_length": 8, "max_steps": 4}
+    assert config.scheduler_config.scheduler_cls == SCHEDULER_CLASS
+
+
+# ---- harmlessness ----------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_imports_neither_torch_nor_vllm():
+    code = "import vllm_twotower, sys; assert 'torch' not in sys.modules and 'vllm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_registering_twice_is_fine():
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    register()
+    register()
+    assert MODELS_CONFIG_MAP["NemotronHTwoTowerForCausalLM"] is TwoTowerConfigHook
+
+
+def test_a_broken_registration_surfaces_when_our_architecture_is_loaded_and_not_before(make_config, monkeypatch):
+    def broken(*args):
+        raise ImportError("vLLM moved it")
+
+    monkeypatch.setattr(compat, "_recorded_problem", None)
+    monkeypatch.setattr(compat, "add_config_hook", broken)
+    register()
+    with pytest.raises(RuntimeError, match="ImportError: vLLM moved it"):
+        make_config()
