@@ -1,0 +1,137 @@
+"""Laws of denoising on random canvases, and the batched functions against the plain reference."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_twotower.decoding.noise import gumbel_noise
+from vllm_twotower.decoding.noise_level import all_noise_levels, level_index
+from vllm_twotower.decoding.reference import MaskDiffusion, generate_mask_diffusion
+from vllm_twotower.decoding.unmask import num_to_reveal, propose, reveal
+
+MASK, VOCAB = 3, 12
+
+
+@st.composite
+def canvases(draw):
+    """Rows with their own settings, and a source of logits that depends on nothing but row, pass and position."""
+    rows, width = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    seed = draw(st.integers(0, 2**31))
+    scale = draw(st.sampled_from([0.0, 1.0, 8.0]))  # 0: all ties
+    options = [
+        MaskDiffusion(
+            canvas_length=width,
+            max_steps=draw(st.integers(1, 12)),
+            confidence_threshold=draw(st.sampled_from([0.05, 0.3, 0.8, 1.0])),
+            temperature=draw(st.sampled_from([0.0, 0.0, 0.9])),
+            seed=draw(st.integers(-(2**63), 2**63 - 1)),
+            mask_token_id=MASK,
+        )
+        for _ in range(rows)
+    ]
+
+    def logits(row, step):
+        generator = torch.Generator().manual_seed(seed * 1000 + row * 50 + step)
+        return torch.randn(width, VOCAB, generator=generator) * scale
+
+    return options, width, logits
+
+
+def run_batch(options, width, logits, order=None):
+    """Denoise all rows together with the functions the engine uses; returns canvases after every pass."""
+    rows = order or range(len(options))
+    o = [options[r] for r in rows]
+    canvas = torch.full((len(o), width), MASK)
+    passes = torch.zeros(len(o), dtype=torch.int64)
+    max_steps = torch.tensor([x.max_steps for x in o])
+    threshold = torch.tensor([x.confidence_threshold for x in o])
+    history = [canvas]
+    while (canvas == MASK).any():
+        masked = canvas == MASK
+        row, column = masked.nonzero(as_tuple=True)
+        flat = torch.stack([logits(rows[int(r)], int(passes[r]))[c] for r, c in zip(row, column, strict=True)])
+        seed = torch.tensor([x.seed for x in o])[row]
+        noise = gumbel_noise(seed, 1 + column, passes[row], VOCAB)
+        token, sure = propose(flat, MASK, torch.tensor([x.temperature for x in o])[row], noise)
+        proposal, confidence = torch.zeros_like(canvas), torch.zeros(canvas.shape)
+        proposal[row, column], confidence[row, column] = token, sure
+        k = num_to_reveal(confidence, masked, threshold, passes, max_steps)
+        canvas = reveal(canvas, proposal, confidence, masked, k)
+        passes = passes + masked.any(dim=1)
+        history.append(canvas)
+        assert (((history[-2] == MASK).sum(1) - (canvas == MASK).sum(1)) == k).all()
+    return history, passes
+
+
+def run_reference(option, row, logits):
+    step = -1
+
+    def denoise(canvas, level):
+        nonlocal step
+        step += 1
+        return logits(row, step)
+
+    return generate_mask_diffusion(1, option.canvas_length, denoise, lambda _: None, option)
+
+
+@settings(max_examples=60, deadline=None)
+@given(canvases())
+def test_the_batched_functions_equal_the_plain_reference_row_by_row(case):
+    options, width, logits = case
+    history, passes = run_batch(options, width, logits)
+    for row, option in enumerate(options):
+        result = run_reference(option, row, logits)
+        assert history[-1][row].tolist() == list(result.token_ids)
+        assert int(passes[row]) == result.num_denoise_passes
+
+
+@settings(max_examples=60, deadline=None)
+@given(canvases())
+def test_laws(case):
+    options, width, logits = case
+    history, passes = run_batch(options, width, logits)
+    for row, option in enumerate(options):
+        num_passes = int(passes[row])
+        assert 1 <= num_passes <= option.max_steps, "denoising ends within T passes"
+        if option.confidence_threshold == 1.0 and option.max_steps >= width:
+            assert num_passes == width, "threshold 1 reveals one token per pass"
+        for before, after in zip(history, history[1:], strict=False):
+            fixed = before[row] != MASK
+            assert (before[row][fixed] == after[row][fixed]).all(), "a revealed token never changes"
+            if (before[row] == MASK).any():
+                assert (after[row] == MASK).sum() < (before[row] == MASK).sum(), "every pass reveals"
+    assert not (history[-1] == MASK).any(), "the mask is never emitted"
+
+
+@settings(max_examples=30, deadline=None)
+@given(canvases(), st.randoms(use_true_random=False))
+def test_permuting_a_batch_permutes_its_outputs(case, random):
+    options, width, logits = case
+    order = list(range(len(options)))
+    random.shuffle(order)
+    straight, _ = run_batch(options, width, logits)
+    shuffled, _ = run_batch(options, width, logits, order)
+    assert shuffled[-1].tolist() == [straight[-1][r].tolist() for r in order]
+
+
+def test_ties_go_to_the_lowest_position():
+    canvas, masked = torch.full((1, 5), MASK), torch.tensor([[True, False, True, True, True]])
+    canvas[0, 1] = 9
+    proposal, same = torch.tensor([[10, 11, 12, 13, 14]]), torch.full((1, 5), 0.5)
+    revealed = reveal(canvas, proposal, same, masked, torch.tensor([2]))
+    assert revealed.tolist() == [[10, 9, 12, MASK, MASK]]
+
+
+def test_the_threshold_is_strict():
+    masked = torch.ones(1, 4, dtype=torch.bool)
+    confidence = torch.tensor([[0.5, 0.5, 0.5001, 0.9]])
+    k = num_to_reveal(confidence, masked, torch.tensor([0.5]), torch.tensor([0]), torch.tensor([16]))
+    assert k.tolist() == [2]
+
+
+def test_levels_are_found_again():
+    levels = all_noise_levels(16)
+    for width in range(1, 17):
+        for num_masked in range(width + 1):
+            index = level_index(torch.tensor([num_masked]), torch.tensor([width]))
+            assert float(levels[index]) == torch.tensor(num_masked / width, dtype=torch.float32)
