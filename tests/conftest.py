@@ -1,4 +1,5 @@
-"""Environment of every test: Triton's interpreter, engines in this process, quiet logs; uninitialised memory is poison."""
+"""Environment of every test: Triton's interpreter, engines in this process, quiet logs; uninitialised memory is
+poison."""
 
 import os
 

@@ -1,4 +1,5 @@
-"""Real engines for tests: started in this process, stepped under a bound, with a record of which tower every step ran."""
+"""Real engines for tests: started in this process, stepped under a bound, with a record of which tower every step
+ran."""
 
 import contextlib
 import gc

@@ -1,4 +1,5 @@
-"""Request settings: every range check, and what reaches the engine is what was asked for or a refusal that says what to type."""
+"""Request settings: every range check, and what reaches the engine is what was asked for or a refusal that says what to
+type."""
 
 import math
 
@@ -47,7 +48,7 @@ def test_good_settings_and_other_peoples_keys_pass():
 
 
 def test_mock_ar_is_refused_until_it_is_served():
-    with pytest.raises(ValueError, match="mock_ar.*not served yet"):
+    with pytest.raises(ValueError, match=r"mock_ar.*not served yet"):
         canvas_16.validate_params(diffusion_params(mode="mock_ar"))
 
 
@@ -75,7 +76,7 @@ def test_what_mask_diffusion_does_not_honour_is_refused_and_ar_takes_it(params):
 
 
 def test_what_kills_vllms_worker_is_refused_in_every_mode():
-    too_many = {i: 1.0 for i in range(1025)}
+    too_many = dict.fromkeys(range(1025), 1.0)
     with pytest.raises(ValueError, match="logit_bias has 1025 entries"):
         autoregressive.validate_params(SamplingParams(logit_bias=too_many))
     with pytest.raises(ValueError, match="129 stop token ids"):
@@ -100,6 +101,4 @@ def test_diffusion_params_is_a_plain_sampling_params():
 def test_defaults_come_from_the_engine():
     engine = EngineOptions(canvas_length=8, max_steps=5, confidence_threshold=0.7)
     options = RequestOptions.from_extra_args(None, engine)
-    assert options == RequestOptions(
-        mode=Mode.MASK_DIFFUSION, canvas_length=8, max_steps=5, confidence_threshold=0.7
-    )
+    assert options == RequestOptions(mode=Mode.MASK_DIFFUSION, canvas_length=8, max_steps=5, confidence_threshold=0.7)

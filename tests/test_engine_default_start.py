@@ -32,8 +32,6 @@ if __name__ == "__main__":
 """
 
 
-
-
 @pytest.mark.timeout(500)
 def test_an_engine_with_default_settings_generates_correctly(tiny_moe, tmp_path):
     script = tmp_path / "default_start.py"

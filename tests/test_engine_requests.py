@@ -1,4 +1,5 @@
-"""What one request may ask for, and where it ends: seeds, edges of the context length, stops, prompt logprobs, AR beside diffusion."""
+"""What one request may ask for, and where it ends: seeds, edges of the context length, stops, prompt logprobs, AR
+beside diffusion."""
 
 import pytest
 from engine_harness import MAX_MODEL_LEN, engine, golden_params

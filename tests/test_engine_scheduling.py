@@ -1,4 +1,5 @@
-"""The same tokens whatever the engine does around them: quorum, passes per step, budgets, queues, preemption, caching off.
+"""The same tokens whatever the engine does around them: quorum, passes per step, budgets, queues, preemption, caching
+off.
 
 Every test runs under a step bound, so nothing can wait for ever.
 """
@@ -34,7 +35,13 @@ def test_quorum_and_passes_per_step_do_not_change_tokens(tiny_moe, cases, commit
 
 @pytest.mark.parametrize("budget", [48, 50])
 def test_step_budgets_schedule_whole_canvases(tiny_moe, cases, budget):
-    with engine(tiny_moe.path, {"passes_per_step": 16}, enable_prefix_caching=False, max_num_batched_tokens=budget, max_num_seqs=16) as e:
+    with engine(
+        tiny_moe.path,
+        {"passes_per_step": 16},
+        enable_prefix_caching=False,
+        max_num_batched_tokens=budget,
+        max_num_seqs=16,
+    ) as e:
         check(e, cases)
 
 

@@ -1,4 +1,5 @@
-"""Checkpoints: every tensor of the real model has a place, and a checkpoint that does not match is an error that names tensors."""
+"""Checkpoints: every tensor of the real model has a place, and a checkpoint that does not match is an error that names
+tensors."""
 
 import json
 import shutil
@@ -157,7 +158,9 @@ NAME = "denoiser_tower.layers.3.mixer.q_proj.weight"
         pytest.param(lambda t: t.pop(NAME), f"1 missing: {NAME}", id="one removed"),
         pytest.param(lambda t: t.update(extra=torch.zeros(2)), "1 not part of the model: extra", id="one added"),
         pytest.param(
-            lambda t: t.update({NAME: torch.zeros(7, 64)}), rf"{NAME} has shape \[7, 64\].*\[128, 64\]", id="wrong shape"
+            lambda t: t.update({NAME: torch.zeros(7, 64)}),
+            rf"{NAME} has shape \[7, 64\].*\[128, 64\]",
+            id="wrong shape",
         ),
     ],
 )
@@ -182,9 +185,7 @@ def test_what_is_missing_is_listed_but_not_for_pages(tiny_moe):
         list(checked([], SimpleNamespace(**tiny_moe.config), with_denoiser=True))
 
 
-@pytest.mark.parametrize(
-    "limit", [[0.0, float("inf")], [0.0, 1e30], None], ids=["bare Infinity", "1e30", "absent"]
-)
+@pytest.mark.parametrize("limit", [[0.0, float("inf")], [0.0, 1e30], None], ids=["bare Infinity", "1e30", "absent"])
 def test_the_released_configs_oddities_are_read(copy_of, tiny_mlp, limit):
     def change(config):
         config["auto_map"] = {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"}

@@ -59,7 +59,15 @@ def test_seeded_scan_survives_large_states_and_steps():
     x, dt = torch.ones(1, 16, 2, 4), torch.full((1, 16, 2), 60.0)
     b = c = torch.ones(1, 16, 1, 8)
     got = seeded_scan(
-        x, dt, torch.tensor([-16.0, -1.0]), b, c, torch.ones(2), torch.zeros(2), torch.full((1, 2, 4, 8), 1e4), torch.tensor([0])
+        x,
+        dt,
+        torch.tensor([-16.0, -1.0]),
+        b,
+        c,
+        torch.ones(2),
+        torch.zeros(2),
+        torch.full((1, 2, 4, 8), 1e4),
+        torch.tensor([0]),
     )
     assert torch.isfinite(got).all()
 

@@ -1,4 +1,5 @@
-"""With the plugin installed, other models load and give the same tokens as without it (TRITON_INTERPRET unset, as users have it)."""
+"""With the plugin installed, other models load and give the same tokens as without it (TRITON_INTERPRET unset, as users
+have it)."""
 
 import json
 import os

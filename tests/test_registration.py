@@ -24,7 +24,9 @@ def make_config(tiny_mlp):
     def make(diffusion=True, **settings):
         extra = {"diffusion": diffusion} if diffusion is not None else {}
         defaults = {"skip_tokenizer_init": True, "max_model_len": 512, "kv_cache_memory_bytes": 64 << 20}
-        return EngineArgs(model=str(tiny_mlp.path), additional_config=extra, **{**defaults, **settings}).create_engine_config()
+        return EngineArgs(
+            model=str(tiny_mlp.path), additional_config=extra, **{**defaults, **settings}
+        ).create_engine_config()
 
     return make
 
@@ -50,9 +52,21 @@ def _both(*changes):
 @pytest.mark.parametrize(
     ("rule", "change", "message"),
     [
-        ("_pipeline_parallel", _set("parallel_config.pipeline_parallel_size", 2), "pipeline_parallel_size=2.*tensor-parallel"),
-        ("_context_parallel", _set("parallel_config.decode_context_parallel_size", 2), "decode_context_parallel_size=2"),
-        ("_context_parallel", _set("parallel_config.prefill_context_parallel_size", 2), "prefill_context_parallel_size=2"),
+        (
+            "_pipeline_parallel",
+            _set("parallel_config.pipeline_parallel_size", 2),
+            "pipeline_parallel_size=2.*tensor-parallel",
+        ),
+        (
+            "_context_parallel",
+            _set("parallel_config.decode_context_parallel_size", 2),
+            "decode_context_parallel_size=2",
+        ),
+        (
+            "_context_parallel",
+            _set("parallel_config.prefill_context_parallel_size", 2),
+            "prefill_context_parallel_size=2",
+        ),
         ("_connectors", _set("kv_transfer_config", object()), "kv_transfer_config.*leave it out"),
         ("_connectors", _set("ec_transfer_config", object()), "ec_transfer_config.*leave it out"),
         ("_speculative", _set("speculative_config", object()), "speculative_config.*leave it out"),
@@ -69,7 +83,11 @@ def _both(*changes):
             "data_parallel_size=2.*enable-expert-parallel",
         ),
         ("_step_budget", _set("scheduler_config.max_num_batched_tokens", 12), "max_num_batched_tokens=12.*16 or more"),
-        ("_long_prefill_threshold", _set("scheduler_config.long_prefill_token_threshold", 10), "threshold=10.*16 or more"),
+        (
+            "_long_prefill_threshold",
+            _set("scheduler_config.long_prefill_token_threshold", 10),
+            "threshold=10.*16 or more",
+        ),
         ("_model_length", _set("model_config.max_model_len", 16), "max_model_len=16.*17 or more"),
         ("_placement", _set("parallel_config.tensor_parallel_size", 2), "tensor_parallel_size=2.*colocated"),
     ],
@@ -84,14 +102,16 @@ def test_start_up_refuses(make_config, rule, change, message):
 
 
 def test_every_rule_is_tested():
-    tested = {case.values[0] if hasattr(case, "values") else case[0] for case in test_start_up_refuses.pytestmark[0].args[1]}
+    tested = {
+        case.values[0] if hasattr(case, "values") else case[0] for case in test_start_up_refuses.pytestmark[0].args[1]
+    }
     elsewhere = {"_old_runner", "_breakable_graphs"}
     assert tested | elsewhere == {r.__name__ for r in REFUSED_WITH_DIFFUSION}
     assert {r.__name__ for r in ALWAYS_REFUSED} == {"_needs_interpreter"}
 
 
 def test_split_placement_is_refused_until_it_is_built(make_config):
-    with pytest.raises(ValueError, match="tower_placement=split.*colocated"):
+    with pytest.raises(ValueError, match=r"tower_placement=split.*colocated"):
         make_config(diffusion={"tower_placement": "split"})
 
 

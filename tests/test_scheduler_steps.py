@@ -34,7 +34,9 @@ def watch(e):
             assert scheduler.requests[req_id].num_computed_tokens == before[req_id], "denoising computes nothing"
         for request in scheduler.running:
             assert request.num_computed_tokens <= request.num_tokens
-            assert len(request.block_hashes) <= request.num_tokens // scheduler.hash_block_size, "nothing noisy is hashed"
+            assert len(request.block_hashes) <= request.num_tokens // scheduler.hash_block_size, (
+                "nothing noisy is hashed"
+            )
             assert not request.spec_token_ids
         steps.append(
             Step(

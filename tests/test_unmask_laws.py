@@ -1,5 +1,7 @@
 """Laws of denoising on random canvases, and the batched functions against the plain reference."""
 
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,7 +97,7 @@ def test_laws(case):
         assert 1 <= num_passes <= option.max_steps, "denoising ends within T passes"
         if option.confidence_threshold == 1.0 and option.max_steps >= width:
             assert num_passes == width, "threshold 1 reveals one token per pass"
-        for before, after in zip(history, history[1:], strict=False):
+        for before, after in itertools.pairwise(history):
             fixed = before[row] != MASK
             assert (before[row][fixed] == after[row][fixed]).all(), "a revealed token never changes"
             if (before[row] == MASK).any():

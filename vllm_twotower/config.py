@@ -39,7 +39,8 @@ class EngineOptions:
     """Gamma; the default of the request's ``diffusion_confidence_threshold``."""
 
     commit_quorum: float = 0.4
-    """Finished canvases wait until they are this fraction of the mask-diffusion requests, then are committed together."""
+    """Finished canvases wait until they are this fraction of the mask-diffusion requests, then are committed
+    together."""
 
     passes_per_step: int = 1
     """Denoise passes inside one engine step; more share its host work, fewer let requests join and leave sooner."""
@@ -55,7 +56,9 @@ class EngineOptions:
         _check_fraction(where, "commit_quorum", self.commit_quorum)
         _check_int(where, "passes_per_step", self.passes_per_step, 1, MAX_STEPS_LIMIT)
         if self.tower_placement not in PLACEMENTS:
-            raise ValueError(_refusal(where, "tower_placement", self.tower_placement, f"one of {', '.join(PLACEMENTS)}"))
+            raise ValueError(
+                _refusal(where, "tower_placement", self.tower_placement, f"one of {', '.join(PLACEMENTS)}")
+            )
 
     @classmethod
     def from_additional_config(cls, value: Any) -> "EngineOptions | None":
@@ -70,11 +73,14 @@ class EngineOptions:
         if value is True:
             return cls()
         if not isinstance(value, Mapping):
-            raise ValueError(_refusal("setting", CONFIG_KEY, value, 'True, False or a dict such as {"canvas_length": 16}'))
+            raise ValueError(
+                _refusal("setting", CONFIG_KEY, value, 'True, False or a dict such as {"canvas_length": 16}')
+            )
         known = [f.name for f in fields(cls)]
         if unknown := [key for key in value if key not in known]:
             raise ValueError(
-                f"unknown diffusion engine option {unknown[0]!r} (value {value[unknown[0]]!r}); the options are {', '.join(known)}"
+                f"unknown diffusion engine option {unknown[0]!r} (value {value[unknown[0]]!r}); "
+                f"the options are {', '.join(known)}"
             )
         return cls(**value)
 
@@ -104,7 +110,8 @@ class RequestOptions:
         known = [f"{REQUEST_PREFIX}{f.name}" for f in fields(cls)]
         if unknown := [key for key in given if key not in known]:
             raise ValueError(
-                f"unknown request setting {unknown[0]!r} (value {given[unknown[0]]!r}); the settings are {', '.join(known)}"
+                f"unknown request setting {unknown[0]!r} (value {given[unknown[0]]!r}); "
+                f"the settings are {', '.join(known)}"
             )
         values = {key.removeprefix(REQUEST_PREFIX): value for key, value in given.items()}
         check_request_values(values, max_canvas_length=engine.canvas_length)
@@ -134,7 +141,8 @@ def check_request_values(values: Mapping[str, Any], max_canvas_length: int = MAX
 
 
 def request_extra_args(**values: Any) -> dict[str, Any]:
-    """The ``extra_args`` entries for the settings that are not None, checked as far as is possible without an engine."""
+    """The ``extra_args`` entries for the settings that are not None, checked as far as is possible without an
+    engine."""
     given = {name: value for name, value in values.items() if value is not None}
     check_request_values(given)
     return {f"{REQUEST_PREFIX}{name}": getattr(value, "value", value) for name, value in given.items()}

@@ -12,7 +12,7 @@ Nothing here imports torch or vLLM, so every layer of the package may import it.
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 MASK_TOKEN_ID = 3
 """Token id of the mask in the released checkpoint, which registers no mask token (spec: model card, inference.py)."""
@@ -21,7 +21,7 @@ TIMESTEP_SCALE = 1000.0
 """The noise level t in [0, 1] is embedded as t * 1000 (reference: ``TimestepEmbedder``)."""
 
 
-class Mode(str, Enum):
+class Mode(StrEnum):
     """How one request is decoded."""
 
     MASK_DIFFUSION = "mask_diffusion"
@@ -32,7 +32,7 @@ class Mode(str, Enum):
     """The context tower alone, one token at a time, with vLLM's own sampler."""
 
 
-class StepKind(str, Enum):
+class StepKind(StrEnum):
     """Which tower an engine step runs. Every step runs exactly one."""
 
     CONTEXT = "context"

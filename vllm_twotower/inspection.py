@@ -13,7 +13,8 @@ BYTES_FP32 = 4
 
 
 def read_config(path: str) -> Any:
-    """Read a ``config.json``, or the one in a checkpoint folder; Python's JSON accepts the bare Infinity some copies carry.
+    """Read a ``config.json``, or the one in a checkpoint folder; Python's JSON accepts the bare Infinity some copies
+    carry.
 
     Raises:
         ValueError: no such file, or not a two-tower config.
@@ -41,6 +42,7 @@ def describe(config: Any) -> str:
     ssm = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size * BYTES_FP32
     channels = config.mamba_num_heads * config.mamba_head_dim + 2 * config.n_groups * config.ssm_state_size
     conv = channels * (config.conv_kernel - 1) * BYTES_BF16
+    state = pattern.count("M") * (ssm + conv)
     return "\n".join(
         [
             f"layers per tower      {len(pattern)}: {layers}",
@@ -49,7 +51,7 @@ def describe(config: Any) -> str:
             f"denoiser tower        {_amount(total - context)}",
             f"both                  {_amount(total)}",
             f"KV cache              {kv_bytes:,} bytes per token (bf16)",
-            f"Mamba state           {pattern.count('M') * (ssm + conv) / 1e6:.1f} MB per running request (fp32 SSM, bf16 conv)",
+            f"Mamba state           {state / 1e6:.1f} MB per running request (fp32 SSM, bf16 conv)",
         ]
     )
 

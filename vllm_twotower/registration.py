@@ -1,7 +1,7 @@
 """Registration with vLLM: the architecture, the configuration hook, and what start-up refuses.
 
-``register_with_vllm`` runs in every vLLM process for every model, so it never raises and does as little as it can; a problem is
-recorded and raised when *our* architecture is loaded.
+``register_with_vllm`` runs in every vLLM process for every model, so it never raises and does as little as it can; a
+problem is recorded and raised when *our* architecture is loaded.
 """
 
 import logging
@@ -66,7 +66,8 @@ def engine_options(vllm_config: Any) -> EngineOptions | None:
     if upstream is not None:
         if ours:
             raise ValueError(
-                "diffusion is configured twice, by diffusion_config and by additional_config['diffusion']: keep the second"
+                "diffusion is configured twice, by diffusion_config and by additional_config['diffusion']: "
+                "keep the second"
             )
         ours = {"canvas_length": upstream.canvas_length}
         if upstream.max_denoising_steps is not None:
@@ -101,9 +102,10 @@ def apply_defaults(vllm_config: Any, options: EngineOptions | None) -> None:
         scheduler.max_num_seqs = DEFAULT_MAX_NUM_SEQS
 
 
-# ---- what start-up refuses -------------------------------------------------------------------------------------------------------
-# One small rule each: (vllm_config, options) -> what is wrong and what to type instead, or None. Rules of the second list apply
-# with diffusion on only.
+# ---- what start-up refuses
+# ------------------------------------------------------------------------------------------------------- One small rule
+# each: (vllm_config, options) -> what is wrong and what to type instead, or None. Rules of the second list apply with
+# diffusion on only.
 
 Rule = Callable[[Any, EngineOptions], str | None]
 
@@ -116,7 +118,11 @@ def _needs_interpreter(c: Any, _: Any) -> str | None:
 
 def _pipeline_parallel(c: Any, _: Any) -> str | None:
     size = c.parallel_config.pipeline_parallel_size
-    return f"pipeline_parallel_size={size}: both towers run in one stage; use --tensor-parallel-size instead" if size > 1 else None
+    return (
+        f"pipeline_parallel_size={size}: both towers run in one stage; use --tensor-parallel-size instead"
+        if size > 1
+        else None
+    )
 
 
 def _context_parallel(c: Any, _: Any) -> str | None:
@@ -139,12 +145,18 @@ def _speculative(c: Any, _: Any) -> str | None:
 
 
 def _lora(c: Any, _: Any) -> str | None:
-    return "lora_config is set: adapters are not applied to the denoiser; leave out --enable-lora" if c.lora_config else None
+    return (
+        "lora_config is set: adapters are not applied to the denoiser; leave out --enable-lora"
+        if c.lora_config
+        else None
+    )
 
 
 def _dual_batch_overlap(c: Any, _: Any) -> str | None:
     if getattr(c.parallel_config, "enable_dbo", False) or getattr(c.parallel_config, "ubatch_size", 0) > 1:
-        return "dual batch overlap is on: a step runs one tower over one batch; leave out --enable-dbo and --ubatch-size"
+        return (
+            "dual batch overlap is on: a step runs one tower over one batch; leave out --enable-dbo and --ubatch-size"
+        )
     return None
 
 
@@ -160,7 +172,11 @@ def _watermark(c: Any, _: Any) -> str | None:
 
 def _mamba_cache_mode(c: Any, _: Any) -> str | None:
     mode = c.cache_config.mamba_cache_mode
-    return f"mamba_cache_mode={mode}: use --mamba-cache-mode align, or none without prefix caching" if mode == "all" else None
+    return (
+        f"mamba_cache_mode={mode}: use --mamba-cache-mode align, or none without prefix caching"
+        if mode == "all"
+        else None
+    )
 
 
 def _replay_ssm(c: Any, _: Any) -> str | None:
@@ -171,7 +187,9 @@ def _replay_ssm(c: Any, _: Any) -> str | None:
 def _priority(c: Any, _: Any) -> str | None:
     policy = c.scheduler_config.policy
     if policy == "priority":
-        return f"scheduling policy={policy}: rows of the other step kind cannot be victims; use --scheduling-policy fcfs"
+        return (
+            f"scheduling policy={policy}: rows of the other step kind cannot be victims; use --scheduling-policy fcfs"
+        )
     return None
 
 
@@ -179,8 +197,8 @@ def _data_and_expert_parallel(c: Any, _: Any) -> str | None:
     p = c.parallel_config
     if p.data_parallel_size > 1 and p.enable_expert_parallel:
         return (
-            f"data_parallel_size={p.data_parallel_size} with expert parallelism: ranks may be in different towers and would wait for "
-            "each other for ever; leave out --enable-expert-parallel"
+            f"data_parallel_size={p.data_parallel_size} with expert parallelism: ranks may be in different "
+            "towers and would wait for each other for ever; leave out --enable-expert-parallel"
         )
     return None
 
@@ -196,8 +214,8 @@ def _breakable_graphs(c: Any, _: Any) -> str | None:
 
     if envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
         return (
-            "VLLM_USE_BREAKABLE_CUDAGRAPH is on (VLLM_BATCH_INVARIANT turns it on too): a graph of the context tower would be "
-            "replayed for denoise steps; set VLLM_USE_BREAKABLE_CUDAGRAPH=0"
+            "VLLM_USE_BREAKABLE_CUDAGRAPH is on (VLLM_BATCH_INVARIANT turns it on too): a graph of the context "
+            "tower would be replayed for denoise steps; set VLLM_USE_BREAKABLE_CUDAGRAPH=0"
         )
     return None
 
@@ -241,7 +259,8 @@ def _placement(c: Any, options: EngineOptions) -> str | None:
         return "tower_placement=split: not built yet; use tower_placement=colocated"
     if size > 1 and options.tower_placement == "auto":
         return (
-            f"tensor_parallel_size={size} with tower_placement=auto means one tower per device, which is not built yet: use "
+            f"tensor_parallel_size={size} with tower_placement=auto means one tower per device, which is not "
+            "built yet: use "
             '--additional-config \'{"diffusion": {"tower_placement": "colocated"}}\''
         )
     return None

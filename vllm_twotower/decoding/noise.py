@@ -1,8 +1,8 @@
 """Counter-based Gumbel noise: a pure function of (request seed, position, pass, vocabulary index).
 
-A proposal's noise must not depend on who shares the batch, on the device, or on how often a request was preempted, so it comes
-from no generator with state. Philox-4x32-10 (Salmon et al., SC'11) is the generator that Triton and cuRAND offer too; a kernel
-that draws ``philox(seed, vocab_index, position, pass, 0)`` reproduces these numbers.
+A proposal's noise must not depend on who shares the batch, on the device, or on how often a request was preempted, so
+it comes from no generator with state. Philox-4x32-10 (Salmon et al., SC'11) is the generator that Triton and cuRAND
+offer too; a kernel that draws ``philox(seed, vocab_index, position, pass, 0)`` reproduces these numbers.
 """
 
 import torch

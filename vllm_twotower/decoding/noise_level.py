@@ -1,7 +1,8 @@
 """The noise level t of a canvas and the finite set of values it can take.
 
-t is the masked fraction of the request's **own** canvas. (The reference takes the mean over the batch, a defect it shares with
-no training code; at batch 1 they agree.) A canvas of width W has exactly W + 1 levels, so whatever depends on t can be tabulated.
+t is the masked fraction of the request's **own** canvas. (The reference takes the mean over the batch, a defect it
+shares with no training code; at batch 1 they agree.) A canvas of width W has exactly W + 1 levels, so whatever depends
+on t can be tabulated.
 """
 
 import torch
@@ -29,7 +30,6 @@ def level_index(num_masked_R: torch.Tensor, width_R: torch.Tensor) -> torch.Tens
 
 
 def all_noise_levels(max_width: int) -> torch.Tensor:
-    """Every t that a canvas of width 1 to ``max_width`` can have, float32 [W_max * (W_max + 3) / 2], see ``level_index``."""
-    return torch.cat(
-        [torch.arange(width + 1, dtype=torch.float32) / width for width in range(1, max_width + 1)]
-    )
+    """Every t that a canvas of width 1 to ``max_width`` can have, float32 [W_max * (W_max + 3) / 2], see
+    ``level_index``."""
+    return torch.cat([torch.arange(width + 1, dtype=torch.float32) / width for width in range(1, max_width + 1)])

@@ -1,11 +1,12 @@
-"""Both towers in plain torch, batch first, no vLLM: the oracle for the engine and the model that ``tools/train_demo.py`` trains.
+"""Both towers in plain torch, batch first, no vLLM: the oracle for the engine and the model that
+``tools/train_demo.py`` trains.
 
-Written for reading and differentiable throughout. Weights are a flat mapping in the released layout's names, so what is trained
-here is saved as it is. Source of every formula: spec sections 3.1 to 3.4, i.e. ``modeling_nemotron_twotower.py`` over
-``modeling_nemotron_h.py``.
+Written for reading and differentiable throughout. Weights are a flat mapping in the released layout's names, so what is
+trained here is saved as it is. Source of every formula: spec sections 3.1 to 3.4, i.e.
+``modeling_nemotron_twotower.py`` over ``modeling_nemotron_h.py``.
 
-Legend: B batch, L tokens, D hidden, V vocabulary; Mamba: H heads, P head dim, G groups, N state, C = H*P + 2*G*N conv channels,
-K conv kernel; attention: Q query heads, J KV heads, d head dim.
+Legend: B batch, L tokens, D hidden, V vocabulary; Mamba: H heads, P head dim, G groups, N state, C = H*P + 2*G*N conv
+    channels, K conv kernel; attention: Q query heads, J KV heads, d head dim.
 """
 
 import math
@@ -70,9 +71,11 @@ class MambaCache:
 
 @dataclass
 class ContextCache:
-    """Everything the denoiser reads of the context, by layer index, and the Mamba states one token back (for mock-AR)."""
+    """Everything the denoiser reads of the context, by layer index, and the Mamba states one token back (for
+    mock-AR)."""
 
-    layers: dict[int, AttentionCache | MambaCache] = field(default_factory=dict)
+    attention: dict[int, AttentionCache] = field(default_factory=dict)
+    mamba: dict[int, MambaCache] = field(default_factory=dict)
     previous: dict[int, MambaCache] = field(default_factory=dict)
 
 
@@ -92,19 +95,22 @@ class PlainTwoTower:
     # ---- whole-tower passes ------------------------------------------------------------------------------------------
 
     def extend_context(self, tokens_BL: torch.Tensor, cache: ContextCache) -> torch.Tensor:
-        """Run the context tower causally over new tokens, advance ``cache``, return the final hidden states [B, L, D]."""
+        """Run the context tower causally over new tokens, advance ``cache``, return the final hidden states [B, L,
+        D]."""
         hidden_BLD = self._embed(CONTEXT, tokens_BL)
         cache.previous = {}
         for index, kind in enumerate(self.shape.hybrid_override_pattern):
             name = f"{CONTEXT}.layers.{index}"
             normed_BLD = self._norm(f"{name}.norm", hidden_BLD)
             if kind == "*":
-                out_BLD, cache.layers[index] = self._attention(name, normed_BLD, cache.layers.get(index), causal=True)
+                out_BLD, cache.attention[index] = self._attention(
+                    name, normed_BLD, cache.attention.get(index), causal=True
+                )
             elif kind == "M":
-                if index in cache.layers:
-                    cache.previous[index] = cache.layers[index]
-                out_BLD, states = self.mamba(name, normed_BLD, cache.layers.get(index))
-                cache.layers[index] = states[-1]
+                if index in cache.mamba:
+                    cache.previous[index] = cache.mamba[index]
+                out_BLD, states = self.mamba(name, normed_BLD, cache.mamba.get(index))
+                cache.mamba[index] = states[-1]
             else:
                 out_BLD = self._feed_forward(name, kind, normed_BLD)
             hidden_BLD = hidden_BLD + out_BLD
@@ -130,14 +136,16 @@ class PlainTwoTower:
             shift, scale, gate = (
                 v[:, None] for v in (time_B3D + self.weights[f"scale_shift_tables.{index}"]).unbind(1)
             )
-            if kind in "*M":  # the released weights were trained with the norm fused into the projection: modulate first
+            if (
+                kind in "*M"
+            ):  # the released weights were trained with the norm fused into the projection: modulate first
                 x_BSD = self._norm(f"{name}.norm", hidden_BSD * (1 + scale) + shift)
             else:
                 x_BSD = self._norm(f"{name}.norm", hidden_BSD) * (1 + scale) + shift
             if kind == "*":
-                out_BSD, _ = self._attention(name, x_BSD, cache.layers[index], causal=False)
+                out_BSD, _ = self._attention(name, x_BSD, cache.attention[index], causal=False)
             elif kind == "M":
-                out_BSD, _ = self.mamba(name, x_BSD, cache.layers[index])
+                out_BSD, _ = self.mamba(name, x_BSD, cache.mamba[index])
             else:
                 out_BSD = self._feed_forward(name, kind, x_BSD)
             hidden_BSD = hidden_BSD + gate * out_BSD
@@ -153,7 +161,7 @@ class PlainTwoTower:
             name = f"{DENOISER}.layers.{index}"
             x = self._norm(f"{name}.norm", hidden)
             if kind == "*":
-                layer = cache.layers[index]
+                layer = cache.attention[index]
                 before = AttentionCache(layer.keys_BJLd[:, :, :-1], layer.values_BJLd[:, :, :-1])
                 out, _ = self._attention(name, x, before, causal=True)
             elif kind == "M":
@@ -164,7 +172,8 @@ class PlainTwoTower:
         return self._denoiser_logits(hidden)
 
     def time_vector(self, level_B: torch.Tensor) -> torch.Tensor:
-        """The shift, scale and gate that all layers share, before each adds its own table: [B, 3, D] (``TimestepEmbedder``)."""
+        """The shift, scale and gate that all layers share, before each adds its own table: [B, 3, D]
+        (``TimestepEmbedder``)."""
         w = self.weights
         dtype = w["t_embedder.mlp.0.weight"].dtype
         half = TIMESTEP_FEATURES // 2
@@ -190,9 +199,7 @@ class PlainTwoTower:
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.shape.layer_norm_epsilon)
         return (x32 * self.weights[f"{name}.weight"].float()).to(x.dtype)
 
-    def attention_projections(
-        self, name: str, x_BLD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def attention_projections(self, name: str, x_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [B, Q, L, d], keys and values [B, J, L, d]; there is no position encoding."""
         w, d = self.weights, self.shape.head_dim
         return tuple(
@@ -207,7 +214,8 @@ class PlainTwoTower:
         v_BJMd: torch.Tensor,
         visible: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Grouped-query attention and the output projection, [B, L, D]; ``visible`` is a bool mask [L, M] or None for all."""
+        """Grouped-query attention and the output projection, [B, L, D]; ``visible`` is a bool mask [L, M] or None for
+        all."""
         out = F.scaled_dot_product_attention(q_BQLd, k_BJMd, v_BJMd, attn_mask=visible, enable_gqa=True)
         return F.linear(out.transpose(1, 2).flatten(2), self.weights[f"{name}.mixer.o_proj.weight"])
 
@@ -241,7 +249,10 @@ class PlainTwoTower:
         history_BC = torch.cat([cache.conv_BKC.to(xbc_BLC.dtype), xbc_BLC], dim=1)
         conv_BLC = F.silu(
             F.conv1d(
-                history_BC.transpose(1, 2), w[f"{mixer}.conv1d.weight"], w[f"{mixer}.conv1d.bias"], groups=xbc_BLC.shape[-1]
+                history_BC.transpose(1, 2),
+                w[f"{mixer}.conv1d.weight"],
+                w[f"{mixer}.conv1d.bias"],
+                groups=xbc_BLC.shape[-1],
             )
         ).transpose(1, 2)
         x, b, c = conv_BLC.float().split([inner, groups, groups], dim=-1)
@@ -312,8 +323,8 @@ def state_space_scan(
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """The Mamba-2 recurrence, exactly, in its closed form per chunk (Mamba-2 paper, section 6, state-space duality).
 
-    h_t = exp(a dt_t) h_(t-1) + dt_t x_t b_t^T and y_t = h_t c_t, all fp32. Tokens of all chunks are handled at once; only the
-    states pass from chunk to chunk.
+    h_t = exp(a dt_t) h_(t-1) + dt_t x_t b_t^T and y_t = h_t c_t, all fp32. Tokens of all chunks are handled at once;
+    only the states pass from chunk to chunk.
 
     Args:
         x_BLHP: inputs.
@@ -339,7 +350,8 @@ def state_space_scan(
     x, dt = chunked(x_BLHP), chunked(dt_BLH)
     b, c = (chunked(t).repeat_interleave(repeat, dim=3) for t in (b_BLGN, c_BLGN))
     log_decay = (dt * a_H).cumsum(dim=2)  # [B, chunks, chunk, H]: from the chunk's start up to and including t
-    # decay from token s (exclusive) to token t (inclusive), for s <= t; the difference is masked before exp, which overflows
+    # decay from token s (exclusive) to token t (inclusive), for s <= t; the difference is masked before exp, which
+    # overflows
     between = log_decay[:, :, :, None] - log_decay[:, :, None]
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()[:, :, None]
     weight = torch.where(causal, between, float("-inf")).exp()

@@ -69,15 +69,13 @@ def _propose(logits_V: torch.Tensor, position: int, step: int, settings: MaskDif
     logits_V[settings.mask_token_id] = float("-inf")
     scores_V = logits_V
     if settings.temperature > 0:
-        key = [torch.tensor([value], device=logits_V.device) for value in (settings.seed, position, step)]
-        scores_V = logits_V / settings.temperature + gumbel_noise(*key, logits_V.shape[0])[0]
+        seed, at, pass_index = torch.tensor([[settings.seed], [position], [step]], device=logits_V.device)
+        scores_V = logits_V / settings.temperature + gumbel_noise(seed, at, pass_index, logits_V.shape[0])[0]
     token = int(scores_V.argmax())
     return token, float(logits_V.softmax(dim=-1)[token])
 
 
-def _positions_to_reveal(
-    proposals: dict[int, tuple[int, float]], step: int, settings: MaskDiffusion
-) -> list[int]:
+def _positions_to_reveal(proposals: dict[int, tuple[int, float]], step: int, settings: MaskDiffusion) -> list[int]:
     """The k surest positions, ties to the lowest; k = max(#(confidence > threshold), 1, ceil(masked / passes left))."""
     num_sure = sum(confidence > settings.confidence_threshold for _, confidence in proposals.values())
     num_due = -(-len(proposals) // (settings.max_steps - step))
@@ -85,9 +83,7 @@ def _positions_to_reveal(
     return surest_first[: max(num_sure, num_due, 1)]
 
 
-def generate_greedy(
-    first: torch.Tensor, step: Callable[[int], torch.Tensor], max_tokens: int
-) -> DecodingResult:
+def generate_greedy(first: torch.Tensor, step: Callable[[int], torch.Tensor], max_tokens: int) -> DecodingResult:
     """One token at a time, greedily: ``ar`` and ``mock_ar`` (reference: ``generate_ar``, ``generate_mock_ar``).
 
     Args:
@@ -96,7 +92,8 @@ def generate_greedy(
         max_tokens: tokens to generate.
 
     """
-    logits, tokens = first, []
+    logits = first
+    tokens: list[int] = []
     while len(tokens) < max_tokens:
         if tokens:
             logits = step(tokens[-1])

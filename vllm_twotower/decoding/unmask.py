@@ -1,9 +1,10 @@
-"""One denoise pass's decisions, for a batch of canvases: propose a token per masked position, then reveal the surest ones.
+"""One denoise pass's decisions, for a batch of canvases: propose a token per masked position, then reveal the surest
+ones.
 
 Legend: R rows (requests), S canvas positions, N masked positions of all rows, V vocabulary.
 
-The laws, each pinned in ``tests/test_unmask_laws.py``: a revealed token never changes; a row with masked positions reveals at
-least one and never more than the rule's number; ties go to the lowest position; rows do not see each other.
+The laws, each pinned in ``tests/test_unmask_laws.py``: a revealed token never changes; a row with masked positions
+reveals at least one and never more than the rule's number; ties go to the lowest position; rows do not see each other.
 """
 
 import torch
@@ -85,7 +86,8 @@ def reveal(
 
     """
     ranked_RS = torch.where(masked_RS, confidence_RS, float("-inf"))
-    # a confidence can underflow to 0 but never reach -inf, so masked positions always rank first; stable: lowest position first
+    # a confidence can underflow to 0 but never reach -inf, so masked positions always rank first; stable: lowest
+    # position first
     order_RS = ranked_RS.sort(dim=1, descending=True, stable=True).indices
     rank_RS = torch.empty_like(order_RS)
     rank_RS.scatter_(1, order_RS, torch.arange(canvas_RS.shape[1], device=canvas_RS.device).expand_as(order_RS))

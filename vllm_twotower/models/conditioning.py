@@ -1,7 +1,7 @@
 """Time conditioning of the denoiser: from the noise level t to each layer's shift, scale and gate (adaLN-single).
 
-A canvas of at most S tokens has finitely many noise levels, so everything before the layers' own tables is computed once per level
-and looked up ever after.
+A canvas of at most S tokens has finitely many noise levels, so everything before the layers' own tables is computed
+once per level and looked up ever after.
 """
 
 import math
@@ -71,7 +71,7 @@ class TimeConditioning(nn.Module):
         self._vector_by_level = None
 
     def _tabulate(self, device: torch.device) -> torch.Tensor:
-        dtype = self.t_block[1].weight.dtype
+        dtype = self.scale_shift_tables[0].dtype
         features = timestep_features(all_noise_levels(self.max_canvas_length).to(device), dtype)
         vectors = self.t_block(self.t_embedder.mlp(features))
         return vectors.view(vectors.shape[0], 3, -1)

@@ -1,10 +1,12 @@
 """The denoiser tower on vLLM's layers: one forward is one denoise pass over the canvases of a batch.
 
-It owns weights only. Keys and values go through the aligned context layer's ``Attention`` module, into the lookahead slots that the
-commit will overwrite; Mamba starts from the aligned context layer's states and writes nothing back. It holds no ``Attention`` and
-no ``MambaMixer2`` (vLLM would allocate caches for them) and is never compiled as a whole (a graph could replay in the wrong step).
+It owns weights only. Keys and values go through the aligned context layer's ``Attention`` module, into the lookahead
+slots that the commit will overwrite; Mamba starts from the aligned context layer's states and writes nothing back. It
+holds no ``Attention`` and no ``MambaMixer2`` (vLLM would allocate caches for them) and is never compiled as a whole (a
+graph could replay in the wrong step).
 
-Legend: T tokens of all canvases in batch order, R rows (requests), W widest canvas of the batch, D hidden, C conv channels.
+Legend: T tokens of all canvases in batch order, R rows (requests), W widest canvas of the batch, D hidden, C conv
+    channels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -93,7 +95,7 @@ class DenoiserAttention(nn.Module):
             prefix=f"{prefix}.o_proj",
         )
 
-    def forward(self, x_TD: torch.Tensor, context_mixer: nn.Module, layout: CanvasLayout) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, context_mixer: Any, layout: CanvasLayout) -> torch.Tensor:
         """Attend through the context layer's paged cache; the step's metadata says ``causal=False``."""
         qkv, _ = self.qkv_proj(x_TD)
         q, k, v = qkv.split([context_mixer.q_size, context_mixer.kv_size, context_mixer.kv_size], dim=-1)
@@ -118,7 +120,8 @@ class _ShardedConv(nn.Module):
 
 
 class DenoiserMamba(nn.Module):
-    """A Mamba-2 layer that starts from the context tower's state and leaves no state behind; causal within the canvas."""
+    """A Mamba-2 layer that starts from the context tower's state and leaves no state behind; causal within the
+    canvas."""
 
     def __init__(self, config: Any, quant_config: Any, prefix: str) -> None:
         super().__init__()
@@ -152,7 +155,7 @@ class DenoiserMamba(nn.Module):
             inner, config.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.out_proj"
         )
 
-    def forward(self, x_TD: torch.Tensor, context_mixer: nn.Module, layout: CanvasLayout) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, context_mixer: Any, layout: CanvasLayout) -> torch.Tensor:
         """One canvas per row, seeded from ``context_mixer``'s cache."""
         projected, _ = self.in_proj(x_TD)
         channels = self.inner + 2 * self.group_channels
@@ -176,11 +179,15 @@ class DenoiserMamba(nn.Module):
         return out
 
     def _seed(
-        self, context_mixer: nn.Module, layout: CanvasLayout, like: torch.Tensor
+        self, context_mixer: Any, layout: CanvasLayout, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The K - 1 newest conv inputs of each row, the cache of SSM states, and each row's slot in it."""
         if not layout.mamba_slots:  # profile run: no cache yet
-            kernel, head_dim, state = context_mixer.conv_kernel_size, context_mixer.head_dim, context_mixer.ssm_state_size
+            kernel, head_dim, state = (
+                context_mixer.conv_kernel_size,
+                context_mixer.head_dim,
+                context_mixer.ssm_state_size,
+            )
             conv = like.new_zeros(layout.num_rows, kernel - 1, like.shape[-1])
             ssm = like.new_zeros(1, self.heads, head_dim, state, dtype=torch.float32)
             return conv, ssm, torch.zeros(layout.num_rows, dtype=torch.int64, device=like.device)
@@ -194,7 +201,12 @@ def feed_forward(kind: str, config: Any, vllm_config: VllmConfig, prefix: str) -
     """A mixture of experts or a dense MLP: per token, with no input from the context."""
     if kind == "-":
         return NemotronHMLP(
-            config, config.hidden_size, config.intermediate_size, vllm_config.quant_config, config.mlp_bias, prefix=prefix
+            config,
+            config.hidden_size,
+            config.intermediate_size,
+            vllm_config.quant_config,
+            config.mlp_bias,
+            prefix=prefix,
         )
     if current_platform.is_cpu():
         return PortableMoE(config, vllm_config.quant_config, prefix)
@@ -220,7 +232,7 @@ class DenoiserLayer(nn.Module):
         self,
         hidden_TD: torch.Tensor,
         modulation_T: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        context_mixer: nn.Module,
+        context_mixer: Any,
         layout: CanvasLayout,
     ) -> torch.Tensor:
         """[T, D] -> [T, D]; ``modulation_T`` is each token's shift, scale and gate."""

@@ -1,7 +1,7 @@
 """Nemotron-H's mixture of experts in plain torch, for platforms where vLLM's fused one refuses (a CPU, vLLM 0.32).
 
-vLLM's CPU experts know gated activations only; this model's experts are down(relu(up(x))^2). Same parameters, same weights file.
-The routing runs in fp64 as the reference's does, so that borderline choices fall the same way.
+vLLM's CPU experts know gated activations only; this model's experts are down(relu(up(x))^2). Same parameters, same
+weights file. The routing runs in fp64 as the reference's does, so that borderline choices fall the same way.
 """
 
 from collections.abc import Iterable
@@ -63,7 +63,8 @@ class _Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]), requires_grad=False)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Take ``{expert}.up_proj.weight`` and ``{expert}.down_proj.weight``; called by vLLM's ``AutoWeightsLoader``."""
+        """Take ``{expert}.up_proj.weight`` and ``{expert}.down_proj.weight``; called by vLLM's
+        ``AutoWeightsLoader``."""
         for name, tensor in weights:
             expert, projection, _ = name.split(".")
             if projection == "up_proj":
@@ -73,6 +74,16 @@ class _Experts(nn.Module):
         return {"up", "down"}
 
 
+class _Gate(nn.Module):
+    """The router's weights, replicated on every rank."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        num_experts = config.n_routed_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size), requires_grad=False)
+        self.e_score_correction_bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float32), requires_grad=False)
+
+
 class PortableMoE(nn.Module):
     """Sigmoid router with a selection bias, top-k routed experts and one shared expert."""
 
@@ -80,8 +91,8 @@ class PortableMoE(nn.Module):
         super().__init__()
         if config.n_group != 1 or config.topk_group != 1:
             raise ValueError(
-                f"n_group={config.n_group}, topk_group={config.topk_group}: the portable mixture of experts knows one group only; "
-                "set both to 1 or run on a GPU"
+                f"n_group={config.n_group}, topk_group={config.topk_group}: the portable mixture of experts knows one "
+                "group only; set both to 1 or run on a GPU"
             )
         self.top_k = config.num_experts_per_tok
         self.normalise = config.norm_topk_prob
@@ -91,11 +102,7 @@ class PortableMoE(nn.Module):
         self.n_routed_experts = self.n_logical_experts = self.n_physical_experts = config.n_routed_experts
         self.n_local_physical_experts, self.n_redundant_experts = config.n_routed_experts, 0
         self.n_shared_experts = config.n_shared_experts
-        self.gate = nn.Module()
-        self.gate.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size), requires_grad=False)
-        self.gate.e_score_correction_bias = nn.Parameter(
-            torch.empty(config.n_routed_experts, dtype=torch.float32), requires_grad=False
-        )
+        self.gate = _Gate(config)
         self.experts = _Experts(config)
         self.shared_experts = None
         if config.n_shared_experts:

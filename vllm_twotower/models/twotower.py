@@ -1,7 +1,7 @@
 """The registered model: vLLM's own Nemotron-H as the context tower, and the denoiser tower beside it.
 
-Every engine step runs exactly one of them. ``forward`` is told which by the step's inputs: the model state passes a denoise step
-(``runtime/denoise_step.py``) or nothing.
+Every engine step runs exactly one of them. ``forward`` is told which by the step's inputs: the model state passes a
+denoise step (``runtime/denoise_step.py``) or nothing.
 """
 
 from collections.abc import Iterable
@@ -31,13 +31,15 @@ class DenoiseStep(Protocol):
 class NemotronHTwoTowerForCausalLM(NemotronHForCausalLM):
     """Context tower, and with diffusion on the denoiser tower.
 
-    Without ``additional_config["diffusion"]`` only the context tower is built and loaded: a plain autoregressive Nemotron-H.
+    Without ``additional_config["diffusion"]`` only the context tower is built and loaded: a plain autoregressive
+    Nemotron-H.
     """
 
     hf_to_vllm_mapper = CHECKPOINT_TO_MODULE
 
     allow_patterns_overrides = ("model-*.safetensors", "model.safetensors")
-    """The files a checkpoint consists of, shards first: nothing is unpickled, and other safetensors beside them are not read."""
+    """The files a checkpoint consists of, shards first: nothing is unpickled, and other safetensors beside them are not
+    read."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         compat.raise_recorded_problem()
@@ -74,8 +76,8 @@ class NemotronHTwoTowerForCausalLM(NemotronHForCausalLM):
         """Run one tower.
 
         Returns:
-            Hidden states of the context tower [T, D], or in a denoise step an empty stand-in of that shape: what was revealed
-            stays in ``denoise_step`` for the sampler.
+            Hidden states of the context tower [T, D], or in a denoise step an empty stand-in of that shape: what was
+            revealed stays in ``denoise_step`` for the sampler.
 
         """
         self._ran_denoise_step = denoise_step is not None
@@ -113,7 +115,8 @@ class NemotronHTwoTowerForCausalLM(NemotronHForCausalLM):
 
     def _profile_denoiser(self, device: torch.device) -> None:
         """Run the denoiser at its widest, so that vLLM's memory profile covers it; there are no caches yet."""
-        assert self.denoiser is not None and self.options is not None
+        assert self.denoiser is not None
+        assert self.options is not None
         width = self.options.canvas_length
         num_rows = min(self.scheduler_config.max_num_seqs, self.scheduler_config.max_num_batched_tokens // width)
         layout = CanvasLayout.from_widths([width] * num_rows, device)

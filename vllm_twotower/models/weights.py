@@ -1,7 +1,7 @@
 """The released checkpoint's tensors: their names, their shapes, and where each goes in the module tree.
 
-Names and shapes: spec section 2. Loading is strict both ways: a tensor that is missing, unknown or of the wrong shape is an error
-that lists names, never a silently random layer.
+Names and shapes: spec section 2. Loading is strict both ways: a tensor that is missing, unknown or of the wrong shape
+is an error that lists names, never a silently random layer.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,8 @@ CHECKPOINT_TO_MODULE = WeightsMapper(
         ".k_proj": (".qkv_proj", "k"),
         ".v_proj": (".qkv_proj", "v"),
     },
-    # prefixes are tried in this order, each on what the one before left: the denoiser's head must move before the context's
+    # prefixes are tried in this order, each on what the one before left: the denoiser's head must move before the
+    # context's
     orig_to_new_prefix={
         "lm_head.": "denoiser.lm_head.",
         "context_lm_head.": "lm_head.",
@@ -80,7 +81,11 @@ def _mixer_shapes(kind: str, config: Any) -> Iterator[tuple[str, tuple[int, ...]
         yield "norm.weight", (inner,)
         yield "out_proj.weight", (hidden, inner)
     elif kind == "*":
-        for name, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads), ("v", config.num_key_value_heads)):
+        for name, heads in (
+            ("q", config.num_attention_heads),
+            ("k", config.num_key_value_heads),
+            ("v", config.num_key_value_heads),
+        ):
             yield f"{name}_proj.weight", (heads * config.head_dim, hidden)
         yield "o_proj.weight", (hidden, config.num_attention_heads * config.head_dim)
     elif kind == "E":
@@ -124,7 +129,8 @@ def checked(
             continue
         if tuple(tensor.shape) != expected[name]:
             raise ValueError(
-                f"checkpoint tensor {name} has shape {list(tensor.shape)}, but config.json asks for {list(expected[name])}"
+                f"checkpoint tensor {name} has shape {list(tensor.shape)}, "
+                f"but config.json asks for {list(expected[name])}"
             )
         seen.add(name)
         yield name, tensor

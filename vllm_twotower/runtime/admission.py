@@ -1,8 +1,8 @@
 """Admission checks: a request that cannot be honoured gets a 400 before it reaches the engine.
 
-vLLM calls ``validate_params`` of every logits-processor class in the front end; ours changes no logits. The class has to know the
-engine's canvas length but gets only the request, so it is in its name: ``canvas_16`` (``canvas_0`` with diffusion off), made on
-demand by this module's ``__getattr__``. Import-light: no torch here.
+vLLM calls ``validate_params`` of every logits-processor class in the front end; ours changes no logits. The class has
+to know the engine's canvas length but gets only the request, so it is in its name: ``canvas_16`` (``canvas_0`` with
+diffusion off), made on demand by this module's ``__getattr__``. Import-light: no torch here.
 """
 
 import functools
@@ -99,7 +99,8 @@ def check_mask_diffusion(params: "SamplingParams") -> None:
     for name, given in refused.items():
         if given:
             raise ValueError(
-                f"{name}={getattr(params, name)!r} cannot be honoured in mask diffusion: leave it out, or send diffusion_mode='ar'"
+                f"{name}={getattr(params, name)!r} cannot be honoured in mask diffusion: "
+                "leave it out, or send diffusion_mode='ar'"
             )
 
 

@@ -1,4 +1,5 @@
-"""The unfinished canvases of one worker, by the runner's request slot. A canvas lives here from its first pass to its emission.
+"""The unfinished canvases of one worker, by the runner's request slot. A canvas lives here from its first pass to its
+emission.
 
 Legend: R rows of a step, S widest canvas, B request slots.
 """

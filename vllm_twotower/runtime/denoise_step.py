@@ -1,7 +1,7 @@
 """One denoise step of a worker: one or more denoise passes over the step's canvases, and the reveals between them.
 
-The passes run inside the model's ``forward``, because that is where vLLM's forward context (attention metadata, slot mappings) is
-set; the sampler afterwards only reports what ``run`` left in ``outcome``.
+The passes run inside the model's ``forward``, because that is where vLLM's forward context (attention metadata, slot
+mappings) is set; the sampler afterwards only reports what ``run`` left in ``outcome``.
 
 Legend: R rows (requests), S widest canvas, T tokens in batch order, N masked positions, V vocabulary.
 """

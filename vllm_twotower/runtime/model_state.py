@@ -1,7 +1,8 @@
 """The worker's side of a step: which tower it runs, what it needs, and what of the runner's bookkeeping it skips.
 
-The runner builds positions, slots and sequence lengths for a canvas by itself, because the scheduler gave it S tokens past the end of
-the request. What is left: attention metadata that is not causal, and no Mamba bookkeeping, since a denoise step advances no state.
+The runner builds positions, slots and sequence lengths for a canvas by itself, because the scheduler gave it S tokens
+past the end of the request. What is left: attention metadata that is not causal, and no Mamba bookkeeping, since a
+denoise step advances no state.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_twotower.config import RequestOptions
+from vllm_twotower.config import EngineOptions, RequestOptions
 from vllm_twotower.core import MASK_TOKEN_ID, Mode, StepKind
 from vllm_twotower.models.denoiser_tower import CanvasLayout
 from vllm_twotower.runtime.canvas_table import CanvasTable, request_seed
@@ -32,7 +33,9 @@ class TwoTowerModelState(MambaHybridModelState):
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.options = model.options
+        options = model.options
+        assert isinstance(options, EngineOptions), "this state is used with diffusion on only"
+        self.options = options
         self.canvases = CanvasTable(self.max_num_reqs, self.options.canvas_length, MASK_TOKEN_ID, device)
         self.request_options: dict[str, RequestOptions] = {}
         self.stats = DiffusionStats()
@@ -58,7 +61,8 @@ class TwoTowerModelState(MambaHybridModelState):
         self.request_options.pop(req_id, None)
 
     def step_kind(self, batch: InputBatch) -> StepKind:
-        """Which tower a batch runs, from the modes of its requests; dummy batches (unknown ids) run the context tower."""
+        """Which tower a batch runs, from the modes of its requests; dummy batches (unknown ids) run the context
+        tower."""
         rows = [self._is_denoise_row(batch, row) for row in range(batch.num_reqs)]
         assert all(rows) or not any(rows), "an engine step runs one tower"
         return StepKind.DENOISE if rows[0] else StepKind.CONTEXT
@@ -74,7 +78,8 @@ class TwoTowerModelState(MambaHybridModelState):
         assert int(batch.num_scheduled_tokens[row]) == width, "a canvas is scheduled whole"
         return True
 
-    # ---- the runner's hooks, in the order of a step --------------------------------------------------------------------
+    # ---- the runner's hooks, in the order of a step
+    # --------------------------------------------------------------------
 
     def preprocess_state(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> None:
         """Mamba states move across block boundaries in context steps only."""
@@ -156,9 +161,7 @@ class TwoTowerModelState(MambaHybridModelState):
         observe = None
         if self.trace is not None:
             observe = self.trace.observer(batch.req_ids, widths)
-        return DenoiseStep(
-            rows, layout, widths, first_position_R, self.options.passes_per_step, MASK_TOKEN_ID, observe
-        )
+        return DenoiseStep(rows, layout, widths, first_position_R, self.options.passes_per_step, MASK_TOKEN_ID, observe)
 
     def postprocess_state(self, *args: Any, **kwargs: Any) -> None:
         """Nothing was advanced by a denoise step."""

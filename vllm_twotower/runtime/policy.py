@@ -1,12 +1,13 @@
 """The step policy: which tower the next engine step runs.
 
-Every forward over 8 or more canvases reads nearly a whole tower, so forwards have to be shared. Committing each canvas the moment it
-is done makes every step pay for both towers; waiting for the slowest canvas wastes the fast ones. Finished canvases wait until a
-quorum of the mask-diffusion requests is ready, then are committed together.
+Every forward over 8 or more canvases reads nearly a whole tower, so forwards have to be shared. Committing each canvas
+the moment it is done makes every step pay for both towers; waiting for the slowest canvas wastes the fast ones.
+Finished canvases wait until a quorum of the mask-diffusion requests is ready, then are committed together.
 
-Invariants, pinned in ``tests/test_policy.py``: a kind of step with nothing to run is never chosen while the other has something;
-prompts and AR rows wait for one denoise step at most, whatever the quorum; unfinished canvases wait for ``MAX_CONTEXT_STEPS`` context
-steps at most. A finished canvas waits no longer than its slowest neighbour takes, and every canvas ends within its T passes.
+Invariants, pinned in ``tests/test_policy.py``: a kind of step with nothing to run is never chosen while the other has
+something; prompts and AR rows wait for one denoise step at most, whatever the quorum; unfinished canvases wait for
+``MAX_CONTEXT_STEPS`` context steps at most. A finished canvas waits no longer than its slowest neighbour takes, and
+every canvas ends within its T passes.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ What it tells the runner, per row:
 | --- | --- | --- |
 | AR | vLLM's | vLLM's |
 | mask diffusion, context step | 0: the prompt or the commit emits nothing | 0 |
-| mask diffusion, denoise step | the canvas's width if it is finished, else 0 | the width: nothing of the context was computed |
+| mask diffusion, denoise step | the canvas's width if finished, else 0 | the width: nothing was computed |
 
 Both counts of a denoise row are its scheduled width, never S: the runner's token table ends at ``max_model_len``.
 """

@@ -1,11 +1,12 @@
 """The block-commit scheduler: vLLM's scheduler, shown only the requests of one kind of step at a time.
 
-Per request, alternately: a context step computes the tokens that are not computed yet (a prompt chunk, or the canvas just emitted:
-the commit), a denoise step works on the next canvas in lookahead slots. ``schedule`` chooses the kind, hides the running requests of
-the other kind, calls vLLM's own ``schedule`` and restores; no upstream logic is copied.
+Per request, alternately: a context step computes the tokens that are not computed yet (a prompt chunk, or the canvas
+just emitted: the commit), a denoise step works on the next canvas in lookahead slots. ``schedule`` chooses the kind,
+hides the running requests of the other kind, calls vLLM's own ``schedule`` and restores; no upstream logic is copied.
 
-Invariants, each pinned in ``tests/test_scheduler_steps.py``: a step holds rows of one kind; a denoise step holds whole canvases, the
-least recently served first; denoising computes nothing (``num_computed_tokens`` is as before); nothing noisy is ever hashed.
+Invariants, each pinned in ``tests/test_scheduler_steps.py``: a step holds rows of one kind; a denoise step holds whole
+canvases, the least recently served first; denoising computes nothing (``num_computed_tokens`` is as before); nothing
+noisy is ever hashed.
 """
 
 from typing import Any
@@ -22,6 +23,9 @@ from vllm_twotower.runtime.policy import RunnableRows, StepPolicy
 
 class BlockCommitScheduler(Scheduler):
     """Schedules context steps and denoise steps over vLLM's queues, caches and budgets."""
+
+    running: list[Request]
+    max_num_active_reqs: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -40,15 +44,16 @@ class BlockCommitScheduler(Scheduler):
     # ---- choosing a step ---------------------------------------------------------------------------------------------
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Schedule one step of one kind; a context step that finds nothing to do becomes a denoise step in the same call."""
+        """Schedule one step of one kind; a context step that finds nothing to do becomes a denoise step in the same
+        call."""
         canvases = [r for r in self.running if self._has_canvas(r)]
         if self.policy_of_steps.choose(self._runnable_rows()) is StepKind.CONTEXT:
             output = self._schedule_context(canvases, args, kwargs)
             if output.total_num_scheduled_tokens or not canvases:
                 self.policy_of_steps.ran(StepKind.CONTEXT)
                 return output
-            # Nothing was admissible (no KV blocks, a grammar still compiling). Denoise instead of spinning, and let that step
-            # carry what the empty one had to tell the workers.
+            # Nothing was admissible (no KV blocks, a grammar still compiling). Denoise instead of spinning, and let
+            # that step carry what the empty one had to tell the workers.
             self.finished_req_ids |= output.finished_req_ids
             self.reset_preempted_req_ids |= output.preempted_req_ids or set()
         output = self._schedule_denoise(args, kwargs)

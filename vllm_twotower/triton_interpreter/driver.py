@@ -7,7 +7,6 @@ from typing import Any
 
 from triton.backends.driver import DriverBase
 
-
 BACKEND_NAME = "cpu"
 
 
@@ -60,4 +59,6 @@ class InterpreterDriver(DriverBase):
         raise NotImplementedError(_MESSAGE)
 
 
-_MESSAGE = "the cpu Triton backend of vllm-twotower only interprets kernels: set TRITON_INTERPRET=1 before Python starts"
+_MESSAGE = (
+    "the cpu Triton backend of vllm-twotower only interprets kernels: set TRITON_INTERPRET=1 before Python starts"
+)

