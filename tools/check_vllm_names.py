@@ -285,13 +285,11 @@ class Checker:
                 self.expect(known, line_of.get(name.split(".")[-1], 1), title)
             elif known:
                 self.expect(line, 1, f"{title} {word}", "is not used here any more: take it out of RELIED_ON")
-                ok = known.pop(0) == word if verb == "takes" else word in known
-                problem = {
-                    "has": "has no member",
-                    "takes": "does not take, where we give it,",
-                    "reads": "does not read",
-                }
-                self.expect(ok, line or 1, f"{title}", f"{problem[verb]} {word}")
+                if verb == "has":
+                    self.expect(word in known, line or 1, f"{title}.{word}")
+                else:
+                    problem = f"does not take, where we give it, {word}" if verb == "takes" else f"does not read {word}"
+                    self.expect(known.pop(0) == word if verb == "takes" else word in known, line or 1, title, problem)
 
     def known(self, verb: str, module: str, node: ast.AST | None) -> list[str]:
         if verb == "reads":

@@ -7,6 +7,7 @@ wheel. Imports nothing of vLLM before it is called.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -43,6 +44,46 @@ def add_config_hook(architecture: str, hook: type) -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     MODELS_CONFIG_MAP[architecture] = hook
+
+
+def wrap_engine_args(architecture: str) -> None:
+    """Give every command built on vLLM's engine arguments a ``--diffusion`` flag; idempotent.
+
+    Wraps ``EngineArgs.add_cli_args``, ``from_cli_args`` and ``create_engine_config``. Officially only a platform plugin
+    can change the parser (``Platform.pre_register_and_update``). All three do nothing more than upstream's unless the
+    flag is given. Can go when a general plugin can add an option.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_twotower import cli_flag
+
+    if getattr(EngineArgs, "_twotower_flag", False):
+        return
+    add_cli_args, create_engine_config = EngineArgs.add_cli_args, EngineArgs.create_engine_config
+    from_cli_args = EngineArgs.from_cli_args.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(add_cli_args)
+    def add_cli_args_and_ours(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        cli_flag.add_flag(parser)
+        return parser
+
+    @functools.wraps(from_cli_args)
+    def from_cli_args_and_ours(cls: Any, args: Any) -> Any:
+        engine_args = from_cli_args(cls, args)
+        cli_flag.merge(engine_args, args)
+        return engine_args
+
+    @functools.wraps(create_engine_config)
+    def create_engine_config_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = create_engine_config(self, *args, **kwargs)
+        cli_flag.check_architecture(self, config.model_config.architecture, architecture)
+        return config
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args_and_ours)
+    EngineArgs.from_cli_args = classmethod(from_cli_args_and_ours)
+    EngineArgs.create_engine_config = create_engine_config_and_check
+    EngineArgs._twotower_flag = True
 
 
 @contextlib.contextmanager

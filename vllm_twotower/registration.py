@@ -31,6 +31,7 @@ def register_with_vllm() -> None:
         if ARCHITECTURE not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)
         compat.add_config_hook(ARCHITECTURE, TwoTowerConfigHook)
+        compat.wrap_engine_args(ARCHITECTURE)
     except Exception as problem:  # another model must start whatever is wrong with us
         compat.record_problem(f"{type(problem).__name__}: {problem}")
 

@@ -1,0 +1,84 @@
+"""The ``--diffusion`` flag of ``vllm serve``, ``vllm bench`` and everything else that is built on vLLM's engine arguments.
+
+A general plugin gets no parser, so three functions of ``EngineArgs`` are wrapped (see ``compat.wrap_engine_args``): the
+one that declares the options gains ours, the one that reads them merges ours into ``additional_config`` whatever the
+order on the command line, and the one that builds the configuration says so if the model is not a two-tower one.
+"""
+
+import argparse
+import json
+from typing import Any
+
+from vllm_twotower.config import CONFIG_KEY, EngineOptions
+
+FLAG = "--diffusion"
+DESTINATION = "twotower_diffusion"
+
+
+def add_flag(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--diffusion``, which argparse would otherwise take for an abbreviation of ``--diffusion-config``."""
+    if FLAG in parser._option_string_actions:
+        return
+    parser.add_argument(
+        FLAG,
+        dest=DESTINATION,
+        nargs="?",
+        const=True,
+        default=None,
+        type=parse_options,
+        metavar="JSON",
+        help="Decode a two-tower model by mask diffusion; engine options as JSON, for example "
+        '{"canvas_length": 16, "confidence_threshold": 0.8}.',
+    )
+
+
+def parse_options(text: str) -> Any:
+    """Read the flag's value.
+
+    Raises:
+        argparse.ArgumentTypeError: not JSON, an unknown option, or a value out of range; one line.
+
+    """
+    try:
+        value = json.loads(text)
+        EngineOptions.from_additional_config(value)
+    except json.JSONDecodeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not JSON; write options as '{{\"canvas_length\": 16}}', and a bare --diffusion after the model"
+        ) from None
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
+    return value
+
+
+def merge(engine_args: Any, namespace: argparse.Namespace) -> None:
+    """Put the flag's value where all engines look for it.
+
+    Raises:
+        ValueError: ``--additional-config`` configures diffusion too, and differently.
+
+    """
+    given = getattr(namespace, DESTINATION, None)
+    if given is None:
+        return
+    extra = dict(engine_args.additional_config or {})
+    if extra.get(CONFIG_KEY, given) != given:
+        raise ValueError(
+            f"{FLAG} says {given!r} and additional_config[{CONFIG_KEY!r}] says {extra[CONFIG_KEY]!r}: keep one of them"
+        )
+    extra[CONFIG_KEY] = given
+    engine_args.additional_config = extra
+    setattr(engine_args, DESTINATION, given)
+
+
+def check_architecture(engine_args: Any, architecture: str, ours: str) -> None:
+    """Refuse the flag on somebody else's model, which would ignore it.
+
+    Raises:
+        ValueError: the flag was given and the model is not a two-tower one.
+
+    """
+    if getattr(engine_args, DESTINATION, None) and architecture != ours:
+        raise ValueError(
+            f"{FLAG} needs a two-tower model ({ours}), and {engine_args.model} is a {architecture}: leave out {FLAG}"
+        )
