@@ -75,6 +75,6 @@ def test_on_another_model_it_is_an_error(parse, tmp_path):
     LlamaConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, architectures=["LlamaForCausalLM"]
     ).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="needs a two-tower model.*LlamaForCausalLM: leave out --diffusion"):
+    with pytest.raises(ValueError, match=r"needs a two-tower model.*LlamaForCausalLM: leave out --diffusion"):
         parse("--diffusion", model=tmp_path).create_engine_config()
     assert parse(model=tmp_path).create_engine_config().model_config.architecture == "LlamaForCausalLM"

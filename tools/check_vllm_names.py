@@ -273,27 +273,29 @@ class Checker:
 
     def check_table(self, text: str, words: list[str]) -> None:
         line_of = {word: n for n, line in [*enumerate(text.splitlines(), 1)][::-1] for word in re.findall(r"\w+", line)}
-        verb, title, known = "", "", None
+        verb, title, known = "", "", []
         for word in words:
             line = line_of.get(title.split(".")[-1] if verb == "takes" else word)
             if word in ("has", "takes", "reads"):
                 verb = word
             elif ":" in word:
                 module, name = word.split(":")
-                source = f"vllm.{module}" if module else self.imported[name.split(".")[0]][0]
-                title, known = f"{source}.{name}", self.known(verb, *self.sources.resolve(source, name))
-                self.expect(known, line_of.get(name.split(".")[-1], 1), title)
-            elif known:
+                source = f"vllm.{module}" if module else self.imported.get(name.split(".")[0], ("vllm", ""))[0]
+                where, node = self.sources.resolve(source, name)
+                title, known = f"{source}.{name}", self.known(verb, where, node) if node else None
+                self.expect(node, line_of.get(name.split(".")[-1], 1), title)
+            elif known is not None:
                 self.expect(line, 1, f"{title} {word}", "is not used here any more: take it out of RELIED_ON")
-                if verb == "has":
-                    self.expect(word in known, line or 1, f"{title}.{word}")
-                else:
-                    problem = f"does not take, where we give it, {word}" if verb == "takes" else f"does not read {word}"
-                    self.expect(known.pop(0) == word if verb == "takes" else word in known, line or 1, title, problem)
+                ok = known[:1] == [word] if verb == "takes" else word in known
+                known = known[1:] if verb == "takes" else known
+                name, problem = (
+                    (f"{title}.{word}", "is missing") if verb == "has" else (title, f"no longer {verb} {word}")
+                )
+                self.expect(ok, line or 1, name, problem)
 
-    def known(self, verb: str, module: str, node: ast.AST | None) -> list[str]:
+    def known(self, verb: str, module: str, node: ast.AST) -> list[str]:
         if verb == "reads":
-            return re.findall(r"\w+", ast.unparse(node)) if node else []
+            return re.findall(r"\w+", ast.unparse(node))
         return self.sources.members(module, node) if verb == "has" else self.sources.takes(module, node)
 
 

@@ -1,4 +1,4 @@
-"""The ``--diffusion`` flag of ``vllm serve``, ``vllm bench`` and everything else that is built on vLLM's engine arguments.
+"""The ``--diffusion`` flag of ``vllm serve``, ``vllm bench`` and all else that is built on vLLM's engine arguments.
 
 A general plugin gets no parser, so three functions of ``EngineArgs`` are wrapped (see ``compat.wrap_engine_args``): the
 one that declares the options gains ours, the one that reads them merges ours into ``additional_config`` whatever the
@@ -44,7 +44,8 @@ def parse_options(text: str) -> Any:
         EngineOptions.from_additional_config(value)
     except json.JSONDecodeError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not JSON; write options as '{{\"canvas_length\": 16}}', and a bare --diffusion after the model"
+            f"{text!r} is not JSON; write options as '{{\"canvas_length\": 16}}', "
+            "and a bare --diffusion after the model"
         ) from None
     except ValueError as problem:
         raise argparse.ArgumentTypeError(str(problem)) from None
