@@ -71,6 +71,19 @@ def test_vllm_still_reserves_a_slot_at_the_end_of_the_context(tiny_mlp, monkeypa
             e.tokens([[5] * (e.scheduler.max_model_len - 1)], params, max_steps=50)
 
 
+def test_vllms_kernel_warm_up_runs_and_leaves_nothing_behind(tiny_moe):
+    """On GPUs, and from 0.33 on CPUs too, invented requests are decoded one token at a time at start-up."""
+    from vllm.v1.worker.gpu.warmup import warmup_kernels
+
+    case = tiny_moe.cases(16)[3]
+    with engine(tiny_moe.path, {"passes_per_step": 16}) as e:
+        worker = e.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        # without its grammar step: the interpreter cannot run that kernel of vLLM's
+        warmup_kernels(e.runner, worker.execute_model, lambda _: worker.sample_tokens(None))
+        assert e.stats()["denoise_steps"] == e.stats()["context_steps"] == 0
+        assert e.tokens([case["prompt"]], golden_params(case)) == [case["output"]]
+
+
 def test_triton_still_has_no_cpu_backend_of_its_own():
     """Death test of ``triton_interpreter``."""
     code = (

@@ -27,7 +27,7 @@ def test_every_mask_diffusion_case(golden, model):
         p, cache = case["params"], ContextCache()
         model.extend_context(torch.tensor([case["prompt"]]), cache)
         result = generate_mask_diffusion(
-            len(case["prompt"]),
+            case["prompt"],
             p["max_new_tokens"],
             lambda canvas, t: model.denoise(torch.tensor([canvas]), torch.tensor([t]), cache)[0],  # noqa: B023
             lambda canvas: model.extend_context(torch.tensor([canvas]), cache),  # noqa: B023

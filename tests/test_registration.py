@@ -82,6 +82,7 @@ def _both(*changes):
             _both(_set("parallel_config.data_parallel_size", 2), _set("parallel_config.enable_expert_parallel", True)),
             "data_parallel_size=2.*enable-expert-parallel",
         ),
+        ("_prefill_interval", _set("scheduler_config.prefill_schedule_interval", 4), "interval=4.*leave it at 1"),
         ("_step_budget", _set("scheduler_config.max_num_batched_tokens", 12), "max_num_batched_tokens=12.*16 or more"),
         (
             "_long_prefill_threshold",

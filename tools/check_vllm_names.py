@@ -46,12 +46,15 @@ RELIED_ON = {
             max_num_scheduled_tokens long_prefill_token_threshold scheduler_cls
             model_executor.models.registry:_ModelRegistry get_supported_archs register_model
             platforms.interface:Platform is_cpu""",
+    "cli_flag.py": """
+        has engine.arg_utils:EngineArgs additional_config model""",
     "compat.py": """
         reads model_executor.models.nemotron_h:NemotronHModel ALL_DECODER_LAYER_TYPES
         has model_executor.models.nemotron_h:NemotronHMambaDecoderLayer mixer
             model_executor.layers.mamba.mamba_mixer2:MambaMixer2 get_kv_cache_spec ssm_state_size
             v1.kv_cache_interface:MambaSpec num_prefill_checkpoint_blocks prefill_checkpoint_alignment
-            v1.outputs:ModelRunnerOutput prompt_logprobs_dict prompt_token_id_logprobs_dict""",
+            v1.outputs:ModelRunnerOutput prompt_logprobs_dict prompt_token_id_logprobs_dict
+            config:VllmConfig model_config config:ModelConfig architecture""",
     "models/twotower.py": """
         reads v1.worker.gpu.model_states:resolve_model_state_cls get_model_state_cls
             model_executor.model_loader.default_loader:DefaultModelLoader allow_patterns_overrides load_weights
@@ -245,7 +248,7 @@ class Checker:
     def check_function(self, function: ast.FunctionDef) -> None:
         """``x.name`` where x is an imported class or module, or a parameter annotated with such a class."""
         types = {a.arg: ast.unparse(a.annotation).strip("'") for a in function.args.args if a.annotation}
-        for node in (n for n in ast.walk(function) if isinstance(n, ast.Attribute)):
+        for node in (n for n in ast.walk(function) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)):
             x = ast.unparse(node.value)
             value = self.imported.get(types.get(x, x), ("", ""))
             where, owner = self.sources.resolve(*value)

@@ -60,7 +60,7 @@ def wrap_engine_args(architecture: str) -> None:
     if getattr(EngineArgs, "_twotower_flag", False):
         return
     add_cli_args, create_engine_config = EngineArgs.add_cli_args, EngineArgs.create_engine_config
-    from_cli_args = EngineArgs.from_cli_args.__func__  # type: ignore[attr-defined]
+    from_cli_args = EngineArgs.from_cli_args.__func__
 
     @functools.wraps(add_cli_args)
     def add_cli_args_and_ours(parser: Any) -> Any:
@@ -151,6 +151,16 @@ def missing_interpreter_problem() -> str | None:
         "this model needs Triton's interpreter on a CPU: set TRITON_INTERPRET=1 before Python starts, for example "
         "`TRITON_INTERPRET=1 vllm serve MODEL` (the vllm-twotower command and the Makefile set it themselves)"
     )
+
+
+def is_warmup_request(req_id: str) -> bool:
+    """Whether vLLM's kernel warm-up made this request up.
+
+    Symptom: ``v1/worker/gpu/warmup.py`` (on GPUs in 0.32, everywhere in 0.33) sends invented requests through the real
+    runner and decodes them one token at a time, which no mask-diffusion request does. They run as context rows and are
+    counted nowhere. Their ids are the only mark they carry. Can go when the warm-up goes through the scheduler.
+    """
+    return req_id.startswith(("_warmup_", "_v2_mixed_warmup"))
 
 
 def prompt_logprobs_of(result: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -221,6 +221,15 @@ def _breakable_graphs(c: Any, _: Any) -> str | None:
     return None
 
 
+def _prefill_interval(c: Any, _: Any) -> str | None:
+    interval = getattr(c.scheduler_config, "prefill_schedule_interval", 1)
+    if interval > 1:
+        return (
+            f"prefill_schedule_interval={interval} counts decode rows, and canvases are hidden from it; leave it at 1"
+        )
+    return None
+
+
 def _step_budget(c: Any, options: EngineOptions) -> str | None:
     s = c.scheduler_config
     budget = s.max_num_batched_tokens
@@ -282,6 +291,7 @@ REFUSED_WITH_DIFFUSION: tuple[Rule, ...] = (
     _priority,
     _data_and_expert_parallel,
     _breakable_graphs,
+    _prefill_interval,
     _step_budget,
     _long_prefill_threshold,
     _model_length,

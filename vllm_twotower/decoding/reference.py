@@ -4,11 +4,12 @@ This is the oracle. The engine's batched, paged, step-wise decoding must produce
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from vllm_twotower.core import MASK_TOKEN_ID, CanvasSnapshot, DecodingResult
+from vllm_twotower.decoding.logits_rules import LogitsRules
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.decoding.noise_level import noise_level
 
@@ -23,10 +24,11 @@ class MaskDiffusion:
     temperature: float = 0.0
     seed: int = 0
     mask_token_id: int = MASK_TOKEN_ID
+    rules: LogitsRules = field(default_factory=LogitsRules)
 
 
 def generate_mask_diffusion(
-    prompt_len: int,
+    prompt: Sequence[int],
     max_tokens: int,
     denoise: Callable[[Sequence[int], float], torch.Tensor],
     commit: Callable[[Sequence[int]], None],
@@ -35,7 +37,7 @@ def generate_mask_diffusion(
     """Generate whole canvases until ``max_tokens`` are there (reference: ``generate_mask_diffusion``).
 
     Args:
-        prompt_len: tokens the context already holds; at least 1.
+        prompt: tokens the context already holds; at least 1.
         max_tokens: tokens wanted; the last canvas is denoised whole, so more can come back.
         denoise: (canvas tokens, t) -> logits, float32 [S, V]; one denoise pass.
         commit: canvas tokens -> None; extends the context.
@@ -54,7 +56,7 @@ def generate_mask_diffusion(
             level = noise_level(len(masked), len(canvas))
             snapshots.append(CanvasSnapshot(tuple(canvas), level))
             logits = denoise(canvas, level).float()
-            proposals = {i: _propose(logits[i], prompt_len + len(tokens) + i, step, settings) for i in masked}
+            proposals = {i: _propose(logits[i], prompt, tokens + canvas[:i], step, settings) for i in masked}
             for i in _positions_to_reveal(proposals, step, settings):
                 canvas[i] = proposals[i][0]
         commit(canvas)
@@ -63,14 +65,18 @@ def generate_mask_diffusion(
     return DecodingResult(tuple(tokens), sum(len(c) for c in canvases), tuple(canvases))
 
 
-def _propose(logits_V: torch.Tensor, position: int, step: int, settings: MaskDiffusion) -> tuple[int, float]:
-    """The proposed token and its untempered probability, the mask id excluded."""
-    logits_V = logits_V.clone()
+def _propose(
+    logits_V: torch.Tensor, prompt: Sequence[int], left: Sequence[int], step: int, settings: MaskDiffusion
+) -> tuple[int, float]:
+    """The proposed token and its untempered probability, the mask id excluded; ``left`` is what was generated."""
+    logits_V = settings.rules.process(logits_V, prompt, left)
     logits_V[settings.mask_token_id] = float("-inf")
     scores_V = logits_V
     if settings.temperature > 0:
+        position = len(prompt) + len(left)
         seed, at, pass_index = torch.tensor([[settings.seed], [position], [step]], device=logits_V.device)
-        scores_V = logits_V / settings.temperature + gumbel_noise(seed, at, pass_index, logits_V.shape[0])[0]
+        shaped_V = settings.rules.shape(logits_V / settings.temperature)
+        scores_V = shaped_V + gumbel_noise(seed, at, pass_index, logits_V.shape[0])[0]
     token = int(scores_V.argmax())
     return token, float(logits_V.softmax(dim=-1)[token])
 

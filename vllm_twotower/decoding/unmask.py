@@ -7,6 +7,8 @@ The laws, each pinned in ``tests/test_unmask_laws.py``: a revealed token never c
 reveals at least one and never more than the rule's number; ties go to the lowest position; rows do not see each other.
 """
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -15,14 +17,16 @@ def propose(
     mask_token_id: int,
     temperature_N: torch.Tensor,
     noise_NV: torch.Tensor | None,
+    shape_scores: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose a token for each masked position and say how sure the denoiser is of it.
 
     Args:
-        logits_NV: float32 [N, V], written: the mask id's column is set to -inf (the mask is never proposed).
+        logits_NV: float32 [N, V], processed; written: the mask id's column is set to -inf (it is never proposed).
         mask_token_id: excluded from the softmax.
         temperature_N: float32 [N], 0 for greedy.
         noise_NV: float32 [N, V] standard Gumbel noise, or None where every row is greedy.
+        shape_scores: tempered scores [N, V] -> the same with top-k, top-p and min-p applied, or None.
 
     Returns:
         Tokens, int64 [N], and confidences, float32 [N]: the untempered probability of each proposed token
@@ -35,7 +39,10 @@ def propose(
     else:
         greedy_N1 = (temperature_N == 0)[:, None]
         scale_N1 = torch.where(greedy_N1, 1.0, temperature_N[:, None])
-        token_N = (logits_NV / scale_N1 + torch.where(greedy_N1, 0.0, noise_NV)).argmax(dim=-1)
+        score_NV = logits_NV / scale_N1
+        if shape_scores is not None:
+            score_NV = shape_scores(score_NV)
+        token_N = (score_NV + torch.where(greedy_N1, 0.0, noise_NV)).argmax(dim=-1)
     log_total_N = logits_NV.logsumexp(dim=-1)
     confidence_N = (logits_NV.gather(1, token_N[:, None]).squeeze(1) - log_total_N).exp()
     return token_N, confidence_N

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 from vllm_twotower.config import REQUEST_PREFIX, EngineOptions, RequestOptions
-from vllm_twotower.core import Mode
+from vllm_twotower.core import MASK_TOKEN_ID, Mode
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -79,21 +79,10 @@ def check_vllm_limits(params: "SamplingParams") -> None:
 
 
 def check_mask_diffusion(params: "SamplingParams") -> None:
-    """Refuse, rather than ignore, what mask diffusion does not honour (yet); ``ar`` honours all of it."""
+    """Refuse, rather than ignore, what mask diffusion cannot honour; ``ar`` honours all of it."""
     refused = {
         "structured_outputs": params.structured_outputs is not None,
-        "logprobs": params.logprobs is not None,
         "logprob_token_ids": bool(getattr(params, "logprob_token_ids", None)),
-        "logit_bias": bool(params.logit_bias),
-        "allowed_token_ids": bool(params.allowed_token_ids),
-        "bad_words": bool(params.bad_words),
-        "min_tokens": params.min_tokens > 0,
-        "presence_penalty": params.presence_penalty != 0,
-        "frequency_penalty": params.frequency_penalty != 0,
-        "repetition_penalty": params.repetition_penalty != 1,
-        "top_k": params.top_k > 0,
-        "top_p": params.top_p != 1,
-        "min_p": params.min_p != 0,
         "thinking_token_budget": getattr(params, "thinking_token_budget", None) is not None,
     }
     for name, given in refused.items():
@@ -102,6 +91,10 @@ def check_mask_diffusion(params: "SamplingParams") -> None:
                 f"{name}={getattr(params, name)!r} cannot be honoured in mask diffusion: "
                 "leave it out, or send diffusion_mode='ar'"
             )
+    if params.allowed_token_ids is not None and set(params.allowed_token_ids) == {MASK_TOKEN_ID}:
+        raise ValueError(
+            f"allowed_token_ids=[{MASK_TOKEN_ID}] allows the mask only, which is never emitted: allow others"
+        )
 
 
 @functools.cache

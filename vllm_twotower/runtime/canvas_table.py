@@ -24,6 +24,10 @@ def request_seed(req_id: str, seed: int | None, engine_seed: int) -> int:
 class CanvasRows:
     """The settings and canvases of one step's rows, gathered from the table."""
 
+    slots: list[int]
+    """Request slot of each row, on the host."""
+    slot_R: torch.Tensor
+    """The same, int64 [R]."""
     token_RS: torch.Tensor
     """int64 [R, S], the mask id where undecided; positions past a row's width hold 0."""
     pass_index_R: torch.Tensor
@@ -68,6 +72,8 @@ class CanvasTable:
                 self.pass_index_B[slot] = 0
                 self._started[slot] = True
         return CanvasRows(
+            slots,
+            slot_R,
             self.token_BS[slot_R],
             self.pass_index_B[slot_R],
             self.max_steps_B[slot_R],

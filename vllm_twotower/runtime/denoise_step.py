@@ -6,17 +6,19 @@ mappings) is set; the sampler afterwards only reports what ``run`` left in ``out
 Legend: R rows (requests), S widest canvas, T tokens in batch order, N masked positions, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
-from vllm_twotower.decoding.noise import gumbel_noise
+from vllm_twotower.config import MAX_CANVAS_LENGTH
 from vllm_twotower.decoding.noise_level import level_index
-from vllm_twotower.decoding.unmask import num_to_reveal, propose, reveal
+from vllm_twotower.decoding.unmask import num_to_reveal, reveal
 from vllm_twotower.models.denoiser_tower import LOGITS_TILE, CanvasLayout, DenoiserTower
 from vllm_twotower.runtime.canvas_table import CanvasRows
+from vllm_twotower.runtime.proposals import ProposalSampler, Tile
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class DenoiseStep:
         rows: the step's canvases and settings.
         layout: how the canvases lie in the batch.
         widths: canvas width of each row.
-        first_position_R: int64 [R], absolute position of each canvas's first token.
+        first_position_np: int64 [R] on the host, absolute position of each canvas's first token.
+        proposals: turns logits into proposals.
         passes: passes at most.
         mask_token_id: the mask.
         observe: called before each pass with (rows with masked positions, their canvases), for ``trace``; None to skip.
@@ -54,7 +57,8 @@ class DenoiseStep:
         rows: CanvasRows,
         layout: CanvasLayout,
         widths: list[int],
-        first_position_R: torch.Tensor,
+        first_position_np: np.ndarray,
+        proposals: ProposalSampler,
         passes: int,
         mask_token_id: int,
         observe: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
@@ -62,15 +66,18 @@ class DenoiseStep:
         self.rows = rows
         self.layout = layout
         self.width_R = torch.tensor(widths, device=rows.token_RS.device)
-        self.first_position_R = first_position_R
+        self.first_position_R = torch.from_numpy(first_position_np).to(rows.token_RS.device, torch.int64)
+        self.seq_lens_np = first_position_np + np.array(widths)
+        self.proposals = proposals
         self.passes = passes
         self.mask_token_id = mask_token_id
         self.observe = observe
         self.outcome: DenoiseOutcome | None = None
+        self._token_RS = rows.token_RS
 
     def run(self, denoiser: DenoiserTower, context_layers: nn.ModuleList) -> None:
         """Run the passes and leave the result in ``outcome``."""
-        token_RS, pass_index_R = self.rows.token_RS, self.rows.pass_index_R
+        token_RS, pass_index_R = self._token_RS, self.rows.pass_index_R
         started_at_R, num_forwards = pass_index_R, 0
         for _ in range(self.passes):
             masked_RS = token_RS == self.mask_token_id
@@ -84,7 +91,7 @@ class DenoiseStep:
             hidden_TD = denoiser(token_T, level_R, self.layout, context_layers)
             proposal_RS, confidence_RS = self._propose(denoiser, hidden_TD, masked_RS, pass_index_R)
             k_R = num_to_reveal(confidence_RS, masked_RS, self.rows.threshold_R, pass_index_R, self.rows.max_steps_R)
-            token_RS = reveal(token_RS, proposal_RS, confidence_RS, masked_RS, k_R)
+            self._token_RS = token_RS = reveal(token_RS, proposal_RS, confidence_RS, masked_RS, k_R)
             pass_index_R = pass_index_R + unfinished_R
             num_forwards += 1
         still_masked_R = (token_RS == self.mask_token_id).any(dim=1)
@@ -102,15 +109,44 @@ class DenoiseStep:
         """Proposal and confidence for every masked position, in tiles of logits; elsewhere 0."""
         proposal_RS = torch.zeros_like(masked_RS, dtype=torch.int64)
         confidence_RS = torch.zeros_like(masked_RS, dtype=torch.float32)
-        masked_T = masked_RS[self.layout.row_T, self.layout.column_T].nonzero().squeeze(1)
-        for token_N in masked_T.split(LOGITS_TILE):
-            row_N, column_N = self.layout.row_T[token_N], self.layout.column_T[token_N]
-            logits_NV = denoiser.logits(hidden_TD[token_N])
-            noise_NV = None
-            if self.rows.any_random:
-                position_N = self.first_position_R[row_N] + column_N
-                noise_NV = gumbel_noise(self.rows.seed_R[row_N], position_N, pass_index_R[row_N], logits_NV.shape[1])
-            token, confidence = propose(logits_NV, self.mask_token_id, self.rows.temperature_R[row_N], noise_NV)
+        masked_T = masked_RS[self.layout.row_T, self.layout.column_T]
+        for token_N, whole_canvases in self._tiles(masked_T):
+            tile = self._tile(token_N, pass_index_R)
+            row_N, column_N = self.layout.row_T[token_N], tile.column_N
+            masked_N = masked_T[token_N] if whole_canvases else None
+            tile, token, confidence = self.proposals.propose(denoiser.logits(hidden_TD[token_N]), tile, masked_N)
+            if masked_N is not None:
+                row_N, column_N = row_N[masked_N], column_N[masked_N]
             proposal_RS[row_N, column_N] = token
             confidence_RS[row_N, column_N] = confidence
         return proposal_RS, confidence_RS
+
+    def _tiles(self, masked_T: torch.Tensor) -> Iterator[tuple[torch.Tensor, bool]]:
+        """Token indices of each tile, and whether it is whole canvases (of requests whose logits are processed)."""
+        processed = [self.proposals.is_processed(slot) for slot in self.rows.slots]
+        if not any(processed):
+            for token_N in masked_T.nonzero().squeeze(1).split(LOGITS_TILE):
+                yield token_N, False
+            return
+        processed_T = torch.tensor(processed, device=masked_T.device)[self.layout.row_T]
+        for token_N in (masked_T & ~processed_T).nonzero().squeeze(1).split(LOGITS_TILE):
+            yield token_N, False
+        rows = torch.tensor([row for row, whole in enumerate(processed) if whole], device=masked_T.device)
+        for row_N in rows.split(LOGITS_TILE // MAX_CANVAS_LENGTH):
+            yield torch.isin(self.layout.row_T, row_N).nonzero().squeeze(1), True
+
+    def _tile(self, token_N: torch.Tensor, pass_index_R: torch.Tensor) -> Tile:
+        row_N, column_N = self.layout.row_T[token_N], self.layout.column_T[token_N]
+        rows = self.rows
+        return Tile(
+            slots_np=np.array(rows.slots, dtype=np.int64),
+            seq_lens_np=self.seq_lens_np,
+            slot_N=rows.slot_R[row_N],
+            column_N=column_N,
+            position_N=self.first_position_R[row_N] + column_N,
+            token_N=self._token_RS[row_N, column_N],
+            pass_index_N=pass_index_R[row_N],
+            temperature_N=rows.temperature_R[row_N],
+            seed_N=rows.seed_R[row_N],
+            any_random=rows.any_random,
+        )

@@ -7,6 +7,7 @@ denoise step advances no state.
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -19,12 +20,14 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_twotower import compat
 from vllm_twotower.config import EngineOptions, RequestOptions
 from vllm_twotower.core import MASK_TOKEN_ID, Mode, StepKind
 from vllm_twotower.models.denoiser_tower import CanvasLayout
 from vllm_twotower.runtime.canvas_table import CanvasTable, request_seed
 from vllm_twotower.runtime.denoise_step import DenoiseStep
 from vllm_twotower.runtime.metrics import DiffusionStats
+from vllm_twotower.runtime.proposals import ProposalSampler
 from vllm_twotower.runtime.trace import CanvasTrace
 
 
@@ -41,6 +44,7 @@ class TwoTowerModelState(MambaHybridModelState):
         self.stats = DiffusionStats()
         self.trace: CanvasTrace | None = None
         self.step: DenoiseStep | None = None
+        self.proposals: ProposalSampler | None = None
         self._mamba_slots: dict[str, torch.Tensor] = {}
 
     # ---- requests ----------------------------------------------------------------------------------------------------
@@ -49,7 +53,8 @@ class TwoTowerModelState(MambaHybridModelState):
         """Take over a request's settings; called again after a preemption, whose canvas starts over."""
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
-        assert params is not None
+        if params is None or compat.is_warmup_request(new_req_data.req_id):
+            return
         options = RequestOptions.from_extra_args(params.extra_args, self.options)
         self.request_options[new_req_data.req_id] = options
         seed = request_seed(new_req_data.req_id, params.seed, self.model_config.seed)
@@ -61,7 +66,7 @@ class TwoTowerModelState(MambaHybridModelState):
         self.request_options.pop(req_id, None)
 
     def step_kind(self, batch: InputBatch) -> StepKind:
-        """Which tower a batch runs, from the modes of its requests; dummy batches (unknown ids) run the context
+        """Which tower a batch runs, from the modes of its requests; dummy and warm-up batches run the context
         tower."""
         rows = [self._is_denoise_row(batch, row) for row in range(batch.num_reqs)]
         assert all(rows) or not any(rows), "an engine step runs one tower"
@@ -156,12 +161,21 @@ class TwoTowerModelState(MambaHybridModelState):
         widths = [int(n) for n in batch.num_scheduled_tokens[:num_reqs]]
         slots = [int(i) for i in batch.idx_mapping_np[:num_reqs]]
         rows = self.canvases.gather(slots, widths, batch.idx_mapping[:num_reqs])
-        first_position_R = torch.from_numpy(batch.num_computed_tokens_np[:num_reqs]).to(self.device, torch.int64)
         layout = CanvasLayout.from_widths(widths, self.device, self._mamba_slots)
         observe = None
         if self.trace is not None:
             observe = self.trace.observer(batch.req_ids, widths)
-        return DenoiseStep(rows, layout, widths, first_position_R, self.options.passes_per_step, MASK_TOKEN_ID, observe)
+        assert self.proposals is not None, "the sampler is there before the first request"
+        return DenoiseStep(
+            rows,
+            layout,
+            widths,
+            batch.num_computed_tokens_np[:num_reqs].astype(np.int64),
+            self.proposals,
+            self.options.passes_per_step,
+            MASK_TOKEN_ID,
+            observe,
+        )
 
     def postprocess_state(self, *args: Any, **kwargs: Any) -> None:
         """Nothing was advanced by a denoise step."""
@@ -172,6 +186,7 @@ class TwoTowerModelState(MambaHybridModelState):
         """Put the canvas sampler around vLLM's."""
         from vllm_twotower.runtime.sampler import CanvasSampler
 
+        self.proposals = ProposalSampler(sampler, MASK_TOKEN_ID)
         return CanvasSampler(sampler, self), None
 
     def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:

@@ -31,6 +31,11 @@ class CanvasSampler:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)
 
+    def add_request(self, req_idx: int, sampling_params: Any) -> None:
+        """Take over a request's sampling parameters."""
+        self.base.add_request(req_idx, sampling_params)
+        self.state.proposals.add_request(req_idx, sampling_params)
+
     def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Sample or report one step."""
         step = self.state.step
@@ -80,9 +85,10 @@ class CanvasSampler:
         # safe between steps only because scheduling is synchronous: the buffer is double, not more
         prefill_len.copy_to_uva()
         device = outcome.token_RS.device
+        slots = [int(slot) for slot in batch.idx_mapping_np[:num_reqs]]
         return SamplerOutput(
             outcome.token_RS,
-            None,
+            self.state.proposals.logprobs.take(slots, emitted),
             None,
             torch.tensor(emitted, dtype=torch.int32, device=device),
             torch.tensor(widths, dtype=torch.int32, device=device),

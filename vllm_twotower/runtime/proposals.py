@@ -1,0 +1,155 @@
+"""From logits to proposals: the request's sampling parameters, a token and its confidence.
+
+vLLM's own logits processors and sampling states do the work, so the parameters mean what they mean everywhere else.
+They were written for drafts: a request's rows lie next to each other, row j of a request sees its left context through
+``input_ids`` shifted by one, and ``pos`` is the position before the one that is predicted. A canvas is presented so.
+
+Legend: N rows of logits, V vocabulary, R requests, S canvas positions, T tokens in batch order.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
+
+from vllm_twotower.decoding.noise import gumbel_noise
+from vllm_twotower.decoding.unmask import propose
+from vllm_twotower.runtime.logprobs import LogprobTable
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Consecutive rows of logits: some masked positions of some requests, or whole canvases."""
+
+    slots_np: np.ndarray
+    """The requests' slots, on the host."""
+    seq_lens_np: np.ndarray
+    """The requests' lengths with their canvases, on the host."""
+    slot_N: torch.Tensor
+    """int64 [N], request slot of each row."""
+    column_N: torch.Tensor
+    """int64 [N], canvas position of each row."""
+    position_N: torch.Tensor
+    """int64 [N], absolute position of each row's token."""
+    token_N: torch.Tensor
+    """int64 [N], canvas tokens."""
+    pass_index_N: torch.Tensor
+    """int64 [N], passes already run over the row's canvas."""
+    temperature_N: torch.Tensor
+    """float32 [N]."""
+    seed_N: torch.Tensor
+    """int64 [N]."""
+    any_random: bool
+    """Whether any request has a temperature above 0."""
+
+    def only(self, keep_N: torch.Tensor) -> "Tile":
+        """The rows where ``keep_N`` is true."""
+        rows = {f.name: getattr(self, f.name)[keep_N] for f in fields(self) if f.name.endswith("_N")}
+        return replace(self, **rows)
+
+
+class ProposalSampler:
+    """Applies sampling parameters to the denoiser's logits, through vLLM's sampler.
+
+    Args:
+        base: vLLM's ``Sampler`` of this worker.
+        mask_token_id: never proposed.
+
+    """
+
+    def __init__(self, base: Any, mask_token_id: int) -> None:
+        self.base = base
+        self.mask_token_id = mask_token_id
+        self.logprobs = LogprobTable(base)
+        # bias, penalties, bad words and our admission class, which changes nothing; more is the user's
+        self._has_custom_processors = len(base.logits_processors) > 4
+        self._processed_slots: set[int] = set()
+
+    def add_request(self, slot: int, params: "SamplingParams") -> None:
+        """Remember whether a request's logits are processed; they are then computed for its whole canvas."""
+        self._processed_slots.discard(slot)
+        if self._has_custom_processors or changes_logits(params):
+            self._processed_slots.add(slot)
+        self.logprobs.add_request(slot)
+
+    def is_processed(self, slot: int) -> bool:
+        """Whether anything but temperature, top-k, top-p and min-p changes the request's logits."""
+        return slot in self._processed_slots
+
+    def propose(
+        self, logits_NV: torch.Tensor, tile: Tile, masked_N: torch.Tensor | None
+    ) -> tuple[Tile, torch.Tensor, torch.Tensor]:
+        """A token and its confidence for every masked row.
+
+        Args:
+            logits_NV: float32 [N, V], may be written.
+            tile: what the rows are.
+            masked_N: bool [N] where the tile is whole canvases whose logits are processed; None where all are masked.
+
+        Returns:
+            The masked rows, their tokens, int64, and confidences, float32 (see ``decoding.unmask.propose``).
+
+        """
+        raw_NV = logits_NV
+        if masked_N is not None:
+            if self.logprobs.wants_raw(tile.slots_np):
+                raw_NV = logits_NV.clone()
+            processed_NV = self._process(logits_NV, tile)
+            tile, logits_NV, raw_NV = tile.only(masked_N), processed_NV[masked_N], raw_NV[masked_N]
+        noise_NV = None
+        if tile.any_random:
+            noise_NV = gumbel_noise(tile.seed_N, tile.position_N, tile.pass_index_N, logits_NV.shape[1])
+        token_N, confidence_N = propose(
+            logits_NV, self.mask_token_id, tile.temperature_N, noise_NV, self._shaping(tile)
+        )
+        if self.logprobs.wanted(tile.slots_np):
+            raw_NV[:, self.mask_token_id] = float("-inf")
+            self.logprobs.record(logits_NV if self.logprobs.of_processed else raw_NV, tile, token_N)
+        return tile, token_N, confidence_N
+
+    def _process(self, logits_NV: torch.Tensor, tile: Tile) -> torch.Tensor:
+        """Bias, allowed ids, minimum length, penalties, bad words, and processors of the user's own."""
+        context = LogitsContext(
+            expanded_idx_mapping=tile.slot_N,
+            idx_mapping=torch.from_numpy(tile.slots_np).to(logits_NV.device),
+            idx_mapping_np=tile.slots_np,
+            expanded_local_pos=tile.column_N.to(torch.int32),
+            # the row of canvas position j finds the token of position k < j in row k + 1 of its request
+            input_ids=tile.token_N.roll(1).to(torch.int32),
+            pos=tile.position_N - 1,
+            seq_lens_upper_bound_np=tile.seq_lens_np,
+        )
+        for processor in self.base.logits_processors:
+            logits_NV = processor.apply(logits_NV, context)
+        return logits_NV
+
+    def _shaping(self, tile: Tile) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        states, slots = self.base.sampling_states, tile.slots_np
+        unshaped = (states.min_p.np[slots] == 0) & (states.top_p.np[slots] == 1)
+        if np.all(unshaped & (states.top_k.np[slots] == states.vocab_size)):
+            return None
+
+        def shape(score_NV: torch.Tensor) -> torch.Tensor:
+            states.apply_min_p(score_NV, tile.slot_N, slots)
+            return states.apply_top_k_top_p(score_NV, tile.slot_N, slots)
+
+        return shape
+
+
+def changes_logits(params: "SamplingParams") -> bool:
+    """Whether a request's parameters change processed logits."""
+    return bool(
+        params.logit_bias
+        or params.allowed_token_ids
+        or params.bad_words
+        or params.min_tokens > 0
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+        or params.repetition_penalty != 1
+    )
