@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from engine_harness import engine, golden_params
 from vllm import SamplingParams
 
@@ -78,10 +79,17 @@ def test_vllms_kernel_warm_up_runs_and_leaves_nothing_behind(tiny_moe):
     case = tiny_moe.cases(16)[3]
     with engine(tiny_moe.path, {"passes_per_step": 16}) as e:
         worker = e.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        # without its grammar step: the interpreter cannot run that kernel of vLLM's
-        warmup_kernels(e.runner, worker.execute_model, lambda _: worker.sample_tokens(None))
+        warmup_kernels(e.runner, worker.execute_model, worker.sample_tokens)
         assert e.stats()["denoise_steps"] == e.stats()["context_steps"] == 0
         assert e.tokens([case["prompt"]], golden_params(case)) == [case["output"]]
+
+
+def test_vllms_top_k_kernel_still_cannot_be_interpreted():
+    """Death test of ``use_torch_for_top_k_top_p``."""
+    from vllm.v1.sample.ops.topk_topp_triton import apply_top_k_top_p_triton
+
+    with pytest.raises(Exception, match="object has no attribute 'to'"):
+        apply_top_k_top_p_triton(torch.randn(2, 64), torch.full((2,), 5, dtype=torch.int32), None)
 
 
 def test_triton_still_has_no_cpu_backend_of_its_own():

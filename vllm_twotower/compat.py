@@ -136,6 +136,23 @@ def _without_checkpoints(get_kv_cache_spec: Any) -> Any:
     return wrapped
 
 
+def use_torch_for_top_k_top_p() -> None:
+    """On a CPU, let vLLM's sampler use its own plain-torch top-k and top-p.
+
+    Symptom: any request with top-k or top-p ends the engine with ``'int' object has no attribute 'to'``: with Triton
+    present, ``sample/ops/topk_topp_sampler.py`` takes a kernel that the interpreter cannot run
+    (``topk_topp_triton.py``). Can go when the kernel is interpretable or the CPU is excluded there.
+    """
+    import vllm.v1.worker.gpu.sample.sampler as sampler
+    import vllm.v1.worker.gpu.sample.states as states
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
+
+    def apply_top_k_top_p(logits: Any, k: Any, p: Any) -> Any:
+        return logits if k is None and p is None else apply_top_k_top_p_pytorch(logits, k, p, allow_cpu_sync=True)
+
+    sampler.apply_top_k_top_p = states.apply_top_k_top_p = apply_top_k_top_p
+
+
 def missing_interpreter_problem() -> str | None:
     """What to type where vLLM's model runner cannot run its kernels, or None.
 

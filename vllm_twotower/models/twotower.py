@@ -48,6 +48,7 @@ class NemotronHTwoTowerForCausalLM(NemotronHForCausalLM):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         if on_cpu:
             compat.disable_prefill_checkpoints(self.model.layers)
+            compat.use_torch_for_top_k_top_p()
         self.options = EngineOptions.from_additional_config(vllm_config.additional_config.get(CONFIG_KEY))
         self.denoiser: DenoiserTower | None = None
         if self.options is not None:

@@ -129,8 +129,10 @@ class DenoiseStep:
                 yield token_N, False
             return
         processed_T = torch.tensor(processed, device=masked_T.device)[self.layout.row_T]
-        for token_N in (masked_T & ~processed_T).nonzero().squeeze(1).split(LOGITS_TILE):
-            yield token_N, False
+        plain_T = masked_T & ~processed_T
+        if plain_T.any():
+            for token_N in plain_T.nonzero().squeeze(1).split(LOGITS_TILE):
+                yield token_N, False
         rows = torch.tensor([row for row, whole in enumerate(processed) if whole], device=masked_T.device)
         for row_N in rows.split(LOGITS_TILE // MAX_CANVAS_LENGTH):
             yield torch.isin(self.layout.row_T, row_N).nonzero().squeeze(1), True
