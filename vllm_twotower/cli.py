@@ -4,9 +4,16 @@ import argparse
 import os
 import pathlib
 import sys
+from typing import Any
 
 DEMO_MODEL = pathlib.Path(__file__).parent / "assets" / "demo"
-DEMO_PROMPTS = ("And God said,", "In those days", "And it came to pass, that the king")
+DEMO_PROMPTS = ("And God said,", "In those days")
+DEMO_RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("mask_diffusion", {"confidence_threshold": 0.8, "max_steps": 16}),
+    ("mask_diffusion", {"confidence_threshold": 0.3, "max_steps": 8}),
+    ("ar", {}),
+)
+"""The published settings, settings that trade quality for fewer passes, and the autoregressive baseline."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,10 +68,11 @@ def _demo(args: argparse.Namespace) -> int:
     print(f"Starting vLLM with the demo model ({DEMO_MODEL.name}), a few seconds ...", flush=True)
     llm = start_engine(str(DEMO_MODEL))
     runs: list[Run] = []
-    for mode in ("mask_diffusion", "ar"):
-        print(f"\n=== {mode}")
-        params = diffusion_params(mode=mode, temperature=0.0, max_tokens=args.max_tokens)
-        runs.append(write_live(llm, list(DEMO_PROMPTS), params, title=mode))
+    for mode, settings in DEMO_RUNS:
+        title = ", ".join([mode, *(f"{name} {value}" for name, value in settings.items())])
+        print(f"\n=== {title}")
+        params = diffusion_params(mode=mode, temperature=0.0, max_tokens=args.max_tokens, **settings)
+        runs.append(write_live(llm, list(DEMO_PROMPTS), params, title))
     print()
     print_table(runs)
     return 0

@@ -18,7 +18,7 @@ WORKER_EXTENSION_CLASS = "vllm_twotower.runtime.worker_extension.DiffusionWorker
 ADMISSION_MODULE = "vllm_twotower.runtime.admission"
 
 DEFAULT_MAX_NUM_SEQS = 64
-"""Requests running at once unless the user asks for fewer; the gain over AR peaks around here (docs/scheduling.md)."""
+"""Requests running at once unless the user asks for fewer; the gain over AR peaks here (docs/architecture.md)."""
 
 logger = logging.getLogger("vllm.twotower")
 
