@@ -47,9 +47,10 @@ def test_good_settings_and_other_peoples_keys_pass():
     canvas_16.validate_params(SamplingParams())
 
 
-def test_mock_ar_is_refused_until_it_is_served():
-    with pytest.raises(ValueError, match=r"mock_ar.*not served yet"):
-        canvas_16.validate_params(diffusion_params(mode="mock_ar"))
+def test_mock_ar_scores_no_prompts():
+    canvas_16.validate_params(diffusion_params(mode="mock_ar"))
+    with pytest.raises(ValueError, match=r"prompt_logprobs=1 cannot be honoured in mock_ar"):
+        canvas_16.validate_params(diffusion_params(mode="mock_ar", prompt_logprobs=1))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _recorded_problem: str | None = None
@@ -84,6 +84,50 @@ def wrap_engine_args(architecture: str) -> None:
     EngineArgs.from_cli_args = classmethod(from_cli_args_and_ours)
     EngineArgs.create_engine_config = create_engine_config_and_check
     EngineArgs._twotower_flag = True
+
+
+def check_prompts(architecture: str, check: Callable[[Any, Any], None]) -> None:
+    """Let ``check(engine_core_request, vllm_config)`` refuse a request of our architecture by its prompt; idempotent.
+
+    ``LogitsProcessor.validate_params`` sees the sampling parameters only. Wraps ``InputProcessor.process_inputs``; a
+    ``ValueError`` of the check becomes vLLM's validation error, a 400. Can go when admission hooks see the prompt.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    if getattr(InputProcessor, "_twotower_check", False):
+        return
+    process_inputs = InputProcessor.process_inputs
+
+    @functools.wraps(process_inputs)
+    def process_inputs_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process_inputs(self, *args, **kwargs)
+        if self.model_config.architecture == architecture:
+            try:
+                check(request, self.vllm_config)
+            except ValueError as problem:
+                raise VLLMValidationError(str(problem)) from problem
+        return request
+
+    InputProcessor.process_inputs = process_inputs_and_check
+    InputProcessor._twotower_check = True
+
+
+@contextlib.contextmanager
+def without_caching_blocks(kv_cache_manager: Any) -> Iterator[None]:
+    """Allocate KV slots while inside without hashing any block.
+
+    What a denoise step writes is noise until the commit overwrites it. For a canvas upstream hashes nothing, it stops
+    at the request's last token; the slot that a mock-AR pass writes *is* that of the last token, and its block would be
+    offered to other requests. Upstream's own switch for this is ``delay_cache_blocks``, which ``schedule`` does not
+    pass.
+    """
+    allocate_slots = kv_cache_manager.allocate_slots
+    kv_cache_manager.allocate_slots = functools.partial(allocate_slots, delay_cache_blocks=True)
+    try:
+        yield
+    finally:
+        del kv_cache_manager.allocate_slots
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_twotower import compat
-from vllm_twotower.config import CONFIG_KEY, EngineOptions
+from vllm_twotower.config import CONFIG_KEY, EngineOptions, RequestOptions
+from vllm_twotower.core import Mode
 
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 MODEL_CLASS = "vllm_twotower.models.twotower:NemotronHTwoTowerForCausalLM"
@@ -19,6 +20,9 @@ ADMISSION_MODULE = "vllm_twotower.runtime.admission"
 
 DEFAULT_MAX_NUM_SEQS = 64
 """Requests running at once unless the user asks for fewer; the gain over AR peaks here (docs/architecture.md)."""
+
+MIN_MOCK_AR_PROMPT = 2
+"""The denoiser needs a last token and a context before it."""
 
 logger = logging.getLogger("vllm.twotower")
 
@@ -58,6 +62,7 @@ class TwoTowerConfigHook:
         options = engine_options(vllm_config)
         refuse(vllm_config, options)
         apply_defaults(vllm_config, options)
+        compat.check_prompts(ARCHITECTURE, check_prompt)
 
 
 def engine_options(vllm_config: Any) -> EngineOptions | None:
@@ -77,6 +82,27 @@ def engine_options(vllm_config: Any) -> EngineOptions | None:
         # left in place it would switch on vLLM's own diffusion path, which knows one tower only
         vllm_config.diffusion_config = None
     return EngineOptions.from_additional_config(ours)
+
+
+def check_prompt(request: Any, vllm_config: Any) -> None:
+    """Refuse what only the prompt shows; ``request`` is vLLM's ``EngineCoreRequest``.
+
+    Raises:
+        ValueError: the message says what to send instead.
+
+    """
+    options = EngineOptions.from_additional_config(vllm_config.additional_config.get(CONFIG_KEY))
+    if options is None or request.sampling_params is None:
+        return
+    mode = RequestOptions.from_extra_args(request.sampling_params.extra_args, options).mode
+    num_tokens = len(request.prompt_token_ids or ())
+    if mode is Mode.MOCK_AR and num_tokens < MIN_MOCK_AR_PROMPT:
+        raise ValueError(
+            f"a prompt of {num_tokens} token is too short for diffusion_mode='mock_ar', whose context stays one token "
+            f"behind: send {MIN_MOCK_AR_PROMPT} tokens or more, or another mode"
+        )
+    if mode is not Mode.AR and request.resumable:
+        raise ValueError("streaming input cannot be continued from inside a canvas: send diffusion_mode='ar'")
 
 
 def apply_defaults(vllm_config: Any, options: EngineOptions | None) -> None:

@@ -61,9 +61,15 @@ class TimeConditioning(nn.Module):
             self._vector_by_level = self._tabulate(level_index_R.device)
         return self._vector_by_level[level_index_R]
 
-    def modulation(self, layer: int, vector_R3D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A layer's shift, scale and gate, each [R, D]."""
-        shift, scale, gate = (vector_R3D + self.scale_shift_tables[layer]).unbind(dim=1)
+    def modulation(
+        self, layer: int, vector_R3D: torch.Tensor, unmodulated_R: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A layer's shift, scale and gate, each [R, D]: 0, 0 and 1 for the rows that run without time conditioning."""
+        modulation_R3D = vector_R3D + self.scale_shift_tables[layer]
+        if unmodulated_R is not None:
+            neutral_3D = modulation_R3D.new_tensor([0.0, 0.0, 1.0])[:, None]
+            modulation_R3D = torch.where(unmodulated_R[:, None, None], neutral_3D, modulation_R3D)
+        shift, scale, gate = modulation_R3D.unbind(dim=1)
         return shift, scale, gate
 
     def forget(self) -> None:

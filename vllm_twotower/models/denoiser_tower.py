@@ -46,19 +46,19 @@ class CanvasLayout:
     """int64 [T], each token's position in its canvas."""
     num_rows: int
     max_width: int
+    unmodulated_R: torch.Tensor | None = None
+    """bool [R], rows that run without time conditioning (mock-AR); None where there are none."""
     mamba_slots: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Layer name of a context Mamba layer -> int64 [R], slot of each row's committed state; empty in a profile run."""
 
     @classmethod
-    def from_widths(
-        cls, widths: Sequence[int], device: torch.device, mamba_slots: Mapping[str, torch.Tensor] | None = None
-    ) -> "CanvasLayout":
-        """Canvases of the given widths, one after the other."""
+    def from_widths(cls, widths: Sequence[int], device: torch.device, **more: Any) -> "CanvasLayout":
+        """Canvases of the given widths, one after the other; ``more`` are other fields."""
         width_R = torch.tensor(widths)
         row_T = torch.arange(len(widths)).repeat_interleave(width_R)
         first_R = width_R.cumsum(0) - width_R
         column_T = torch.arange(int(width_R.sum())) - first_R[row_T]
-        return cls(row_T.to(device), column_T.to(device), len(widths), max(widths), mamba_slots or {})
+        return cls(row_T.to(device), column_T.to(device), len(widths), max(widths), **more)
 
     def pad(self, x_TC: torch.Tensor) -> torch.Tensor:
         """[T, C] -> [R, W, C]; positions past a canvas are zero."""
@@ -285,7 +285,7 @@ class DenoiserTower(nn.Module):
         vector_R3D = self.conditioning.vectors(level_index_R)
         hidden_TD = self.embed_tokens(token_T)
         for index, layer in enumerate(self.layers):
-            modulation_R = self.conditioning.modulation(index, vector_R3D)
+            modulation_R = self.conditioning.modulation(index, vector_R3D, layout.unmodulated_R)
             modulation_T = tuple(m[layout.row_T] for m in modulation_R)
             hidden_TD = layer(hidden_TD, modulation_T, context_layers[index].mixer, layout)
         return self.norm_f(hidden_TD)

@@ -46,10 +46,8 @@ class DiffusionParams(LogitsProcessor):
                 )
             return
         options = RequestOptions.from_extra_args(extra, cls.engine)
-        if options.mode is Mode.MOCK_AR:
-            raise ValueError("request setting diffusion_mode='mock_ar' is not served yet: use 'mask_diffusion' or 'ar'")
-        if options.mode is Mode.MASK_DIFFUSION:
-            check_mask_diffusion(sampling_params)
+        if options.mode is not Mode.AR:
+            check_denoised(sampling_params, options.mode)
 
     def __init__(self, vllm_config: Any, req_states: Any) -> None:
         """Built by the worker too, where it has nothing to do."""
@@ -78,17 +76,19 @@ def check_vllm_limits(params: "SamplingParams") -> None:
         )
 
 
-def check_mask_diffusion(params: "SamplingParams") -> None:
-    """Refuse, rather than ignore, what mask diffusion cannot honour; ``ar`` honours all of it."""
+def check_denoised(params: "SamplingParams", mode: Mode) -> None:
+    """Refuse, rather than ignore, what the denoiser's modes cannot honour; ``ar`` honours all of it."""
     refused = {
         "structured_outputs": params.structured_outputs is not None,
         "logprob_token_ids": bool(getattr(params, "logprob_token_ids", None)),
         "thinking_token_budget": getattr(params, "thinking_token_budget", None) is not None,
+        # in mock_ar the last prompt token is computed after the first new one is out
+        "prompt_logprobs": mode is Mode.MOCK_AR and params.prompt_logprobs is not None,
     }
     for name, given in refused.items():
         if given:
             raise ValueError(
-                f"{name}={getattr(params, name)!r} cannot be honoured in mask diffusion: "
+                f"{name}={getattr(params, name)!r} cannot be honoured in {mode}: "
                 "leave it out, or send diffusion_mode='ar'"
             )
     if params.allowed_token_ids is not None and set(params.allowed_token_ids) == {MASK_TOKEN_ID}:

@@ -1,5 +1,8 @@
 """One denoise step of a worker: one or more denoise passes over the step's canvases, and the reveals between them.
 
+A mock-AR row is a canvas of one token, the request's last: it runs in the first pass without time conditioning, and
+what is proposed there is the token *after* it.
+
 The passes run inside the model's ``forward``, because that is where vLLM's forward context (attention metadata, slot
 mappings) is set; the sampler afterwards only reports what ``run`` left in ``outcome``.
 
@@ -74,27 +77,31 @@ class DenoiseStep:
         self.observe = observe
         self.outcome: DenoiseOutcome | None = None
         self._token_RS = rows.token_RS
+        self._mock_ar_RS = torch.zeros_like(rows.token_RS, dtype=torch.bool)
+        if layout.unmodulated_R is not None:
+            self._mock_ar_RS[:, 0] = layout.unmodulated_R
 
     def run(self, denoiser: DenoiserTower, context_layers: nn.ModuleList) -> None:
         """Run the passes and leave the result in ``outcome``."""
         token_RS, pass_index_R = self._token_RS, self.rows.pass_index_R
         started_at_R, num_forwards = pass_index_R, 0
-        for _ in range(self.passes):
-            masked_RS = token_RS == self.mask_token_id
-            unfinished_R = masked_RS.any(dim=1)
-            if not unfinished_R.any():
+        for step in range(self.passes):
+            masked_RS = self._masked(token_RS)
+            wanted_RS = masked_RS | self._mock_ar_RS if step == 0 else masked_RS
+            if not wanted_RS.any():
                 break
             if self.observe is not None:
-                self.observe(unfinished_R, token_RS)
+                self.observe(masked_RS.any(dim=1), token_RS)
             level_R = level_index(masked_RS.sum(dim=1), self.width_R)
             token_T = token_RS[self.layout.row_T, self.layout.column_T]
             hidden_TD = denoiser(token_T, level_R, self.layout, context_layers)
-            proposal_RS, confidence_RS = self._propose(denoiser, hidden_TD, masked_RS, pass_index_R)
+            proposal_RS, confidence_RS = self._propose(denoiser, hidden_TD, wanted_RS, pass_index_R)
             k_R = num_to_reveal(confidence_RS, masked_RS, self.rows.threshold_R, pass_index_R, self.rows.max_steps_R)
-            self._token_RS = token_RS = reveal(token_RS, proposal_RS, confidence_RS, masked_RS, k_R)
-            pass_index_R = pass_index_R + unfinished_R
+            token_RS = reveal(token_RS, proposal_RS, confidence_RS, masked_RS, k_R)
+            self._token_RS = token_RS = torch.where(wanted_RS & ~masked_RS, proposal_RS, token_RS)
+            pass_index_R = pass_index_R + wanted_RS.any(dim=1)
             num_forwards += 1
-        still_masked_R = (token_RS == self.mask_token_id).any(dim=1)
+        still_masked_R = self._masked(token_RS).any(dim=1)
         self.outcome = DenoiseOutcome(
             token_RS,
             pass_index_R,
@@ -103,49 +110,55 @@ class DenoiseStep:
             num_forwards,
         )
 
+    def _masked(self, token_RS: torch.Tensor) -> torch.Tensor:
+        """Undecided positions; the last token of a mock-AR row may be the mask id, as any token of a prompt."""
+        return (token_RS == self.mask_token_id) & ~self._mock_ar_RS
+
     def _propose(
-        self, denoiser: DenoiserTower, hidden_TD: torch.Tensor, masked_RS: torch.Tensor, pass_index_R: torch.Tensor
+        self, denoiser: DenoiserTower, hidden_TD: torch.Tensor, wanted_RS: torch.Tensor, pass_index_R: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Proposal and confidence for every masked position, in tiles of logits; elsewhere 0."""
-        proposal_RS = torch.zeros_like(masked_RS, dtype=torch.int64)
-        confidence_RS = torch.zeros_like(masked_RS, dtype=torch.float32)
-        masked_T = masked_RS[self.layout.row_T, self.layout.column_T]
-        for token_N, whole_canvases in self._tiles(masked_T):
+        """Proposal and confidence for every wanted position, in tiles of logits; elsewhere 0."""
+        proposal_RS = torch.zeros_like(wanted_RS, dtype=torch.int64)
+        confidence_RS = torch.zeros_like(wanted_RS, dtype=torch.float32)
+        wanted_T = wanted_RS[self.layout.row_T, self.layout.column_T]
+        for token_N, whole_canvases in self._tiles(wanted_T):
             tile = self._tile(token_N, pass_index_R)
             row_N, column_N = self.layout.row_T[token_N], tile.column_N
-            masked_N = masked_T[token_N] if whole_canvases else None
-            tile, token, confidence = self.proposals.propose(denoiser.logits(hidden_TD[token_N]), tile, masked_N)
-            if masked_N is not None:
-                row_N, column_N = row_N[masked_N], column_N[masked_N]
+            wanted_N = wanted_T[token_N] if whole_canvases else None
+            tile, token, confidence = self.proposals.propose(denoiser.logits(hidden_TD[token_N]), tile, wanted_N)
+            if wanted_N is not None:
+                row_N, column_N = row_N[wanted_N], column_N[wanted_N]
             proposal_RS[row_N, column_N] = token
             confidence_RS[row_N, column_N] = confidence
         return proposal_RS, confidence_RS
 
-    def _tiles(self, masked_T: torch.Tensor) -> Iterator[tuple[torch.Tensor, bool]]:
+    def _tiles(self, wanted_T: torch.Tensor) -> Iterator[tuple[torch.Tensor, bool]]:
         """Token indices of each tile, and whether it is whole canvases (of requests whose logits are processed)."""
         processed = [self.proposals.is_processed(slot) for slot in self.rows.slots]
         if not any(processed):
-            for token_N in masked_T.nonzero().squeeze(1).split(LOGITS_TILE):
+            for token_N in wanted_T.nonzero().squeeze(1).split(LOGITS_TILE):
                 yield token_N, False
             return
-        processed_T = torch.tensor(processed, device=masked_T.device)[self.layout.row_T]
-        plain_T = masked_T & ~processed_T
+        processed_T = torch.tensor(processed, device=wanted_T.device)[self.layout.row_T]
+        plain_T = wanted_T & ~processed_T
         if plain_T.any():
             for token_N in plain_T.nonzero().squeeze(1).split(LOGITS_TILE):
                 yield token_N, False
-        rows = torch.tensor([row for row, whole in enumerate(processed) if whole], device=masked_T.device)
+        rows = torch.tensor([row for row, whole in enumerate(processed) if whole], device=wanted_T.device)
         for row_N in rows.split(LOGITS_TILE // MAX_CANVAS_LENGTH):
             yield torch.isin(self.layout.row_T, row_N).nonzero().squeeze(1), True
 
     def _tile(self, token_N: torch.Tensor, pass_index_R: torch.Tensor) -> Tile:
         row_N, column_N = self.layout.row_T[token_N], self.layout.column_T[token_N]
         rows = self.rows
+        # a canvas position is about its own token, a mock-AR row about the next one
+        position_N = self.first_position_R[row_N] + column_N + self._mock_ar_RS[row_N, column_N]
         return Tile(
             slots_np=np.array(rows.slots, dtype=np.int64),
             seq_lens_np=self.seq_lens_np,
             slot_N=rows.slot_R[row_N],
             column_N=column_N,
-            position_N=self.first_position_R[row_N] + column_N,
+            position_N=position_N,
             token_N=self._token_RS[row_N, column_N],
             pass_index_N=pass_index_R[row_N],
             temperature_N=rows.temperature_R[row_N],

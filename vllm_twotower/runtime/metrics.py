@@ -18,13 +18,13 @@ class DiffusionStats:
     context_steps: int = 0
     denoise_forwards: int = 0
 
-    def count_denoise_step(self, outcome: DenoiseOutcome, widths: list[int]) -> None:
-        """Count one denoise step."""
+    def count_denoise_step(self, outcome: DenoiseOutcome, widths: list[int], num_mock_ar: int) -> None:
+        """Count one denoise step; a mock-AR row is a pass and a token, and no canvas."""
         emitted = [width for width, finished in zip(widths, outcome.finished, strict=True) if finished]
         self.denoise_steps += 1
         self.denoise_forwards += outcome.num_forwards
         self.denoise_passes += sum(outcome.num_passes)
-        self.canvases += len(emitted)
+        self.canvases += len(emitted) - num_mock_ar
         self.committed_tokens += sum(emitted)
 
     def count_context_step(self, num_rows: int, num_commits: int) -> None:

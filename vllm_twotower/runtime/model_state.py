@@ -74,10 +74,13 @@ class TwoTowerModelState(MambaHybridModelState):
 
     def _is_denoise_row(self, batch: InputBatch, row: int) -> bool:
         options = self.request_options.get(batch.req_ids[row])
-        if options is None or options.mode is not Mode.MASK_DIFFUSION:
+        if options is None or options.mode is Mode.AR:
             return False
-        computed = int(batch.num_computed_tokens_np[row])
-        if computed < int(batch.prefill_len_np[row]):
+        # prefill_len is the request's length here: it grows with every emission
+        computed, length = int(batch.num_computed_tokens_np[row]), int(batch.prefill_len_np[row])
+        if options.mode is Mode.MOCK_AR:
+            return computed == length - 1
+        if computed < length:
             return False
         width = min(options.canvas_length, self.max_model_len - computed)
         assert int(batch.num_scheduled_tokens[row]) == width, "a canvas is scheduled whole"
@@ -161,7 +164,13 @@ class TwoTowerModelState(MambaHybridModelState):
         widths = [int(n) for n in batch.num_scheduled_tokens[:num_reqs]]
         slots = [int(i) for i in batch.idx_mapping_np[:num_reqs]]
         rows = self.canvases.gather(slots, widths, batch.idx_mapping[:num_reqs])
-        layout = CanvasLayout.from_widths(widths, self.device, self._mamba_slots)
+        mock_ar = [self.request_options[req_id].mode is Mode.MOCK_AR for req_id in batch.req_ids]
+        mock_ar_R = None
+        if any(mock_ar):
+            mock_ar_R = torch.tensor(mock_ar, device=self.device)
+            last_token_R = batch.input_ids[batch.query_start_loc[:num_reqs]].to(torch.int64)
+            rows.token_RS[:, 0] = torch.where(mock_ar_R, last_token_R, rows.token_RS[:, 0])
+        layout = CanvasLayout.from_widths(widths, self.device, unmodulated_R=mock_ar_R, mamba_slots=self._mamba_slots)
         observe = None
         if self.trace is not None:
             observe = self.trace.observer(batch.req_ids, widths)

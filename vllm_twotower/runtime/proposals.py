@@ -83,25 +83,25 @@ class ProposalSampler:
         return slot in self._processed_slots
 
     def propose(
-        self, logits_NV: torch.Tensor, tile: Tile, masked_N: torch.Tensor | None
+        self, logits_NV: torch.Tensor, tile: Tile, wanted_N: torch.Tensor | None
     ) -> tuple[Tile, torch.Tensor, torch.Tensor]:
-        """A token and its confidence for every masked row.
+        """A token and its confidence for every wanted row.
 
         Args:
             logits_NV: float32 [N, V], may be written.
             tile: what the rows are.
-            masked_N: bool [N] where the tile is whole canvases whose logits are processed; None where all are masked.
+            wanted_N: bool [N] where the tile is whole canvases whose logits are processed; None where all are wanted.
 
         Returns:
-            The masked rows, their tokens, int64, and confidences, float32 (see ``decoding.unmask.propose``).
+            The wanted rows, their tokens, int64, and confidences, float32 (see ``decoding.unmask.propose``).
 
         """
         raw_NV = logits_NV
-        if masked_N is not None:
+        if wanted_N is not None:
             if self.logprobs.wants_raw(tile.slots_np):
                 raw_NV = logits_NV.clone()
             processed_NV = self._process(logits_NV, tile)
-            tile, logits_NV, raw_NV = tile.only(masked_N), processed_NV[masked_N], raw_NV[masked_N]
+            tile, logits_NV, raw_NV = tile.only(wanted_N), processed_NV[wanted_N], raw_NV[wanted_N]
         noise_NV = None
         if tile.any_random:
             noise_NV = gumbel_noise(tile.seed_N, tile.position_N, tile.pass_index_N, logits_NV.shape[1])

@@ -5,10 +5,11 @@ What it tells the runner, per row:
 | row | ``num_sampled`` | ``num_rejected`` |
 | --- | --- | --- |
 | AR | vLLM's | vLLM's |
-| mask diffusion, context step | 0: the prompt or the commit emits nothing | 0 |
-| mask diffusion, denoise step | the canvas's width if finished, else 0 | the width: nothing was computed |
+| denoised, context step | 0: the prompt or the commit emits nothing | 0 |
+| denoised, denoise step | the canvas's width if finished, else 0 | the width: nothing was computed |
 
-Both counts of a denoise row are its scheduled width, never S: the runner's token table ends at ``max_model_len``.
+A mock-AR row is a finished canvas of width 1. Both counts of a denoise row are its scheduled width, never S: the runner's
+token table ends at ``max_model_len``.
 """
 
 from typing import Any
@@ -46,7 +47,7 @@ class CanvasSampler:
 
     def _context_step(self, logits: torch.Tensor, batch: InputBatch) -> SamplerOutput:
         options = [self.state.request_options.get(req_id) for req_id in batch.req_ids]
-        is_diffusion = [o is not None and o.mode is Mode.MASK_DIFFUSION for o in options]
+        is_diffusion = [o is not None and o.mode is not Mode.AR for o in options]
         if any(o is not None for o in options):  # not a dummy batch
             self._count_context_step(batch, is_diffusion)
         if not all(is_diffusion):
@@ -72,7 +73,8 @@ class CanvasSampler:
     def _denoise_step(self, outcome: DenoiseOutcome, batch: InputBatch) -> SamplerOutput:
         num_reqs = batch.num_reqs
         widths = [int(n) for n in batch.num_scheduled_tokens[:num_reqs]]
-        self.state.stats.count_denoise_step(outcome, widths)
+        modes = [self.state.request_options[req_id].mode for req_id in batch.req_ids]
+        self.state.stats.count_denoise_step(outcome, widths, modes.count(Mode.MOCK_AR))
         self.state.canvases.scatter(batch.idx_mapping[:num_reqs], outcome.token_RS, outcome.pass_index_R)
         prefill_len = self.base.req_states.prefill_len
         emitted = []

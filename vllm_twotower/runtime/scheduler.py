@@ -46,10 +46,10 @@ class BlockCommitScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule one step of one kind; a context step that finds nothing to do becomes a denoise step in the same
         call."""
-        canvases = [r for r in self.running if self._has_canvas(r)]
+        denoisable = [r for r in self.running if self._is_denoisable(r)]
         if self.policy_of_steps.choose(self._runnable_rows()) is StepKind.CONTEXT:
-            output = self._schedule_context(canvases, args, kwargs)
-            if output.total_num_scheduled_tokens or not canvases:
+            output = self._schedule_context(denoisable, args, kwargs)
+            if output.total_num_scheduled_tokens or not denoisable:
                 self.policy_of_steps.ran(StepKind.CONTEXT)
                 return output
             # Nothing was admissible (no KV blocks, a grammar still compiling). Denoise instead of spinning, and let
@@ -63,7 +63,7 @@ class BlockCommitScheduler(Scheduler):
     def _runnable_rows(self) -> RunnableRows:
         commits = canvases = urgent = 0
         for request in self.running:
-            if self._has_canvas(request):
+            if self._is_denoisable(request):
                 canvases += 1
             elif self._options_of(request).mode is Mode.MASK_DIFFUSION and request.num_output_tokens:
                 commits += 1
@@ -72,10 +72,10 @@ class BlockCommitScheduler(Scheduler):
         admissible = bool(self.waiting or self.kv_holding_waiting) and len(self.running) < self.max_num_active_reqs
         return RunnableRows(commits=commits, canvases=canvases, urgent=urgent, admissible=admissible)
 
-    def _has_canvas(self, request: Request) -> bool:
-        """Whether the request is in the middle of a canvas: all its tokens are computed, and it is not AR."""
-        everything_computed = request.num_computed_tokens == request.num_tokens
-        return everything_computed and self._options_of(request).mode is Mode.MASK_DIFFUSION
+    def _is_denoisable(self, request: Request) -> bool:
+        """Whether the denoiser is next: the context holds all tokens, or in mock-AR all but the last."""
+        mode = self._options_of(request).mode
+        return mode is not Mode.AR and request.num_computed_tokens == request.num_tokens - _context_lag(mode)
 
     def _options_of(self, request: Request) -> RequestOptions:
         options = self._request_options.get(request.request_id)
@@ -87,14 +87,14 @@ class BlockCommitScheduler(Scheduler):
 
     # ---- the two kinds -----------------------------------------------------------------------------------------------
 
-    def _schedule_context(self, canvases: list[Request], args: Any, kwargs: Any) -> SchedulerOutput:
+    def _schedule_context(self, hidden: list[Request], args: Any, kwargs: Any) -> SchedulerOutput:
         self._denoising = frozenset()
-        return self._schedule_without(canvases, self.max_num_active_reqs - len(canvases), args, kwargs)
+        return self._schedule_without(hidden, self.max_num_active_reqs - len(hidden), args, kwargs)
 
     def _schedule_denoise(self, args: Any, kwargs: Any) -> SchedulerOutput:
         """Whole canvases only, as many as the budget holds, the least recently served first; nobody is admitted."""
         waiting_longest_first = sorted(
-            (r for r in self.running if self._has_canvas(r)), key=lambda r: self._last_denoised.get(r.request_id, 0)
+            (r for r in self.running if self._is_denoisable(r)), key=lambda r: self._last_denoised.get(r.request_id, 0)
         )
         budget, rows = self.max_num_scheduled_tokens, []
         for request in waiting_longest_first:
@@ -104,19 +104,38 @@ class BlockCommitScheduler(Scheduler):
                 rows.append(request)
         self._num_denoise_steps += 1
         for request in rows:
-            # upstream allocates KV slots for draft tokens: the canvas, past the end of the request
-            request.spec_token_ids = [MASK_TOKEN_ID] * self._canvas_width(request)
+            if self._options_of(request).mode is Mode.MASK_DIFFUSION:
+                # upstream allocates KV slots for draft tokens: the canvas, past the end of the request
+                request.spec_token_ids = [MASK_TOKEN_ID] * self._canvas_width(request)
             self._last_denoised[request.request_id] = self._num_denoise_steps
         self._denoising = frozenset(r.request_id for r in rows)
         hidden = [r for r in self.running if r.request_id not in self._denoising]
-        output = self._schedule_without(hidden, 0, args, kwargs)
+        with compat.without_caching_blocks(self.kv_cache_manager):
+            output = self._schedule_without(hidden, 0, args, kwargs)
         # the canvas lives in the worker: no drafts are sent, none are rejected
         output.scheduled_spec_decode_tokens.clear()
         return output
 
     def _canvas_width(self, request: Request) -> int:
-        """The request's canvas length, narrower only at the end of ``max_model_len``."""
-        return min(self._options_of(request).canvas_length, self.max_model_len - request.num_computed_tokens)
+        """The request's canvas length, narrower only at the end of ``max_model_len``; in mock-AR the last token."""
+        options = self._options_of(request)
+        if options.mode is Mode.MOCK_AR:
+            return 1
+        return min(options.canvas_length, self.max_model_len - request.num_computed_tokens)
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """Upstream's last word on a chunk: in mock-AR the context stops one token short."""
+        num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if request.request_id in self._denoising:
+            return num_new_tokens
+        lag = _context_lag(self._options_of(request).mode)
+        return max(0, min(num_new_tokens, request.num_tokens - lag - num_computed_tokens)) if lag else num_new_tokens
+
+    def add_request(self, request: Request) -> None:
+        """Mock-AR does not read the prefix cache: a hit of all tokens but one would leave its context nothing to do."""
+        if self._options_of(request).mode is Mode.MOCK_AR:
+            request.skip_reading_prefix_cache = True
+        super().add_request(request)
 
     def _schedule_without(self, hidden: list[Request], max_active: int, args: Any, kwargs: Any) -> SchedulerOutput:
         """vLLM's own ``schedule`` with some running requests out of its sight; the order of ``running`` is kept."""
@@ -163,3 +182,8 @@ class BlockCommitScheduler(Scheduler):
         for table in (self._request_options, self._last_denoised, self._held_prompt_logprobs):
             table.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)
+
+
+def _context_lag(mode: Mode) -> int:
+    """Tokens at a request's end that the context does not hold while the denoiser runs."""
+    return 1 if mode is Mode.MOCK_AR else 0

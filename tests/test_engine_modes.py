@@ -1,0 +1,65 @@
+"""The three modes in one engine and one batch, each equal to NVIDIA's reference."""
+
+import pytest
+from engine_harness import engine, golden_params
+from vllm.exceptions import VLLMValidationError
+
+from vllm_twotower import diffusion_params
+
+
+def one_by_one(mode, max_tokens, **more):
+    return diffusion_params(
+        mode=mode, temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, **more
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny_moe", "tiny_mlp"])
+def test_mock_ar_is_the_references(name, request):
+    golden = request.getfixturevalue(name)
+    with engine(golden.path) as e:
+        outputs = e.tokens([c["prompt"] for c in golden.mock_ar], one_by_one("mock_ar", 16))
+        assert outputs == [c["output"][:16] for c in golden.mock_ar]
+        e.assert_one_tower_per_step()
+        stats = e.stats()
+        assert stats["denoise_passes"] == stats["committed_tokens"] == 16 * len(golden.mock_ar)
+        assert stats["canvases"] == 0
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_all_modes_in_one_batch_and_none_starves(tiny_moe, prefix_caching):
+    diffusion, ar, mock_ar = tiny_moe.cases(16)[5:9], tiny_moe.ar[5:9], tiny_moe.mock_ar[5:9]
+    cases = [*diffusion, *ar, *mock_ar]
+    params = [golden_params(c) for c in diffusion] + [one_by_one("ar", 10)] * 4 + [one_by_one("mock_ar", 10)] * 4
+    with engine(tiny_moe.path, {"passes_per_step": 2}, enable_prefix_caching=prefix_caching) as e:
+        outputs = e.tokens([c["prompt"] for c in cases], params, max_steps=150)
+        assert outputs == [c["output"][: len(o)] for c, o in zip(cases, outputs, strict=True)]
+        assert [len(o) for o in outputs] == [64] * 4 + [10] * 8
+        e.assert_one_tower_per_step()
+        # what mock-AR left in the prefix cache is clean: the same prompts and their continuations, from the cache
+        continued = [c["prompt"] + c["output"][:16] for c in diffusion]
+        again = e.tokens(continued, [golden_params(c) for c in diffusion], max_steps=150)
+        assert [o[:48] for o in again] == [c["output"][16:] for c in diffusion]
+        assert e.scheduler.kv_cache_manager.usage == pytest.approx(0)
+
+
+def test_mock_ar_leaves_no_noise_in_the_prefix_cache(tiny_moe):
+    """A request that ends on a KV block's last slot, then one that would hit that block."""
+    case = tiny_moe.mock_ar[7]
+    length = len(case["prompt"])
+    assert length == 120
+    filled = 128 - length
+    longer = case["prompt"] + case["output"][: filled + 4]
+    with engine(tiny_moe.path, enable_prefix_caching=False) as e:
+        expected = e.tokens([longer], one_by_one("ar", 8))
+    with engine(tiny_moe.path, enable_prefix_caching=True) as e:
+        for max_tokens in (filled, filled + 1, filled + 4):
+            e.tokens([case["prompt"]], one_by_one("mock_ar", max_tokens))
+            assert e.tokens([longer], one_by_one("ar", 8)) == expected
+
+
+def test_a_one_token_prompt_is_refused_in_mock_ar(tiny_moe):
+    with engine(tiny_moe.path) as e:
+        with pytest.raises(VLLMValidationError, match="send 2 tokens or more"):
+            e.tokens([[7]], one_by_one("mock_ar", 4))
+        assert len(e.tokens([[7]], one_by_one("ar", 4))[0]) == 4
+        assert len(e.tokens([[7, 3]], one_by_one("mock_ar", 4))[0]) == 4
