@@ -113,6 +113,93 @@ def check_prompts(architecture: str, check: Callable[[Any, Any], None]) -> None:
     InputProcessor._twotower_check = True
 
 
+def extend_stat_loggers(architecture: str) -> None:
+    """Let vLLM's Prometheus and log-line loggers report our counters for engines of our architecture; idempotent.
+
+    ``vllm.stat_logger_plugins`` would do it without patching, but a logger registered there is built for every model,
+    and turns statistics on where the user turned them off. Can go when an architecture can bring its own stat logger.
+    """
+    from vllm.v1.metrics.loggers import LoggingStatLogger, PrometheusStatLogger
+
+    from vllm_twotower.runtime.stat_loggers import DiffusionLogging, DiffusionProm, StepCounts
+
+    if getattr(PrometheusStatLogger, "_twotower", False):
+        return
+
+    def extend(cls: Any, make: Callable[[Any], Any]) -> None:
+        init, record = cls.__init__, cls.record
+
+        @functools.wraps(init)
+        def init_and_ours(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            init(self, vllm_config, *args, **kwargs)
+            ours = vllm_config.model_config.architecture == architecture
+            self.twotower = make(self) if ours and vllm_config.additional_config.get("diffusion") else None
+
+        @functools.wraps(record)
+        def record_and_ours(
+            self: Any, scheduler_stats: Any, iteration_stats: Any, *args: Any, engine_idx: int = 0, **kwargs: Any
+        ) -> None:
+            scheduler_stats, counts = StepCounts.take_from(scheduler_stats)
+            if counts is not None and self.twotower is not None:
+                index = (engine_idx,) if cls is PrometheusStatLogger else ()
+                self.twotower.observe(counts, *index)
+            record(self, scheduler_stats, iteration_stats, *args, engine_idx=engine_idx, **kwargs)
+
+        cls.__init__, cls.record = init_and_ours, record_and_ours
+
+    extend(PrometheusStatLogger, lambda self: DiffusionProm(served_model_name(self.vllm_config), self.engine_indexes))
+    extend(LoggingStatLogger, lambda self: DiffusionLogging())
+    log = LoggingStatLogger.log
+
+    @functools.wraps(log)
+    def log_and_ours(self: Any) -> None:
+        log(self)
+        if self.twotower is not None:
+            self.twotower.log()
+
+    LoggingStatLogger.log = log_and_ours
+    PrometheusStatLogger._twotower = True
+
+
+def served_model_name(vllm_config: Any) -> str:
+    """The label that vLLM's own metrics carry."""
+    return vllm_config.model_config.served_model_name
+
+
+PASSES_BITS = 16
+
+
+def pass_report(num_passes: list[int], canvas_passes: list[int], device: Any) -> Any:
+    """Denoise passes of each row as the one integer per row that a sampler's output can carry to the scheduler.
+
+    ``SamplerOutput`` and ``ModelRunnerOutput`` have fixed fields; ``num_nans`` is the only one per row that reaches the
+    scheduler as it is, and it is unused in a denoise step. Can go when a model state can attach its own statistics.
+
+    Args:
+        num_passes: passes of this step, per row.
+        canvas_passes: passes of the whole canvas for a row whose canvas is finished, else 0.
+        device: of the result.
+
+    Returns:
+        int32 [R], or None where vLLM was told to raise on any NaN count.
+
+    """
+    import torch
+    import vllm.envs as envs
+
+    if envs.VLLM_RAISE_ON_LOGIT_NANS:
+        return None
+    packed = [done << PASSES_BITS | now for now, done in zip(num_passes, canvas_passes, strict=True)]
+    return torch.tensor(packed, dtype=torch.int32, device=device)
+
+
+def take_pass_report(result: Any) -> dict[str, tuple[int, int]]:
+    """Undo ``pass_report`` on a ``ModelRunnerOutput``: request id -> (passes of this step, of the finished canvas)."""
+    packed, result.num_nans_in_logits = result.num_nans_in_logits, None
+    mask = (1 << PASSES_BITS) - 1
+    return {req_id: (value & mask, value >> PASSES_BITS) for req_id, value in (packed or {}).items()}
+
+
 @contextlib.contextmanager
 def without_caching_blocks(kv_cache_manager: Any) -> Iterator[None]:
     """Allocate KV slots while inside without hashing any block.

@@ -63,6 +63,7 @@ class TwoTowerConfigHook:
         refuse(vllm_config, options)
         apply_defaults(vllm_config, options)
         compat.check_prompts(ARCHITECTURE, check_prompt)
+        compat.extend_stat_loggers(ARCHITECTURE)
 
 
 def engine_options(vllm_config: Any) -> EngineOptions | None:

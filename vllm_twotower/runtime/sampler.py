@@ -8,8 +8,8 @@ What it tells the runner, per row:
 | denoised, context step | 0: the prompt or the commit emits nothing | 0 |
 | denoised, denoise step | the canvas's width if finished, else 0 | the width: nothing was computed |
 
-A mock-AR row is a finished canvas of width 1. Both counts of a denoise row are its scheduled width, never S: the runner's
-token table ends at ``max_model_len``.
+A mock-AR row is a finished canvas of width 1. Both counts of a denoise row are its scheduled width, never S: the
+runner's token table ends at ``max_model_len``.
 """
 
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from vllm_twotower import compat
 from vllm_twotower.core import Mode
 from vllm_twotower.runtime.denoise_step import DenoiseOutcome
 
@@ -88,10 +89,14 @@ class CanvasSampler:
         prefill_len.copy_to_uva()
         device = outcome.token_RS.device
         slots = [int(slot) for slot in batch.idx_mapping_np[:num_reqs]]
+        canvas_passes = [
+            passes if finished and mode is Mode.MASK_DIFFUSION else 0
+            for passes, finished, mode in zip(outcome.pass_index_R.tolist(), outcome.finished, modes, strict=True)
+        ]
         return SamplerOutput(
             outcome.token_RS,
             self.state.proposals.logprobs.take(slots, emitted),
-            None,
+            compat.pass_report(outcome.num_passes, canvas_passes, outcome.token_RS.device),
             torch.tensor(emitted, dtype=torch.int32, device=device),
             torch.tensor(widths, dtype=torch.int32, device=device),
         )

@@ -19,6 +19,7 @@ from vllm_twotower import compat
 from vllm_twotower.config import CONFIG_KEY, EngineOptions, RequestOptions
 from vllm_twotower.core import MASK_TOKEN_ID, Mode, StepKind
 from vllm_twotower.runtime.policy import RunnableRows, StepPolicy
+from vllm_twotower.runtime.stat_loggers import StepCounts
 
 
 class BlockCommitScheduler(Scheduler):
@@ -40,6 +41,7 @@ class BlockCommitScheduler(Scheduler):
         self._num_denoise_steps = 0
         self._last_denoised: dict[str, int] = {}
         self._held_prompt_logprobs: dict[str, tuple[Any, Any]] = {}
+        self._counts = StepCounts()
 
     # ---- choosing a step ---------------------------------------------------------------------------------------------
 
@@ -162,8 +164,9 @@ class BlockCommitScheduler(Scheduler):
                 self.requests[req_id].num_computed_tokens -= num_tokens
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
-        """As upstream's, except that prompt logprobs wait for the request's first tokens."""
+        """As upstream's, except that prompt logprobs wait for the request's first tokens, and passes are counted."""
         self._hold_prompt_logprobs(model_runner_output)
+        self._count(scheduler_output, model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _hold_prompt_logprobs(self, result: Any) -> None:
@@ -177,6 +180,25 @@ class BlockCommitScheduler(Scheduler):
                 for d, held in zip(dicts, self._held_prompt_logprobs.pop(req_id), strict=True):
                     if held is not None:
                         d[req_id] = held
+
+    def _count(self, scheduler_output: SchedulerOutput, result: Any) -> None:
+        if not self._denoising:
+            self._counts.context_passes += len(scheduler_output.num_scheduled_tokens)
+            return
+        for req_id, (num_passes, canvas_passes) in compat.take_pass_report(result).items():
+            self._counts.denoise_passes += num_passes
+            self._counts.committed_tokens += len(result.sampled_token_ids[result.req_id_to_index[req_id]])
+            if canvas_passes:
+                self._counts.canvases += 1
+                self._counts.passes_per_canvas.append(canvas_passes)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's statistics of the step, and ours since the last."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            self._counts.attach(stats)
+            self._counts = StepCounts()
+        return stats
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         for table in (self._request_options, self._last_denoised, self._held_prompt_logprobs):

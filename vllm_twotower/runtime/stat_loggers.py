@@ -1,0 +1,107 @@
+"""Diffusion counters on vLLM's own ``/metrics`` and in its periodic log line.
+
+The way of a count: the worker's sampler reports passes per row (``compat.pass_report``), the scheduler sums them per
+step and attaches them to vLLM's ``SchedulerStats``, the front end's loggers pick them up here. Only engines of our
+architecture with diffusion on are extended.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import Counter, Histogram
+from vllm.logger import init_logger
+
+from vllm_twotower.config import MAX_CANVAS_LENGTH
+
+logger = init_logger("vllm.twotower")
+
+PAYLOAD_KEY = "twotower"
+
+COUNTERS = {
+    "canvases": "Canvases finished.",
+    "denoise_passes": "Denoise passes, counted once per canvas they ran for.",
+    "context_passes": "Context-tower forwards, counted once per request they ran for: prompt chunks and commits.",
+    "committed_tokens": "Tokens of finished canvases, before trimming at a stop.",
+}
+PASSES_PER_CANVAS = "passes_per_canvas"
+
+
+@dataclasses.dataclass
+class StepCounts:
+    """What the steps since the last report did."""
+
+    canvases: int = 0
+    denoise_passes: int = 0
+    context_passes: int = 0
+    committed_tokens: int = 0
+    passes_per_canvas: list[int] = dataclasses.field(default_factory=list)
+
+    def add(self, other: "StepCounts") -> None:
+        """Add another's counts to these."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def attach(self, stats: Any) -> None:
+        """Put the counts into a ``SchedulerStats``: the one dict it has that no feature we allow makes use of."""
+        stats.ec_connector_stats = {PAYLOAD_KEY: dataclasses.asdict(self)}
+
+    @classmethod
+    def take_from(cls, stats: Any) -> "tuple[Any, StepCounts | None]":
+        """The stats as upstream's loggers expect them, and the counts if there are any."""
+        payload = (stats.ec_connector_stats or {}).get(PAYLOAD_KEY) if stats is not None else None
+        if payload is None:
+            return stats, None
+        return dataclasses.replace(stats, ec_connector_stats=None), cls(**payload)
+
+
+class DiffusionProm:
+    """The Prometheus metrics of one front end, labelled as vLLM's are."""
+
+    def __init__(self, model_name: str, engine_indexes: Iterable[int]) -> None:
+        labels = ["model_name", "engine"]
+        counters = {n: Counter(f"vllm:twotower_{n}", text, labels) for n, text in COUNTERS.items()}
+        passes = Histogram(
+            f"vllm:twotower_{PASSES_PER_CANVAS}",
+            "Histogram of denoise passes per finished canvas.",
+            labels,
+            buckets=[1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 24, MAX_CANVAS_LENGTH],
+        )
+        self._counters = {
+            index: {n: c.labels(model_name, str(index)) for n, c in counters.items()} for index in engine_indexes
+        }
+        self._passes = {index: passes.labels(model_name, str(index)) for index in engine_indexes}
+
+    def observe(self, counts: StepCounts, engine_index: int) -> None:
+        """Add one report."""
+        for name, counter in self._counters[engine_index].items():
+            counter.inc(getattr(counts, name))
+        for passes in counts.passes_per_canvas:
+            self._passes[engine_index].observe(passes)
+
+
+class DiffusionLogging:
+    """The log line of one engine."""
+
+    def __init__(self) -> None:
+        self._since_last = StepCounts()
+
+    def observe(self, counts: StepCounts) -> None:
+        """Add one report."""
+        self._since_last.add(counts)
+
+    def log(self) -> None:
+        """Log what happened since the last line; nothing if nothing did."""
+        counts, self._since_last = self._since_last, StepCounts()
+        if not counts.denoise_passes:
+            return
+        logger.info(
+            "Diffusion metrics: Mean passes per canvas: %.2f, Tokens per denoise pass: %.2f, Committed: %d tokens, "
+            "Canvases: %d, Denoise passes: %d, Context passes: %d",
+            sum(counts.passes_per_canvas) / max(1, counts.canvases),
+            counts.committed_tokens / counts.denoise_passes,
+            counts.committed_tokens,
+            counts.canvases,
+            counts.denoise_passes,
+            counts.context_passes,
+        )
