@@ -311,7 +311,16 @@ def save(out: pathlib.Path, weights: dict[str, torch.Tensor], tokenizer: Tokeniz
         "mask_token": "<mask>",
     }
     (out / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, **names}, indent=1) + "\n"
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": 2048,
+                **names,
+                "chat_template": "{{ messages | map(attribute='content') | join(' ') }}",
+            },
+            indent=1,
+        )
+        + "\n"
     )
     (out / "training_log.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in log) + "\n]\n")
 

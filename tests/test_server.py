@@ -1,0 +1,204 @@
+"""A real ``vllm serve --diffusion`` process, over HTTP, with the openai client."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import openai
+import pytest
+
+from vllm_twotower.cli import DEMO_MODEL
+
+PROMPT = "And God said,"
+VLLM = pathlib.Path(sys.executable).with_name("vllm")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    env = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    command = [
+        str(VLLM),
+        "serve",
+        str(DEMO_MODEL),
+        "--diffusion",
+        '{"passes_per_step": 4}',
+        "--served-model-name",
+        "demo",
+    ]
+    command += ["--enforce-eager", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16"]
+    with log.open("wb") as out:
+        process = subprocess.Popen([*command, "--port", str(port)], env=env, stdout=out, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert process.poll() is None, log.read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=2)
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        else:
+            raise AssertionError("the server did not come up:\n" + log.read_text()[-4000:])
+        yield url, log
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def complete(client, prompt=PROMPT, xargs=None, **more):
+    settings = {"model": "demo", "prompt": prompt, "max_tokens": 40, "temperature": 0.0, **more}
+    return client.completions.create(**settings, extra_body={"vllm_xargs": xargs or {}})
+
+
+def metrics(server):
+    text = urllib.request.urlopen(f"{server[0]}/metrics", timeout=10).read().decode()
+    values = {}
+    for line in text.splitlines():
+        if line.startswith("vllm:twotower") and "_bucket" not in line and "_created" not in line:
+            name, value = line.rsplit(" ", 1)
+            values[name.split("{")[0]] = float(value)
+    return values
+
+
+def test_models_tokenize_and_health(server, client):
+    assert [m.id for m in client.models.list()] == ["demo"]
+    body = json.dumps({"model": "demo", "prompt": PROMPT}).encode()
+    request = urllib.request.Request(f"{server[0]}/tokenize", body, {"Content-Type": "application/json"})
+    assert json.load(urllib.request.urlopen(request))["count"] > 3
+
+
+def test_streamed_text_equals_unstreamed_text_one_chunk_per_commit(client):
+    whole = complete(client)
+    assert whole.usage.completion_tokens == 40
+    chunks = list(complete(client, stream=True, stream_options={"include_usage": True}))
+    texts = [c.choices[0].text for c in chunks if c.choices]
+    assert "".join(texts) == whole.choices[0].text
+    assert len([t for t in texts if t]) == 3, "16 + 16 + 8 tokens"
+    assert chunks[-1].usage.completion_tokens == 40
+
+
+def test_a_stop_string_across_two_canvases(client):
+    text = complete(client).choices[0].text
+    first_canvas = next(iter(complete(client, stream=True))).choices[0].text
+    border = len(first_canvas)
+    stop = text[border - 3 : border + 4]
+    assert text.index(stop) == border - 3
+    stopped = complete(client, stop=[stop])
+    assert stopped.choices[0].text == text[: border - 3]
+    assert stopped.choices[0].finish_reason == "stop"
+    streamed = list(complete(client, stop=[stop], stream=True))
+    assert "".join(c.choices[0].text for c in streamed) == text[: border - 3]
+    assert streamed[-1].choices[0].finish_reason == "stop"
+
+
+def test_end_of_sequence_ends_the_text(client):
+    ended = complete(client, prompt="Jesus wept", max_tokens=200, temperature=0.7, seed=3)
+    assert ended.choices[0].finish_reason in ("stop", "length")
+    assert "</s>" not in ended.choices[0].text
+    longer = complete(client, prompt="Jesus wept", max_tokens=200, temperature=0.7, seed=3, stream=True)
+    assert "".join(c.choices[0].text for c in longer) == ended.choices[0].text
+
+
+def test_chat(client):
+    answer = client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": PROMPT}], max_tokens=16, temperature=0.0
+    )
+    assert answer.choices[0].message.content
+    assert answer.usage.completion_tokens <= 16
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "mock_ar", "ar"])
+def test_modes_per_request(client, mode):
+    answer = complete(client, xargs={"diffusion_mode": mode}, max_tokens=8)
+    assert answer.usage.completion_tokens == 8
+
+
+def test_structured_output_works_in_ar_and_is_refused_in_mask_diffusion(client):
+    def choose(mode):
+        return client.completions.create(
+            model="demo",
+            prompt=PROMPT,
+            max_tokens=12,
+            temperature=0.0,
+            extra_body={"vllm_xargs": {"diffusion_mode": mode}, "structured_outputs": {"choice": ["yea", "nay"]}},
+        )
+
+    assert choose("ar").choices[0].text in ("yea", "nay")
+    with pytest.raises(openai.BadRequestError, match="diffusion_mode='ar'"):
+        choose("mask_diffusion")
+
+
+@pytest.mark.parametrize(
+    ("xargs", "message"),
+    [
+        ({"diffusion_confidence_threshold": 2}, "diffusion_confidence_threshold=2"),
+        ({"diffusion_max_steps": 0}, "from 1 to 1024"),
+        ({"diffusion_canvas_length": 17}, "from 1 to 16"),
+        ({"diffusion_mode": "fast"}, "mask_diffusion, mock_ar, ar"),
+        ({"diffusion_speed": 9}, "unknown request setting"),
+    ],
+)
+def test_bad_settings_are_a_400_and_the_next_request_is_fine(client, xargs, message):
+    before = complete(client, max_tokens=16).choices[0].text
+    with pytest.raises(openai.BadRequestError, match=message):
+        complete(client, xargs=xargs)
+    assert complete(client, max_tokens=16).choices[0].text == before
+
+
+def test_what_kills_stock_vllm_is_a_400(client):
+    with pytest.raises(openai.BadRequestError, match="stop token ids"):
+        client.completions.create(
+            model="demo", prompt=PROMPT, extra_body={"stop_token_ids": list(range(4, 140)), "min_tokens": 1}
+        )
+    assert complete(client, max_tokens=4).usage.completion_tokens == 4
+
+
+def test_logprobs_and_seeds_over_http(client):
+    answer = complete(client, logprobs=2, max_tokens=16, temperature=0.9, seed=5)
+    assert len(answer.choices[0].logprobs.token_logprobs) == answer.usage.completion_tokens
+    assert all(p <= 0 for p in answer.choices[0].logprobs.token_logprobs)
+    again = complete(client, logprobs=2, max_tokens=16, temperature=0.9, seed=5)
+    assert again.choices[0].text == answer.choices[0].text
+    scored = complete(client, echo=True, logprobs=1, max_tokens=1)
+    assert len(scored.choices[0].logprobs.token_logprobs) > 4
+
+
+def test_metrics_count_what_was_asked_for(server, client):
+    before = metrics(server)
+    complete(client, max_tokens=32, xargs={"diffusion_confidence_threshold": 1.0})
+    time.sleep(1)
+    after = metrics(server)
+    grown = {name: after[name] - before[name] for name in after}
+    assert grown["vllm:twotower_canvases_total"] == 2
+    assert grown["vllm:twotower_denoise_passes_total"] == 32
+    assert grown["vllm:twotower_committed_tokens_total"] == 32
+    assert grown["vllm:twotower_passes_per_canvas_count"] == 2
+
+
+def test_the_log_holds_no_traceback(server):
+    assert "Traceback" not in server[1].read_text()
