@@ -4,12 +4,15 @@ type."""
 import math
 
 import pytest
+from engine_harness import engine
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_twotower import diffusion_params
 from vllm_twotower.config import EngineOptions, RequestOptions
 from vllm_twotower.core import Mode
+from vllm_twotower.request_checks import check_worker_limits
 from vllm_twotower.runtime import admission
 
 canvas_16, autoregressive = admission.canvas_16, admission.canvas_0
@@ -69,12 +72,36 @@ def test_allowing_nothing_but_the_mask_is_refused():
         canvas_16.validate_params(diffusion_params(allowed_token_ids=[3]))
 
 
-def test_what_kills_vllms_worker_is_refused_in_every_mode():
-    too_many = dict.fromkeys(range(1025), 1.0)
-    with pytest.raises(ValueError, match="logit_bias has 1025 entries"):
-        autoregressive.validate_params(SamplingParams(logit_bias=too_many))
-    with pytest.raises(ValueError, match="129 stop token ids"):
-        canvas_16.validate_params(diffusion_params(mode="ar", min_tokens=1, stop_token_ids=list(range(4, 133))))
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias has 1025 entries: use at most 1024"),
+        ({"min_tokens": 1, "stop_token_ids": list(range(4, 133))}, "129 stop token ids"),
+        ({"seed": 2**63 - 1, "n": 2}, "does not fit in 64 bits"),
+        ({"seed": 2**63}, "does not fit in 64 bits"),
+    ],
+    ids=["bias", "stops", "seed of the second sample", "seed"],
+)
+def test_what_kills_vllms_worker_is_refused_in_every_mode(params, message):
+    with pytest.raises(ValueError, match=message):
+        check_worker_limits(SamplingParams(**params))
+    check_worker_limits(SamplingParams(seed=-(2**63), n=4, min_tokens=1, stop_token_ids=[5]))
+
+
+def test_bad_words_count_by_their_tokens():
+    params = SamplingParams(bad_words=["x"])
+    params._bad_words_token_ids = [[5] * 1025]
+    with pytest.raises(ValueError, match="bad_words are 1025 tokens together: use at most 1024"):
+        check_worker_limits(params)
+
+
+def test_the_models_own_stop_tokens_count(tiny_moe):
+    """They are added after ``validate_params``, so the check has to come after that."""
+    params = diffusion_params(min_tokens=1, stop_token_ids=list(range(4, 132)), max_tokens=4, detokenize=False)
+    with engine(tiny_moe.path) as e:
+        with pytest.raises(VLLMValidationError, match="129 stop token ids"):
+            e.tokens([[5, 6, 7]], params)
+        assert len(e.tokens([[5, 6, 7]], diffusion_params(max_tokens=4, ignore_eos=True, detokenize=False))[0]) == 4
 
 
 def test_an_engine_without_diffusion_refuses_our_keys():

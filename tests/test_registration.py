@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
@@ -78,10 +79,17 @@ def _both(*changes):
         ("_replay_ssm", _set("cache_config.use_replayssm", True), "use_replayssm"),
         ("_priority", _set("scheduler_config.policy", "priority"), "policy=priority.*fcfs"),
         (
-            "_data_and_expert_parallel",
-            _both(_set("parallel_config.data_parallel_size", 2), _set("parallel_config.enable_expert_parallel", True)),
-            "data_parallel_size=2.*enable-expert-parallel",
+            "_data_parallel",
+            _both(
+                _set("model_config.hf_config", SimpleNamespace(hybrid_override_pattern="ME")),
+                _set("parallel_config.data_parallel_size", 2),
+                _set("parallel_config.enable_expert_parallel", True),
+            ),
+            "data_parallel_size=2.*one engine per replica",
         ),
+        ("_expert_balancing", _set("parallel_config.enable_eplb", True), "enable_eplb.*leave it out"),
+        ("_own_classes", _set("parallel_config.worker_extension_cls", "mine.Own"), "mine.Own.*leave it out"),
+        ("_own_classes", _set("scheduler_config.scheduler_cls", "mine.Scheduler"), "mine.Scheduler.*leave it out"),
         ("_prefill_interval", _set("scheduler_config.prefill_schedule_interval", 4), "interval=4.*leave it at 1"),
         ("_step_budget", _set("scheduler_config.max_num_batched_tokens", 12), "max_num_batched_tokens=12.*16 or more"),
         (

@@ -33,7 +33,8 @@ def diffusion_params(
 
     Args:
         mode: ``mask_diffusion`` (default), ``ar`` or ``mock_ar``.
-        confidence_threshold: reveal every proposal surer than this, in (0, 1]; 1 reveals one token per pass.
+        confidence_threshold: reveal every proposal surer than this, in (0, 1]; 1 reveals one token
+            per pass unless ``max_steps`` forces more.
         max_steps: denoise passes per canvas at most.
         canvas_length: tokens per canvas, at most the engine's.
         sampling_params: every other ``SamplingParams`` keyword.

@@ -66,7 +66,7 @@ def _demo(args: argparse.Namespace) -> int:
     from vllm_twotower.live import Run, print_table, start_engine, write_live
 
     print(f"Starting vLLM with the demo model ({DEMO_MODEL.name}), a few seconds ...", flush=True)
-    llm = start_engine(str(DEMO_MODEL))
+    llm = start_engine(str(DEMO_MODEL), kv_cache_memory_bytes=64 << 20)
     runs: list[Run] = []
     for mode, settings in DEMO_RUNS:
         title = ", ".join([mode, *(f"{name} {value}" for name, value in settings.items())])

@@ -1,4 +1,4 @@
-"""Every touch of a private vLLM name or work-around of a vLLM defect: symptom, upstream place, when it can go.
+"""Every patch of vLLM and every work-around of a vLLM defect: symptom, upstream place, when it can go.
 
 Each function has a test in ``tests/test_compat.py`` that fails once the work-around is no longer needed, and
 ``tools/check_vllm_names.py`` checks without installing anything that every private name we rely on exists in a vLLM
@@ -198,6 +198,21 @@ def take_pass_report(result: Any) -> dict[str, tuple[int, int]]:
     packed, result.num_nans_in_logits = result.num_nans_in_logits, None
     mask = (1 << PASSES_BITS) - 1
     return {req_id: (value & mask, value >> PASSES_BITS) for req_id, value in (packed or {}).items()}
+
+
+def pass_over_once(request: Any, current_step: int) -> None:
+    """Keep a running request out of the next ``Scheduler.schedule`` call, in its place and as a possible victim.
+
+    Uses ``Request.next_decode_eligible_step``, upstream's own way of skipping a running request (written for pipeline
+    parallelism, and used by its diffusion scheduler). ``schedule`` counts ``current_step`` up before it looks. Can go
+    when the scheduler takes a filter.
+    """
+    request.next_decode_eligible_step = current_step + 2
+
+
+def stop_passing_over(request: Any) -> None:
+    """Undo ``pass_over_once``."""
+    request.next_decode_eligible_step = 0
 
 
 @contextlib.contextmanager

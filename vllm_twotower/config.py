@@ -168,7 +168,14 @@ def _check_int(where: str, name: str, value: Any, low: int, high: int) -> None:
 
 def _check_threshold(where: str, name: str, value: Any) -> None:
     if not _is_number(value) or not 0 < value <= 1:  # written so that NaN fails
-        raise ValueError(_refusal(where, name, value, "a number above 0 and at most 1 (1 reveals one token per pass)"))
+        raise ValueError(
+            _refusal(
+                where,
+                name,
+                value,
+                "a number above 0 and at most 1 (1: one token per pass unless max_steps forces more)",
+            )
+        )
 
 
 def _check_fraction(where: str, name: str, value: Any) -> None:

@@ -32,7 +32,7 @@ class Run:
         return self.num_tokens / max(1, self.num_denoise_passes + self.num_context_passes)
 
 
-def start_engine(model: str) -> "LLM":
+def start_engine(model: str, **settings: Any) -> "LLM":
     """A small engine for looking at things: eager, one process, a few requests."""
     from vllm import LLM
 
@@ -42,7 +42,7 @@ def start_engine(model: str) -> "LLM":
         max_model_len=512,
         max_num_seqs=8,
         enforce_eager=True,
-        kv_cache_memory_bytes=64 << 20,
+        **settings,
     )
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_twotower import compat
-from vllm_twotower.config import CONFIG_KEY, EngineOptions, RequestOptions
-from vllm_twotower.core import Mode
+from vllm_twotower.config import CONFIG_KEY, EngineOptions
+from vllm_twotower.request_checks import check_request
 
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 MODEL_CLASS = "vllm_twotower.models.twotower:NemotronHTwoTowerForCausalLM"
@@ -19,10 +19,7 @@ WORKER_EXTENSION_CLASS = "vllm_twotower.runtime.worker_extension.DiffusionWorker
 ADMISSION_MODULE = "vllm_twotower.runtime.admission"
 
 DEFAULT_MAX_NUM_SEQS = 64
-"""Requests running at once unless the user asks for fewer; the gain over AR peaks here (docs/architecture.md)."""
-
-MIN_MOCK_AR_PROMPT = 2
-"""The denoiser needs a last token and a context before it."""
+"""Requests running at once where vLLM's own default (128 or more) would apply; the gain over AR peaks here."""
 
 logger = logging.getLogger("vllm.twotower")
 
@@ -62,7 +59,7 @@ class TwoTowerConfigHook:
         options = engine_options(vllm_config)
         refuse(vllm_config, options)
         apply_defaults(vllm_config, options)
-        compat.check_prompts(ARCHITECTURE, check_prompt)
+        compat.check_prompts(ARCHITECTURE, check_request)
         compat.extend_stat_loggers(ARCHITECTURE)
 
 
@@ -83,27 +80,6 @@ def engine_options(vllm_config: Any) -> EngineOptions | None:
         # left in place it would switch on vLLM's own diffusion path, which knows one tower only
         vllm_config.diffusion_config = None
     return EngineOptions.from_additional_config(ours)
-
-
-def check_prompt(request: Any, vllm_config: Any) -> None:
-    """Refuse what only the prompt shows; ``request`` is vLLM's ``EngineCoreRequest``.
-
-    Raises:
-        ValueError: the message says what to send instead.
-
-    """
-    options = EngineOptions.from_additional_config(vllm_config.additional_config.get(CONFIG_KEY))
-    if options is None or request.sampling_params is None:
-        return
-    mode = RequestOptions.from_extra_args(request.sampling_params.extra_args, options).mode
-    num_tokens = len(request.prompt_token_ids or ())
-    if mode is Mode.MOCK_AR and num_tokens < MIN_MOCK_AR_PROMPT:
-        raise ValueError(
-            f"a prompt of {num_tokens} token is too short for diffusion_mode='mock_ar', whose context stays one token "
-            f"behind: send {MIN_MOCK_AR_PROMPT} tokens or more, or another mode"
-        )
-    if mode is not Mode.AR and request.resumable:
-        raise ValueError("streaming input cannot be continued from inside a canvas: send diffusion_mode='ar'")
 
 
 def apply_defaults(vllm_config: Any, options: EngineOptions | None) -> None:
@@ -128,6 +104,9 @@ def apply_defaults(vllm_config: Any, options: EngineOptions | None) -> None:
             scheduler.DEFAULT_MAX_NUM_SEQS,
         )
         scheduler.max_num_seqs = DEFAULT_MAX_NUM_SEQS
+    active = getattr(scheduler, "max_num_active_seqs", None)
+    if active is not None:
+        scheduler.max_num_active_seqs = min(active, scheduler.max_num_seqs)
 
 
 # ---- what start-up refuses
@@ -215,19 +194,36 @@ def _replay_ssm(c: Any, _: Any) -> str | None:
 def _priority(c: Any, _: Any) -> str | None:
     policy = c.scheduler_config.policy
     if policy == "priority":
+        return f"scheduling policy={policy}: untried with two kinds of step; use --scheduling-policy fcfs"
+    return None
+
+
+def _data_parallel(c: Any, _: Any) -> str | None:
+    from vllm.platforms import current_platform
+
+    size = c.parallel_config.data_parallel_size
+    if size == 1 or "E" not in c.model_config.hf_config.hybrid_override_pattern:
+        return None
+    if c.parallel_config.enable_expert_parallel or not current_platform.is_cpu():
         return (
-            f"scheduling policy={policy}: rows of the other step kind cannot be victims; use --scheduling-policy fcfs"
+            f"data_parallel_size={size}: vLLM's fused experts exchange tokens between data-parallel ranks, and ranks "
+            "may be in different towers; start one engine per replica instead"
         )
     return None
 
 
-def _data_and_expert_parallel(c: Any, _: Any) -> str | None:
-    p = c.parallel_config
-    if p.data_parallel_size > 1 and p.enable_expert_parallel:
-        return (
-            f"data_parallel_size={p.data_parallel_size} with expert parallelism: ranks may be in different "
-            "towers and would wait for each other for ever; leave out --enable-expert-parallel"
-        )
+def _expert_balancing(c: Any, _: Any) -> str | None:
+    given = getattr(c.parallel_config, "enable_eplb", False)
+    return "enable_eplb is on: only the context tower's experts would be balanced; leave it out" if given else None
+
+
+def _own_classes(c: Any, _: Any) -> str | None:
+    extension = c.parallel_config.worker_extension_cls
+    if extension and extension != WORKER_EXTENSION_CLASS:
+        return f"worker_extension_cls={extension}: diffusion brings its own; leave it out"
+    scheduler = c.scheduler_config.scheduler_cls
+    if scheduler is not None and scheduler != SCHEDULER_CLASS:
+        return f"scheduler_cls={scheduler}: diffusion brings its own; leave it out"
     return None
 
 
@@ -316,7 +312,9 @@ REFUSED_WITH_DIFFUSION: tuple[Rule, ...] = (
     _mamba_cache_mode,
     _replay_ssm,
     _priority,
-    _data_and_expert_parallel,
+    _data_parallel,
+    _expert_balancing,
+    _own_classes,
     _breakable_graphs,
     _prefill_interval,
     _step_budget,

@@ -1,1 +1,1 @@
-"""The two towers on vLLM's layers. Uses public vLLM layers and ``ops``; knows nothing of ``vllm.v1``."""
+"""The two towers on vLLM's layers: public layers and ``ops``; of ``vllm.v1`` only the model state is handed out."""

@@ -35,6 +35,9 @@ from vllm_twotower.ops import seeded_conv, seeded_scan
 LOGITS_TILE = 1024
 """Most rows whose logits exist at once: 0.5 GiB of fp32 at a vocabulary of 131,072."""
 
+SAMPLING_TILE = 64
+"""Most rows whose noise is drawn at once: 0.7 GiB of integer temporaries at a vocabulary of 131,072."""
+
 
 @dataclass(frozen=True)
 class CanvasLayout:

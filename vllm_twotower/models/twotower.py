@@ -17,7 +17,8 @@ from vllm.platforms import current_platform
 
 from vllm_twotower import compat
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
-from vllm_twotower.models.denoiser_tower import LOGITS_TILE, CanvasLayout, DenoiserTower
+from vllm_twotower.decoding.noise import gumbel_noise
+from vllm_twotower.models.denoiser_tower import LOGITS_TILE, SAMPLING_TILE, CanvasLayout, DenoiserTower
 from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, checked
 
 
@@ -124,4 +125,7 @@ class NemotronHTwoTowerForCausalLM(NemotronHForCausalLM):
         tokens = torch.zeros(num_rows * width, dtype=torch.int64, device=device)
         level = torch.zeros(num_rows, dtype=torch.int64, device=device)
         hidden = self.denoiser(tokens, level, layout, self.model.layers)
-        self.denoiser.logits(hidden[:LOGITS_TILE]).logsumexp(dim=-1)
+        logits = self.denoiser.logits(hidden[:LOGITS_TILE])
+        logits.logsumexp(dim=-1)
+        key = torch.zeros(min(SAMPLING_TILE, logits.shape[0]), dtype=torch.int64, device=device)
+        (logits[: len(key)] + gumbel_noise(key, key, key, logits.shape[1])).sort(dim=-1)

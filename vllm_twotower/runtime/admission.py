@@ -17,11 +17,6 @@ from vllm_twotower.core import MASK_TOKEN_ID, Mode
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
-MAX_BIASED_TOKENS = 1024
-"""vLLM's worker raises beyond this many logit_bias or allowed_token_ids entries, which kills the server (traps B19)."""
-MAX_STOP_TOKENS_WITH_MIN_TOKENS = 128
-"""The same for stop token ids together with min_tokens."""
-
 
 class DiffusionParams(LogitsProcessor):
     """Checks a request against one engine's options; ``engine`` is None where diffusion is off."""
@@ -36,7 +31,6 @@ class DiffusionParams(LogitsProcessor):
             ValueError: what is wrong and what to send instead; vLLM turns it into a 400.
 
         """
-        check_vllm_limits(sampling_params)
         extra = sampling_params.extra_args or {}
         if cls.engine is None:
             if ours := [key for key in extra if str(key).startswith(REQUEST_PREFIX)]:
@@ -62,18 +56,6 @@ class DiffusionParams(LogitsProcessor):
     def apply(self, logits: Any, ctx: Any) -> Any:
         """Unchanged."""
         return logits
-
-
-def check_vllm_limits(params: "SamplingParams") -> None:
-    """Refuse what vLLM 0.32 itself admits and then dies of."""
-    for name in ("logit_bias", "allowed_token_ids"):
-        if (given := getattr(params, name)) is not None and len(given) > MAX_BIASED_TOKENS:
-            raise ValueError(f"{name} has {len(given)} entries: use at most {MAX_BIASED_TOKENS}")
-    if params.min_tokens > 0 and len(params.all_stop_token_ids) > MAX_STOP_TOKENS_WITH_MIN_TOKENS:
-        raise ValueError(
-            f"min_tokens={params.min_tokens} with {len(params.all_stop_token_ids)} stop token ids: use at most "
-            f"{MAX_STOP_TOKENS_WITH_MIN_TOKENS}"
-        )
 
 
 def check_denoised(params: "SamplingParams", mode: Mode) -> None:

@@ -1,8 +1,8 @@
-"""The block-commit scheduler: vLLM's scheduler, shown only the requests of one kind of step at a time.
+"""The block-commit scheduler: vLLM's scheduler, one kind of step at a time.
 
 Per request, alternately: a context step computes the tokens that are not computed yet (a prompt chunk, or the canvas
 just emitted: the commit), a denoise step works on the next canvas in lookahead slots. ``schedule`` chooses the kind,
-hides the running requests of the other kind, calls vLLM's own ``schedule`` and restores; no upstream logic is copied.
+lets vLLM's own ``schedule`` pass over the running requests of the other kind, and copies no upstream logic.
 
 Invariants, each pinned in ``tests/test_scheduler_steps.py``: a step holds rows of one kind; a denoise step holds whole
 canvases, the least recently served first; denoising computes nothing (``num_computed_tokens`` is as before); nothing
@@ -42,6 +42,9 @@ class BlockCommitScheduler(Scheduler):
         self._last_denoised: dict[str, int] = {}
         self._held_prompt_logprobs: dict[str, tuple[Any, Any]] = {}
         self._counts = StepCounts()
+        # A context step admitted nobody although there was a free place (no KV blocks, say): until something changes,
+        # the queue is no reason for another one.
+        self._queue_is_stuck = False
 
     # ---- choosing a step ---------------------------------------------------------------------------------------------
 
@@ -67,12 +70,19 @@ class BlockCommitScheduler(Scheduler):
         for request in self.running:
             if self._is_denoisable(request):
                 canvases += 1
-            elif self._options_of(request).mode is Mode.MASK_DIFFUSION and request.num_output_tokens:
+            elif self._is_commit(request):
                 commits += 1
             else:
                 urgent += 1
-        admissible = bool(self.waiting or self.kv_holding_waiting) and len(self.running) < self.max_num_active_reqs
+        somebody_waits = bool(self.waiting or self.kv_holding_waiting) and not self._queue_is_stuck
+        admissible = somebody_waits and len(self.running) < self.max_num_active_reqs
         return RunnableRows(commits=commits, canvases=canvases, urgent=urgent, admissible=admissible)
+
+    def _is_commit(self, request: Request) -> bool:
+        """Whether what is left to compute is one finished canvas (and not a prompt, or all of a preempted request)."""
+        options = self._options_of(request)
+        left = request.num_tokens - request.num_computed_tokens
+        return options.mode is Mode.MASK_DIFFUSION and request.num_output_tokens > 0 and left <= options.canvas_length
 
     def _is_denoisable(self, request: Request) -> bool:
         """Whether the denoiser is next: the context holds all tokens, or in mock-AR all but the last."""
@@ -91,14 +101,18 @@ class BlockCommitScheduler(Scheduler):
 
     def _schedule_context(self, hidden: list[Request], args: Any, kwargs: Any) -> SchedulerOutput:
         self._denoising = frozenset()
-        return self._schedule_without(hidden, self.max_num_active_reqs - len(hidden), args, kwargs)
+        output = self._schedule_without(hidden, self.max_num_active_reqs, args, kwargs)
+        if not output.scheduled_new_reqs and not output.scheduled_cached_reqs.resumed_req_ids:
+            self._queue_is_stuck = True
+        return output
 
     def _schedule_denoise(self, args: Any, kwargs: Any) -> SchedulerOutput:
         """Whole canvases only, as many as the budget holds, the least recently served first; nobody is admitted."""
         waiting_longest_first = sorted(
             (r for r in self.running if self._is_denoisable(r)), key=lambda r: self._last_denoised.get(r.request_id, 0)
         )
-        budget, rows = self.max_num_scheduled_tokens, []
+        budget = min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens)
+        rows: list[Request] = []
         for request in waiting_longest_first:
             width = self._canvas_width(request)
             if width <= budget:
@@ -137,22 +151,23 @@ class BlockCommitScheduler(Scheduler):
         """Mock-AR does not read the prefix cache: a hit of all tokens but one would leave its context nothing to do."""
         if self._options_of(request).mode is Mode.MOCK_AR:
             request.skip_reading_prefix_cache = True
+        self._queue_is_stuck = False
         super().add_request(request)
 
     def _schedule_without(self, hidden: list[Request], max_active: int, args: Any, kwargs: Any) -> SchedulerOutput:
-        """vLLM's own ``schedule`` with some running requests out of its sight; the order of ``running`` is kept."""
-        order, limit = list(self.running), self.max_num_active_reqs
-        hidden_ids = {r.request_id for r in hidden}
-        self.running = [r for r in order if r.request_id not in hidden_ids]
+        """vLLM's own ``schedule`` with some running requests passed over; they keep their place and can be
+        preempted."""
+        limit = self.max_num_active_reqs
+        for request in hidden:
+            compat.pass_over_once(request, self.current_step)
         self.max_num_active_reqs = max_active
         try:
             return super().schedule(*args, **kwargs)
         finally:
             self.max_num_active_reqs = limit
-            before, after = {r.request_id for r in order}, {r.request_id for r in self.running}
-            admitted = [r for r in self.running if r.request_id not in before]
-            self.running = [r for r in order if r.request_id in after | hidden_ids] + admitted
-            for request in order:
+            for request in hidden:
+                compat.stop_passing_over(request)
+            for request in self.running:
                 request.spec_token_ids = []
 
     # ---- around a step -----------------------------------------------------------------------------------------------
@@ -173,6 +188,8 @@ class BlockCommitScheduler(Scheduler):
         dicts = compat.prompt_logprobs_of(result)
         for req_id in result.req_ids:
             row = result.req_id_to_index[req_id]
+            if req_id not in self.requests:  # aborted while the step ran
+                continue
             if result.sampled_token_ids and not result.sampled_token_ids[row]:
                 if any(req_id in d for d in dicts):
                     self._held_prompt_logprobs[req_id] = tuple(d.pop(req_id, None) for d in dicts)
@@ -203,6 +220,7 @@ class BlockCommitScheduler(Scheduler):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         for table in (self._request_options, self._last_denoised, self._held_prompt_logprobs):
             table.pop(request.request_id, None)
+        self._queue_is_stuck = False
         return super()._free_request(request, *args, **kwargs)
 
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from triton.backends.driver import DriverBase
 
-BACKEND_NAME = "cpu"
-
 
 def interpreting() -> bool:
     """Whether Triton interprets its kernels in this process."""
@@ -20,7 +18,7 @@ class _BackendsWithoutUs(types.ModuleType):
 
     @property
     def backends(self) -> dict[str, Any]:
-        return {name: backend for name, backend in self.__dict__["backends"].items() if name != BACKEND_NAME}
+        return {n: b for n, b in self.__dict__["backends"].items() if b.driver is not InterpreterDriver}
 
 
 if not interpreting():
