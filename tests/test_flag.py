@@ -1,12 +1,16 @@
 """The ``--diffusion`` flag on vLLM's real parsers."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from vllm_twotower.cli import DEMO_MODEL
 from vllm_twotower.registration import SCHEDULER_CLASS
 
 
@@ -78,3 +82,36 @@ def test_on_another_model_it_is_an_error(parse, tmp_path):
     with pytest.raises(ValueError, match=r"needs a two-tower model.*LlamaForCausalLM: leave out --diffusion"):
         parse("--diffusion", model=tmp_path).create_engine_config()
     assert parse(model=tmp_path).create_engine_config().model_config.architecture == "LlamaForCausalLM"
+
+
+def run_benchmark(name, model, *arguments):
+    """One of vLLM's own benchmarks, as a user types it."""
+    command = [str(pathlib.Path(sys.executable).with_name("vllm")), "bench", name, "--diffusion", "--model", str(model)]
+    command += ["--enforce-eager", "--max-model-len", "128", "--kv-cache-memory-bytes", str(64 << 20), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_vllms_throughput_benchmark_runs():
+    sizes = ["--dataset-name", "random", "--random-input-len", "8", "--random-output-len", "16", "--num-prompts", "2"]
+    assert "Throughput:" in run_benchmark("throughput", DEMO_MODEL, *sizes)
+
+
+def test_vllms_latency_benchmark_runs(tiny_mlp, tmp_path):
+    """It draws token ids up to 10,000, so it needs a larger vocabulary than the demo model's."""
+    (tmp_path / "config.json").write_text(json.dumps({**tiny_mlp.config, "vocab_size": 10_240}))
+    sizes = [
+        "--input-len",
+        "8",
+        "--output-len",
+        "16",
+        "--batch-size",
+        "2",
+        "--num-iters",
+        "1",
+        "--num-iters-warmup",
+        "0",
+    ]
+    output = run_benchmark("latency", tmp_path, *sizes, "--load-format", "dummy", "--skip-tokenizer-init")
+    assert "Avg latency:" in output

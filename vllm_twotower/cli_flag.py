@@ -15,6 +15,10 @@ FLAG = "--diffusion"
 DESTINATION = "twotower_diffusion"
 
 
+class FromFlag(dict):
+    """An ``additional_config`` that the flag wrote; engine arguments are copied field by field, so the mark is here."""
+
+
 def add_flag(parser: argparse.ArgumentParser) -> None:
     """Declare ``--diffusion``, which argparse would otherwise take for an abbreviation of ``--diffusion-config``."""
     if FLAG in parser._option_string_actions:
@@ -68,8 +72,7 @@ def merge(engine_args: Any, namespace: argparse.Namespace) -> None:
             f"{FLAG} says {given!r} and additional_config[{CONFIG_KEY!r}] says {extra[CONFIG_KEY]!r}: keep one of them"
         )
     extra[CONFIG_KEY] = given
-    engine_args.additional_config = extra
-    setattr(engine_args, DESTINATION, given)
+    engine_args.additional_config = FromFlag(extra)
 
 
 def check_architecture(engine_args: Any, architecture: str, ours: str) -> None:
@@ -79,7 +82,7 @@ def check_architecture(engine_args: Any, architecture: str, ours: str) -> None:
         ValueError: the flag was given and the model is not a two-tower one.
 
     """
-    if getattr(engine_args, DESTINATION, None) and architecture != ours:
+    if isinstance(engine_args.additional_config, FromFlag) and architecture != ours:
         raise ValueError(
             f"{FLAG} needs a two-tower model ({ours}), and {engine_args.model} is a {architecture}: leave out {FLAG}"
         )
