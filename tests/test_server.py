@@ -1,5 +1,6 @@
 """A real ``vllm serve --diffusion`` process, over HTTP, with the openai client."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -198,6 +199,49 @@ def test_metrics_count_what_was_asked_for(server, client):
     assert grown["vllm:twotower_denoise_passes_total"] == 32
     assert grown["vllm:twotower_committed_tokens_total"] == 32
     assert grown["vllm:twotower_passes_per_canvas_count"] == 2
+
+
+def test_sixteen_different_requests_at_once_answer_as_alone(client):
+    variants = [
+        {},
+        {"max_tokens": 5},
+        {"temperature": 0.8, "seed": 1},
+        {"temperature": 0.8, "seed": 2, "top_p": 0.9},
+        {"temperature": 1.0, "seed": 3, "extra": {"top_k": 20}},
+        {"temperature": 1.0, "seed": 4, "extra": {"min_p": 0.05}},
+        {"presence_penalty": 1.0},
+        {"frequency_penalty": 0.7},
+        {"extra": {"repetition_penalty": 1.3}},
+        {"logit_bias": {"262": -20}},
+        {"stop": ["LORD"]},
+        {"xargs": {"diffusion_confidence_threshold": 0.3}},
+        {"xargs": {"diffusion_max_steps": 4}},
+        {"xargs": {"diffusion_canvas_length": 8}},
+        {"xargs": {"diffusion_mode": "ar"}, "max_tokens": 10},
+        {"xargs": {"diffusion_mode": "mock_ar"}, "max_tokens": 10},
+    ]
+
+    def ask(variant):
+        settings = {"model": "demo", "prompt": PROMPT, "max_tokens": 20, "temperature": 0.0}
+        extra = {"vllm_xargs": variant.get("xargs", {}), **variant.get("extra", {})}
+        settings.update({k: v for k, v in variant.items() if k not in ("xargs", "extra")})
+        return client.completions.create(**settings, extra_body=extra).choices[0].text
+
+    alone = [ask(v) for v in variants]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(ask, variants))
+    assert together == alone
+    assert len(set(alone)) > 8, "the parameters act"
+
+
+def test_vllms_serving_benchmark_reads_the_server(server):
+    command = [str(VLLM), "bench", "serve", "--model", "demo", "--tokenizer", str(DEMO_MODEL), "--base-url", server[0]]
+    command += ["--dataset-name", "random", "--random-input-len", "8", "--random-output-len", "16", "--ignore-eos"]
+    result = subprocess.run([*command, "--num-prompts", "3"], capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    table = dict(line.split(":", 1) for line in result.stdout.splitlines() if line.count(":") == 1)
+    assert int(table["Successful requests"]) == 3
+    assert int(table["Total generated tokens"]) == 48
 
 
 def test_the_log_holds_no_traceback(server):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_twotower.core import Mode
+from vllm_twotower.core import MASK_TOKEN_ID, Mode
 
 CONFIG_KEY = "diffusion"
 """Key of ``additional_config`` that turns diffusion on: True, or a dict of engine options."""
@@ -138,6 +138,17 @@ def check_request_values(values: Mapping[str, Any], max_canvas_length: int = MAX
             _check_int(where, shown, value, 1, MAX_STEPS_LIMIT)
         elif name == "confidence_threshold":
             _check_threshold(where, shown, value)
+
+
+def mask_token_id_of(hf_config: Any) -> int:
+    """The model's mask id.
+
+    Args:
+        hf_config: the Hugging Face config.
+
+    """
+    given = getattr(hf_config, "mask_token_id", None)
+    return MASK_TOKEN_ID if given is None else given
 
 
 def request_extra_args(**values: Any) -> dict[str, Any]:

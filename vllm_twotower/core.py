@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 MASK_TOKEN_ID = 3
-"""Token id of the mask in the released checkpoint, which registers no mask token (spec: model card, inference.py)."""
+"""The mask's token id unless ``config.json`` has a ``mask_token_id``; the released one has none (model card: 3)."""
 
 TIMESTEP_SCALE = 1000.0
 """The noise level t in [0, 1] is embedded as t * 1000 (reference: ``TimestepEmbedder``)."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_twotower import diffusion_stats
-from vllm_twotower.core import MASK_TOKEN_ID
+from vllm_twotower.config import mask_token_id_of
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -55,7 +55,8 @@ def write_live(llm: "LLM", prompts: list[str], params: "SamplingParams", title: 
     for index, prompt in enumerate(prompts):
         prompt_of[str(index)] = prompt
         engine.add_request(str(index), prompt, params.clone())
-    shown, finished = _Screen(tokenizer, prompt_of), []
+    mask = mask_token_id_of(engine.vllm_config.model_config.hf_config)
+    shown, finished = _Screen(tokenizer, prompt_of, mask), []
     started = time.perf_counter()
     while engine.has_unfinished_requests():
         outputs = engine.step()
@@ -79,8 +80,9 @@ def write_live(llm: "LLM", prompts: list[str], params: "SamplingParams", title: 
 class _Screen:
     """Prints canvases pass by pass; the engine's request ids may carry a suffix of its own."""
 
-    def __init__(self, tokenizer: Any, prompt_of: dict[str, str]) -> None:
+    def __init__(self, tokenizer: Any, prompt_of: dict[str, str], mask_token_id: int) -> None:
         self.tokenizer = tokenizer
+        self.mask_token_id = mask_token_id
         self.prompt_of = prompt_of
         self.num_passes: dict[str, int] = dict.fromkeys(prompt_of, 0)
         self.num_tokens: dict[str, int] = dict.fromkeys(prompt_of, 0)
@@ -89,7 +91,7 @@ class _Screen:
         for internal_id, canvases in snapshots.items():
             request = internal_id.split("-")[0]
             for canvas in canvases:
-                if all(token == MASK_TOKEN_ID for token in canvas):
+                if all(token == self.mask_token_id for token in canvas):
                     self.num_passes[request] = 0
                 self.num_passes[request] += 1
                 print(f"  [{request}] pass {self.num_passes[request]:2d} │{self._text(canvas)}", flush=True)
@@ -108,7 +110,7 @@ class _Screen:
             print(f"  {self.prompt_of[output.request_id]}\033[1m{output.outputs[0].text}\033[0m")
 
     def _text(self, tokens: list[int]) -> str:
-        pieces = [MASKED if token == MASK_TOKEN_ID else self.tokenizer.decode([token]) for token in tokens]
+        pieces = [MASKED if token == self.mask_token_id else self.tokenizer.decode([token]) for token in tokens]
         return "".join(pieces).replace("\n", "⏎")
 
 

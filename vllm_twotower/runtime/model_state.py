@@ -21,8 +21,8 @@ from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_twotower import compat
-from vllm_twotower.config import EngineOptions, RequestOptions
-from vllm_twotower.core import MASK_TOKEN_ID, Mode, StepKind
+from vllm_twotower.config import EngineOptions, RequestOptions, mask_token_id_of
+from vllm_twotower.core import Mode, StepKind
 from vllm_twotower.models.denoiser_tower import CanvasLayout
 from vllm_twotower.runtime.canvas_table import CanvasTable, request_seed
 from vllm_twotower.runtime.denoise_step import DenoiseStep
@@ -39,7 +39,8 @@ class TwoTowerModelState(MambaHybridModelState):
         options = model.options
         assert isinstance(options, EngineOptions), "this state is used with diffusion on only"
         self.options = options
-        self.canvases = CanvasTable(self.max_num_reqs, self.options.canvas_length, MASK_TOKEN_ID, device)
+        self.mask_token_id = mask_token_id_of(self.model_config.hf_config)
+        self.canvases = CanvasTable(self.max_num_reqs, options.canvas_length, self.mask_token_id, device)
         self.request_options: dict[str, RequestOptions] = {}
         self.stats = DiffusionStats()
         self.trace: CanvasTrace | None = None
@@ -182,7 +183,7 @@ class TwoTowerModelState(MambaHybridModelState):
             batch.num_computed_tokens_np[:num_reqs].astype(np.int64),
             self.proposals,
             self.options.passes_per_step,
-            MASK_TOKEN_ID,
+            self.mask_token_id,
             observe,
         )
 
@@ -195,7 +196,7 @@ class TwoTowerModelState(MambaHybridModelState):
         """Put the canvas sampler around vLLM's."""
         from vllm_twotower.runtime.sampler import CanvasSampler
 
-        self.proposals = ProposalSampler(sampler, MASK_TOKEN_ID)
+        self.proposals = ProposalSampler(sampler, self.mask_token_id)
         return CanvasSampler(sampler, self), None
 
     def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
