@@ -183,15 +183,14 @@ def denoiser_weights(context: dict[str, torch.Tensor], shape: TowerShape) -> dic
     return weights
 
 
-@torch.no_grad()
-def context_states(model: PlainTwoTower, tokens_BL: torch.Tensor) -> dict[int, tuple | list[MambaCache]]:
-    """One causal pass: keys and values of each attention layer, Mamba states after every canvas, by layer index."""
+def run_context(model: PlainTwoTower, tokens_BL: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """One causal pass: final hidden states; by layer, keys and values or the Mamba states after every canvas."""
     states: dict[int, tuple | list[MambaCache]] = {}
-    hidden = model._embed(CONTEXT, tokens_BL)
+    hidden = model.embed(CONTEXT, tokens_BL)
     causal = torch.ones(tokens_BL.shape[1], tokens_BL.shape[1], dtype=torch.bool).tril()
     for index, kind in enumerate(model.shape.hybrid_override_pattern):
         name = f"{CONTEXT}.layers.{index}"
-        x = model._norm(f"{name}.norm", hidden)
+        x = model.norm(f"{name}.norm", hidden)
         if kind == "*":
             q, k, v = model.attention_projections(name, x)
             states[index] = (k, v)
@@ -199,9 +198,9 @@ def context_states(model: PlainTwoTower, tokens_BL: torch.Tensor) -> dict[int, t
         elif kind == "M":
             out, states[index] = model.mamba(name, x, None, CANVAS)
         else:
-            out = model._feed_forward(name, kind, x)
+            out = model.feed_forward(name, kind, x)
         hidden = hidden + out
-    return states
+    return model.norm(f"{CONTEXT}.norm_f", hidden), states
 
 
 def denoiser_loss(model: PlainTwoTower, tokens_BL: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -210,18 +209,19 @@ def denoiser_loss(model: PlainTwoTower, tokens_BL: torch.Tensor, generator: torc
     batch, length = tokens_BL.shape
     level_B = torch.rand(batch, generator=generator) * (1 - 1e-3) + 1e-3
     masked_BL = torch.rand(batch, length, generator=generator) < level_B[:, None]
-    states = context_states(model, tokens_BL)
+    with torch.no_grad():
+        _, states = run_context(model, tokens_BL)
     canvas_of = torch.arange(length) // CANVAS
     visible = torch.cat([canvas_of[:, None] > canvas_of[None], canvas_of[:, None] == canvas_of[None]], dim=1)
     time_B3D = model.time_vector(level_B)
-    hidden = model._embed(DENOISER, torch.where(masked_BL, MASK_TOKEN_ID, tokens_BL))
+    hidden = model.embed(DENOISER, torch.where(masked_BL, MASK_TOKEN_ID, tokens_BL))
     for index, kind in enumerate(model.shape.hybrid_override_pattern):
         name = f"{DENOISER}.layers.{index}"
         shift, scale, gate = (v[:, None] for v in (time_B3D + model.weights[f"scale_shift_tables.{index}"]).unbind(1))
         if kind in "*M":
-            x = model._norm(f"{name}.norm", hidden * (1 + scale) + shift)
+            x = model.norm(f"{name}.norm", hidden * (1 + scale) + shift)
         else:
-            x = model._norm(f"{name}.norm", hidden) * (1 + scale) + shift
+            x = model.norm(f"{name}.norm", hidden) * (1 + scale) + shift
         if kind == "*":
             q, k, v = model.attention_projections(name, x)
             context_k, context_v = states[index]
@@ -236,27 +236,15 @@ def denoiser_loss(model: PlainTwoTower, tokens_BL: torch.Tensor, generator: torc
             out, _ = model.mamba(name, x.reshape(-1, CANVAS, x.shape[-1]), seed)
             out = out.reshape_as(x)
         else:
-            out = model._feed_forward(name, kind, x)
+            out = model.feed_forward(name, kind, x)
         hidden = hidden + gate * out
-    logits = model._denoiser_logits(hidden)
+    logits = model.denoiser_logits(hidden)
     return F.cross_entropy(logits[masked_BL], tokens_BL[masked_BL])
 
 
 def next_token_loss(model: PlainTwoTower, tokens_BL: torch.Tensor) -> torch.Tensor:
-    hidden = model._embed(CONTEXT, tokens_BL)
-    causal = torch.ones(tokens_BL.shape[1], tokens_BL.shape[1], dtype=torch.bool).tril()
-    for index, kind in enumerate(model.shape.hybrid_override_pattern):
-        name = f"{CONTEXT}.layers.{index}"
-        x = model._norm(f"{name}.norm", hidden)
-        if kind == "*":
-            out = model.attend(name, *model.attention_projections(name, x), causal)
-        elif kind == "M":
-            out, _ = model.mamba(name, x, None, CANVAS)
-        else:
-            out = model._feed_forward(name, kind, x)
-        hidden = hidden + out
-    logits = model.context_logits(model._norm(f"{CONTEXT}.norm_f", hidden))
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BL[:, 1:].flatten())
+    hidden, _ = run_context(model, tokens_BL)
+    return F.cross_entropy(model.context_logits(hidden)[:, :-1].flatten(0, 1), tokens_BL[:, 1:].flatten())
 
 
 def train(

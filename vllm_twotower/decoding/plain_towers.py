@@ -97,11 +97,11 @@ class PlainTwoTower:
     def extend_context(self, tokens_BL: torch.Tensor, cache: ContextCache) -> torch.Tensor:
         """Run the context tower causally over new tokens, advance ``cache``, return the final hidden states [B, L,
         D]."""
-        hidden_BLD = self._embed(CONTEXT, tokens_BL)
+        hidden_BLD = self.embed(CONTEXT, tokens_BL)
         cache.previous = {}
         for index, kind in enumerate(self.shape.hybrid_override_pattern):
             name = f"{CONTEXT}.layers.{index}"
-            normed_BLD = self._norm(f"{name}.norm", hidden_BLD)
+            normed_BLD = self.norm(f"{name}.norm", hidden_BLD)
             if kind == "*":
                 out_BLD, cache.attention[index] = self._attention(
                     name, normed_BLD, cache.attention.get(index), causal=True
@@ -112,9 +112,9 @@ class PlainTwoTower:
                 out_BLD, states = self.mamba(name, normed_BLD, cache.mamba.get(index))
                 cache.mamba[index] = states[-1]
             else:
-                out_BLD = self._feed_forward(name, kind, normed_BLD)
+                out_BLD = self.feed_forward(name, kind, normed_BLD)
             hidden_BLD = hidden_BLD + out_BLD
-        return self._norm(f"{CONTEXT}.norm_f", hidden_BLD)
+        return self.norm(f"{CONTEXT}.norm_f", hidden_BLD)
 
     def context_logits(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         """Next-token logits of the context tower, float32 [B, L, V]."""
@@ -130,7 +130,7 @@ class PlainTwoTower:
 
         """
         time_B3D = self.time_vector(level_B)
-        hidden_BSD = self._embed(DENOISER, canvas_BS)
+        hidden_BSD = self.embed(DENOISER, canvas_BS)
         for index, kind in enumerate(self.shape.hybrid_override_pattern):
             name = f"{DENOISER}.layers.{index}"
             shift, scale, gate = (
@@ -139,27 +139,27 @@ class PlainTwoTower:
             if (
                 kind in "*M"
             ):  # the released weights were trained with the norm fused into the projection: modulate first
-                x_BSD = self._norm(f"{name}.norm", hidden_BSD * (1 + scale) + shift)
+                x_BSD = self.norm(f"{name}.norm", hidden_BSD * (1 + scale) + shift)
             else:
-                x_BSD = self._norm(f"{name}.norm", hidden_BSD) * (1 + scale) + shift
+                x_BSD = self.norm(f"{name}.norm", hidden_BSD) * (1 + scale) + shift
             if kind == "*":
                 out_BSD, _ = self._attention(name, x_BSD, cache.attention[index], causal=False)
             elif kind == "M":
                 out_BSD, _ = self.mamba(name, x_BSD, cache.mamba[index])
             else:
-                out_BSD = self._feed_forward(name, kind, x_BSD)
+                out_BSD = self.feed_forward(name, kind, x_BSD)
             hidden_BSD = hidden_BSD + gate * out_BSD
-        return self._denoiser_logits(hidden_BSD)
+        return self.denoiser_logits(hidden_BSD)
 
     def mock_ar(self, last_B1: torch.Tensor, cache: ContextCache) -> torch.Tensor:
         """Next-token logits [B, 1, V] from the denoiser, run like a causal tower on the last token without modulation.
 
         It sees the keys and values of every token but the last, and the Mamba states from before it.
         """
-        hidden = self._embed(DENOISER, last_B1)
+        hidden = self.embed(DENOISER, last_B1)
         for index, kind in enumerate(self.shape.hybrid_override_pattern):
             name = f"{DENOISER}.layers.{index}"
-            x = self._norm(f"{name}.norm", hidden)
+            x = self.norm(f"{name}.norm", hidden)
             if kind == "*":
                 layer = cache.attention[index]
                 before = AttentionCache(layer.keys_BJLd[:, :, :-1], layer.values_BJLd[:, :, :-1])
@@ -167,9 +167,9 @@ class PlainTwoTower:
             elif kind == "M":
                 out, _ = self.mamba(name, x, cache.previous[index])
             else:
-                out = self._feed_forward(name, kind, x)
+                out = self.feed_forward(name, kind, x)
             hidden = hidden + out
-        return self._denoiser_logits(hidden)
+        return self.denoiser_logits(hidden)
 
     def time_vector(self, level_B: torch.Tensor) -> torch.Tensor:
         """The shift, scale and gate that all layers share, before each adds its own table: [B, 3, D]
@@ -186,15 +186,18 @@ class PlainTwoTower:
         vector = F.linear(F.silu(hidden), w["t_block.1.weight"], w["t_block.1.bias"])
         return vector.view(-1, 3, self.shape.hidden_size)
 
-    def _embed(self, tower: str, tokens: torch.Tensor) -> torch.Tensor:
+    def embed(self, tower: str, tokens: torch.Tensor) -> torch.Tensor:
+        """A tower's input embeddings."""
         return F.embedding(tokens, self.weights[f"{tower}.embeddings.weight"])
 
-    def _denoiser_logits(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
-        return F.linear(self._norm(f"{DENOISER}.norm_f", hidden_BLD), self.weights["lm_head.weight"]).float()
+    def denoiser_logits(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        """The denoiser's final norm and head, float32 [B, L, V]."""
+        return F.linear(self.norm(f"{DENOISER}.norm_f", hidden_BLD), self.weights["lm_head.weight"]).float()
 
     # ---- layers ------------------------------------------------------------------------------------------------------
 
-    def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """RMSNorm in fp32, result in the dtype of ``x``."""
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.shape.layer_norm_epsilon)
         return (x32 * self.weights[f"{name}.weight"].float()).to(x.dtype)
@@ -276,7 +279,8 @@ class PlainTwoTower:
             states.append(MambaCache(history_BC[:, end : end + s.conv_kernel - 1], ssm))
         return F.linear(y, w[f"{mixer}.out_proj.weight"]), states
 
-    def _feed_forward(self, name: str, kind: str, x: torch.Tensor) -> torch.Tensor:
+    def feed_forward(self, name: str, kind: str, x: torch.Tensor) -> torch.Tensor:
+        """A mixture of experts or a dense MLP, per token."""
         if kind == "E":
             return self._mixture_of_experts(f"{name}.mixer", x)
         assert kind == "-", kind
