@@ -30,6 +30,6 @@ def test_the_example_prints_what_readme_says(tmp_path):
 
 
 def test_the_files_to_read_exist():
-    links = re.findall(r"\]\(([\w./-]+)\)", README.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(([\w./-]+)(?:#\w+)?\)", README.read_text(encoding="utf-8"))
     assert len(links) > 10
     assert [link for link in links if not (README.parent / link).exists()] == []
