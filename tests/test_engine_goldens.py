@@ -42,7 +42,7 @@ def test_all_golden_cases_in_one_generate_call(name, canvas_length, request):
     assert crossings, "no canvas crossed a KV block"
 
 
-@pytest.mark.parametrize("name", ["tiny_moe", "tiny_mlp"])
+@pytest.mark.parametrize("name", ["tiny_moe", pytest.param("tiny_mlp", marks=pytest.mark.slow)])
 def test_without_diffusion_the_engine_decodes_autoregressively(name, request):
     golden = request.getfixturevalue(name)
     with engine(golden.path, diffusion=None) as e:

@@ -13,7 +13,7 @@ def one_by_one(mode, max_tokens, **more):
     )
 
 
-@pytest.mark.parametrize("name", ["tiny_moe", "tiny_mlp"])
+@pytest.mark.parametrize("name", ["tiny_moe", pytest.param("tiny_mlp", marks=pytest.mark.slow)])
 def test_mock_ar_is_the_references(name, request):
     golden = request.getfixturevalue(name)
     with engine(golden.path) as e:
@@ -25,7 +25,7 @@ def test_mock_ar_is_the_references(name, request):
         assert stats["canvases"] == 0
 
 
-@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("prefix_caching", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_all_modes_in_one_batch_and_none_starves(tiny_moe, prefix_caching):
     diffusion, ar, mock_ar = tiny_moe.cases(16)[5:9], tiny_moe.ar[5:9], tiny_moe.mock_ar[5:9]
     cases = [*diffusion, *ar, *mock_ar]

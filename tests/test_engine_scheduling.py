@@ -45,13 +45,13 @@ def test_step_budgets_schedule_whole_canvases(tiny_moe, cases, budget):
         check(e, cases)
 
 
-@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("prefix_caching", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_more_prompts_than_places(tiny_moe, cases, prefix_caching):
     with engine(tiny_moe.path, {"passes_per_step": 16}, enable_prefix_caching=prefix_caching, max_num_seqs=4) as e:
         check(e, cases)
 
 
-@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("prefix_caching", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_preemption_when_kv_memory_is_short(tiny_moe, cases, prefix_caching):
     with engine(
         tiny_moe.path,

@@ -92,7 +92,7 @@ def test_a_newcomer_joins_in_the_middle_of_a_canvas(tiny_moe):
     assert done == {"a": first["output"], "b": second["output"]}
 
 
-@pytest.mark.parametrize("budget", [48, 50])
+@pytest.mark.parametrize("budget", [pytest.param(48, marks=pytest.mark.slow), 50])
 def test_a_small_budget_takes_turns_with_whole_canvases(tiny_moe, budget):
     cases = tiny_moe.cases(16)[:6]
     with engine(
