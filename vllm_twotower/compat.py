@@ -1,6 +1,6 @@
 """Every patch of vLLM and every work-around of a vLLM defect: symptom, upstream place, when it can go.
 
-Each function has a test in ``tests/test_compat.py`` that fails once the work-around is no longer needed, and
+Each work-around of a defect has a test in ``tests/test_compat.py`` that fails once it is no longer needed, and
 ``tools/check_vllm_names.py`` checks without installing anything that every private name we rely on exists in a vLLM
 wheel. Imports nothing of vLLM before it is called.
 """
@@ -12,6 +12,8 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from vllm_twotower.config import CONFIG_KEY
 
 _recorded_problem: str | None = None
 
@@ -37,9 +39,9 @@ def add_config_hook(architecture: str, hook: type) -> None:
     """Let ``hook.verify_and_update_config`` see the engine's configuration for one architecture.
 
     Private: ``vllm.model_executor.models.config.MODELS_CONFIG_MAP``, read by
-        ``ModelConfig._try_verify_and_update_model_config`` and ``VllmConfig.try_verify_and_update_config``. vLLM has no
-        public way for a plugin to adjust the configuration of its own architecture. Can go when
-        ``ModelRegistry.register_model`` takes a configuration class.
+    ``ModelConfig._try_verify_and_update_model_config`` and ``VllmConfig.try_verify_and_update_config``. vLLM has no
+    public way for a plugin to adjust the configuration of its own architecture. Can go when
+    ``ModelRegistry.register_model`` takes a configuration class.
     """
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -133,7 +135,7 @@ def extend_stat_loggers(architecture: str) -> None:
         def init_and_ours(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
             init(self, vllm_config, *args, **kwargs)
             ours = vllm_config.model_config.architecture == architecture
-            self.twotower = make(self) if ours and vllm_config.additional_config.get("diffusion") else None
+            self.twotower = make(self) if ours and vllm_config.additional_config.get(CONFIG_KEY) else None
 
         @functools.wraps(record)
         def record_and_ours(
@@ -147,7 +149,10 @@ def extend_stat_loggers(architecture: str) -> None:
 
         cls.__init__, cls.record = init_and_ours, record_and_ours
 
-    extend(PrometheusStatLogger, lambda self: DiffusionProm(served_model_name(self.vllm_config), self.engine_indexes))
+    def prometheus(logger: Any) -> DiffusionProm:
+        return DiffusionProm(logger.vllm_config.model_config.served_model_name, logger.engine_indexes)
+
+    extend(PrometheusStatLogger, prometheus)
     extend(LoggingStatLogger, lambda self: DiffusionLogging())
     log = LoggingStatLogger.log
 
@@ -159,11 +164,6 @@ def extend_stat_loggers(architecture: str) -> None:
 
     LoggingStatLogger.log = log_and_ours
     PrometheusStatLogger._twotower = True
-
-
-def served_model_name(vllm_config: Any) -> str:
-    """The label that vLLM's own metrics carry."""
-    return vllm_config.model_config.served_model_name
 
 
 PASSES_BITS = 16
@@ -237,9 +237,9 @@ def portable_moe_layers(needed: bool) -> Iterator[None]:
     """Build Nemotron-H's ``E`` layers with our portable mixture of experts while inside.
 
     Symptom: vLLM 0.32 on a CPU refuses the model at construction, its fused experts know gated activations only
-        (``fused_moe/cpu_fused_moe.py``). ``NemotronHModel`` takes ``decoder_layer_types``, but ``NemotronHForCausalLM``
-        does not pass one on, so its default table is changed for the duration of the constructor. Can go when vLLM's
-        CPU experts take relu2.
+    (``fused_moe/cpu_fused_moe.py``). ``NemotronHModel`` takes ``decoder_layer_types``, but ``NemotronHForCausalLM``
+    does not pass one on, so its default table is changed for the duration of the constructor. Can go when vLLM's
+    CPU experts take relu2.
     """
     if not needed:
         yield
@@ -261,10 +261,10 @@ def disable_prefill_checkpoints(layers: Any) -> None:
     """On a CPU, keep the context tower's Mamba layers from exporting states in the middle of a chunk.
 
     Symptom: ``IndexError`` in ``mamba_mixer2.conv_ssm_forward`` for any prompt that crosses a 128-token block in one
-        chunk while prefix caching is on, the default: the CPU scan (``ops/cpu/mamba_ssm.py``) ignores
-        ``return_intermediate_states``, and the layer's cache spec promises the scheduler one checkpoint per prefill.
-        Without the promise the scheduler splits the chunk instead. Can go when the CPU scan returns intermediate
-        states.
+    chunk while prefix caching is on, the default: the CPU scan (``ops/cpu/mamba_ssm.py``) ignores
+    ``return_intermediate_states``, and the layer's cache spec promises the scheduler one checkpoint per prefill.
+    Without the promise the scheduler splits the chunk instead. Can go when the CPU scan returns intermediate
+    states.
     """
     for layer in layers:
         mixer = layer.mixer
@@ -303,8 +303,8 @@ def missing_interpreter_problem() -> str | None:
     """What to type where vLLM's model runner cannot run its kernels, or None.
 
     Symptom: without an active Triton driver vLLM silently takes its deprecated runner (V1), which knows no model
-        states. Triton decides at import whether kernels are interpreted, so the variable must be there before Python
-        starts. Can go when Triton has a CPU backend.
+    states. Triton decides at import whether kernels are interpreted, so the variable must be there before Python
+    starts. Can go when Triton has a CPU backend.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         if importlib.util.find_spec("triton") is None:

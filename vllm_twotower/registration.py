@@ -109,10 +109,10 @@ def apply_defaults(vllm_config: Any, options: EngineOptions | None) -> None:
         scheduler.max_num_active_seqs = min(active, scheduler.max_num_seqs)
 
 
-# ---- what start-up refuses
-# ------------------------------------------------------------------------------------------------------- One small rule
-# each: (vllm_config, options) -> what is wrong and what to type instead, or None. Rules of the second list apply with
-# diffusion on only.
+# ---- what start-up refuses -------------------------------------------------------------------------------------------
+#
+# One small rule each: (vllm_config, options) -> what is wrong and what to type instead, or None. Rules of the second
+# list apply with diffusion on only.
 
 Rule = Callable[[Any, EngineOptions], str | None]
 
