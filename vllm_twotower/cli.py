@@ -35,13 +35,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--max-tokens", type=int, default=64)
     demo.set_defaults(run=_demo)
 
-    trace = commands.add_parser("trace", help="show every canvas of one prompt filling in, pass by pass")
+    trace = commands.add_parser(
+        "trace", help="show every canvas of one prompt filling in, in the terminal and as a page"
+    )
     trace.add_argument("model")
     trace.add_argument("prompt")
     trace.add_argument("--max-tokens", type=int, default=64)
     trace.add_argument("--confidence-threshold", type=float)
     trace.add_argument("--max-steps", type=int)
     trace.add_argument("--temperature", type=float, default=0.0)
+    trace.add_argument("--html", type=pathlib.Path, default=pathlib.Path("trace.html"), help="the page to write")
     trace.set_defaults(run=_trace)
 
     inspect = commands.add_parser("inspect", help="say what a checkpoint needs, from its config.json alone")
@@ -80,8 +83,12 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _trace(args: argparse.Namespace) -> int:
     from vllm_twotower import diffusion_params
+    from vllm_twotower.config import EngineOptions
     from vllm_twotower.live import print_table, start_engine, write_live
+    from vllm_twotower.trace_page import render_page
 
+    if not args.html.parent.is_dir():
+        raise ValueError(f"--html {args.html}: the folder {args.html.parent} does not exist; make it or name another")
     params = diffusion_params(
         confidence_threshold=args.confidence_threshold,
         max_steps=args.max_steps,
@@ -89,7 +96,17 @@ def _trace(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
     )
     llm = start_engine(args.model)
-    print_table([write_live(llm, [args.prompt], params, title="mask_diffusion")])
+    run = write_live(llm, [args.prompt], params, title="mask_diffusion")
+    print_table([run])
+    threshold = args.confidence_threshold or EngineOptions().confidence_threshold
+    about = (
+        f"{pathlib.Path(args.model).name}: {run.num_tokens} tokens in {run.num_denoise_passes} denoise passes and "
+        f"{run.num_context_passes} commits, confidence threshold {threshold:g}, temperature {args.temperature:g}"
+    )
+    decode = llm.get_tokenizer().decode
+    page = render_page(run.recordings[0], lambda t: decode([t]), "Canvases denoising", about, threshold)
+    args.html.write_text(page, encoding="utf-8")
+    print(f"\nThe same as a page that plays it: {args.html}")
     return 0
 
 

@@ -15,6 +15,18 @@ MASKED = "░░"
 
 
 @dataclass(frozen=True)
+class Recording:
+    """One request, pass by pass."""
+
+    prompt: str
+    passes: list[dict[str, Any]]
+    """As ``runtime.trace.CanvasTrace`` records them."""
+    token_ids: list[int]
+    """What the request returned."""
+    text: str
+
+
+@dataclass(frozen=True)
 class Run:
     """What one batch of prompts took."""
 
@@ -25,6 +37,8 @@ class Run:
     num_context_passes: int
     """Context-tower forwards after the prompts': commits, or one per token in AR."""
     seconds: float
+    recordings: list[Recording]
+    """By prompt, in order."""
 
     @property
     def tokens_per_forward(self) -> float:
@@ -57,10 +71,14 @@ def write_live(llm: "LLM", prompts: list[str], params: "SamplingParams", title: 
         engine.add_request(str(index), prompt, params.clone())
     mask = mask_token_id_of(engine.vllm_config.model_config.hf_config)
     shown, finished = _Screen(tokenizer, prompt_of, mask), []
+    passes_of: dict[str, list[dict[str, Any]]] = {request: [] for request in prompt_of}
     started = time.perf_counter()
     while engine.has_unfinished_requests():
         outputs = engine.step()
-        shown.passes(llm.collective_rpc("diffusion_trace_take")[0])
+        for internal_id, passes in llm.collective_rpc("diffusion_trace_take")[0].items():
+            request = internal_id.split("-")[0]  # the engine adds a suffix of its own
+            passes_of[request] += passes
+            shown.passes(request, passes)
         for output in outputs:
             shown.emitted(output)
             if output.finished:
@@ -74,11 +92,15 @@ def write_live(llm: "LLM", prompts: list[str], params: "SamplingParams", title: 
         stats["denoise_passes"],
         stats["commits"] if stats["canvases"] else stats["context_passes"] - len(prompts),
         seconds,
+        [
+            Recording(prompt_of[o.request_id], passes_of[o.request_id], list(o.outputs[0].token_ids), o.outputs[0].text)
+            for o in sorted(finished, key=lambda o: int(o.request_id))
+        ],
     )
 
 
 class _Screen:
-    """Prints canvases pass by pass; the engine's request ids may carry a suffix of its own."""
+    """Prints canvases pass by pass."""
 
     def __init__(self, tokenizer: Any, prompt_of: dict[str, str], mask_token_id: int) -> None:
         self.tokenizer = tokenizer
@@ -87,14 +109,12 @@ class _Screen:
         self.num_passes: dict[str, int] = dict.fromkeys(prompt_of, 0)
         self.num_tokens: dict[str, int] = dict.fromkeys(prompt_of, 0)
 
-    def passes(self, snapshots: dict[str, list[list[int]]]) -> None:
-        for internal_id, canvases in snapshots.items():
-            request = internal_id.split("-")[0]
-            for canvas in canvases:
-                if all(token == self.mask_token_id for token in canvas):
-                    self.num_passes[request] = 0
-                self.num_passes[request] += 1
-                print(f"  [{request}] pass {self.num_passes[request]:2d} │{self._text(canvas)}", flush=True)
+    def passes(self, request: str, passes: list[dict[str, Any]]) -> None:
+        for canvas in (p["tokens"] for p in passes):
+            if all(token == self.mask_token_id for token in canvas):
+                self.num_passes[request] = 0
+            self.num_passes[request] += 1
+            print(f"  [{request}] pass {self.num_passes[request]:2d} │{self._text(canvas)}", flush=True)
 
     def emitted(self, output: Any) -> None:
         request, tokens = output.request_id, list(output.outputs[0].token_ids)

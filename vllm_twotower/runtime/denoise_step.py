@@ -51,7 +51,7 @@ class DenoiseStep:
         proposals: turns logits into proposals.
         passes: passes at most.
         mask_token_id: the mask.
-        observe: called before each pass with (rows with masked positions, their canvases), for ``trace``; None to skip.
+        start_pass: called before each pass with (rows with masked positions, their canvases), for ``trace``; None to skip.
 
     """
 
@@ -64,7 +64,7 @@ class DenoiseStep:
         proposals: ProposalSampler,
         passes: int,
         mask_token_id: int,
-        observe: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+        start_pass: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
     ) -> None:
         self.rows = rows
         self.layout = layout
@@ -74,7 +74,7 @@ class DenoiseStep:
         self.proposals = proposals
         self.passes = passes
         self.mask_token_id = mask_token_id
-        self.observe = observe
+        self.start_pass = start_pass
         self.outcome: DenoiseOutcome | None = None
         self._token_RS = rows.token_RS
         self._mock_ar_RS = torch.zeros_like(rows.token_RS, dtype=torch.bool)
@@ -90,8 +90,8 @@ class DenoiseStep:
             wanted_RS = masked_RS | self._mock_ar_RS if step == 0 else masked_RS
             if not wanted_RS.any():
                 break
-            if self.observe is not None:
-                self.observe(masked_RS.any(dim=1), token_RS)
+            if self.start_pass is not None:
+                self.start_pass(masked_RS.any(dim=1), token_RS)
             level_R = level_index(masked_RS.sum(dim=1), self.width_R)
             token_T = token_RS[self.layout.row_T, self.layout.column_T]
             hidden_TD = denoiser(token_T, level_R, self.layout, context_layers)

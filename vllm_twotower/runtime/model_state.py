@@ -5,6 +5,7 @@ past the end of the request. What is left: attention metadata that is not causal
 denoise step advances no state.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,11 @@ class TwoTowerModelState(MambaHybridModelState):
         self.request_options[new_req_data.req_id] = options
         seed = request_seed(new_req_data.req_id, params.seed, self.model_config.seed)
         self.canvases.add_request(req_index, options, params.temperature, seed)
+
+    def start_trace(self) -> None:
+        """Record denoise passes from now on."""
+        assert self.proposals is not None, "the sampler is there once the engine has started"
+        self.trace = self.proposals.trace = CanvasTrace(self.mask_token_id)
 
     def remove_request(self, req_id: str) -> None:
         """Forget a request that finished, was aborted or was preempted."""
@@ -172,9 +178,9 @@ class TwoTowerModelState(MambaHybridModelState):
             last_token_R = batch.input_ids[batch.query_start_loc[:num_reqs]].to(torch.int64)
             rows.token_RS[:, 0] = torch.where(mock_ar_R, last_token_R, rows.token_RS[:, 0])
         layout = CanvasLayout.from_widths(widths, self.device, unmodulated_R=mock_ar_R, mamba_slots=self._mamba_slots)
-        observe = None
+        start_pass = None
         if self.trace is not None:
-            observe = self.trace.observer(batch.req_ids, widths)
+            start_pass = functools.partial(self.trace.start_pass, batch.req_ids, slots, widths)
         assert self.proposals is not None, "the sampler is there before the first request"
         return DenoiseStep(
             rows,
@@ -184,7 +190,7 @@ class TwoTowerModelState(MambaHybridModelState):
             self.proposals,
             self.options.passes_per_step,
             self.mask_token_id,
-            observe,
+            start_pass,
         )
 
     def postprocess_state(self, *args: Any, **kwargs: Any) -> None:

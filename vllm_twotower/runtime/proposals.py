@@ -23,6 +23,7 @@ from vllm_twotower.decoding.unmask import propose
 from vllm_twotower.models.denoiser_tower import SAMPLING_TILE
 from vllm_twotower.runtime.admission import DiffusionParams
 from vllm_twotower.runtime.logprobs import LogprobTable
+from vllm_twotower.runtime.trace import CanvasTrace
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -74,6 +75,7 @@ class ProposalSampler:
         self.logprobs = LogprobTable(base)
         self._has_custom_processors = any(not _is_built_in(p) for p in base.logits_processors)
         self._processed_slots: set[int] = set()
+        self.trace: CanvasTrace | None = None
 
     def add_request(self, slot: int, params: "SamplingParams") -> None:
         """Remember whether a request's logits are processed; they are then computed for its whole canvas."""
@@ -111,6 +113,8 @@ class ProposalSampler:
             logits_NV[:, self.mask_token_id] = float("-inf")
             raw_NV[:, self.mask_token_id] = float("-inf")
             self.logprobs.record(logits_NV if self.logprobs.of_processed else raw_NV, tile, token_N)
+        if self.trace is not None:
+            self.trace.proposed(tile, logits_NV, token_N, confidence_N)
         return tile, token_N, confidence_N
 
     def _propose(self, logits_NV: torch.Tensor, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,28 +1,82 @@
 """A record of canvases filling in, for ``vllm-twotower trace`` and for tests; off unless asked for."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from vllm_twotower.runtime.proposals import Tile
+
+NUM_CANDIDATES = 4
+"""The proposal and its runners-up, by probability."""
+
 
 class CanvasTrace:
-    """Every canvas before every denoise pass, by request, in order; finished canvases are what the request emitted."""
+    """Every denoise pass by request, in order: the canvas before it and what it proposed where.
 
-    def __init__(self) -> None:
-        self._snapshots: dict[str, list[list[int]]] = defaultdict(list)
+    A pass is a dict of plain values, so that it can cross a process border: ``tokens`` (list[int], the canvas before the
+    pass), ``proposals`` (canvas position -> ``token``, ``confidence``, ``candidates`` as [token, probability] pairs).
+    What the last pass of a canvas leaves masked is revealed as proposed.
 
-    def observer(self, req_ids: list[str], widths: list[int]) -> Callable[[torch.Tensor, torch.Tensor], None]:
-        """What a denoise step calls before each pass."""
+    Args:
+        mask_token_id: never a candidate.
 
-        def observe(unfinished_R: torch.Tensor, token_RS: torch.Tensor) -> None:
-            for row, (req_id, width) in enumerate(zip(req_ids, widths, strict=True)):
-                if unfinished_R[row]:
-                    self._snapshots[req_id].append(token_RS[row, :width].tolist())
+    """
 
-        return observe
+    def __init__(self, mask_token_id: int) -> None:
+        self.mask_token_id = mask_token_id
+        self._passes: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._current: dict[int, dict[str, Any]] = {}
 
-    def take(self) -> dict[str, list[list[int]]]:
-        """The snapshots of each request id so far; starts over."""
-        taken, self._snapshots = dict(self._snapshots), defaultdict(list)
+    def start_pass(
+        self,
+        req_ids: list[str],
+        slots: list[int],
+        widths: list[int],
+        unfinished_R: torch.Tensor,
+        token_RS: torch.Tensor,
+    ) -> None:
+        """Record the canvases that a pass starts from; finished ones are left out."""
+        self._current.clear()
+        for row, (req_id, slot, width) in enumerate(zip(req_ids, slots, widths, strict=True)):
+            if unfinished_R[row]:
+                self._current[slot] = {"tokens": token_RS[row, :width].tolist(), "proposals": {}}
+                self._passes[req_id].append(self._current[slot])
+
+    def proposed(
+        self, tile: "Tile", logits_NV: torch.Tensor, token_N: torch.Tensor, confidence_N: torch.Tensor
+    ) -> None:
+        """Record what the pass proposes.
+
+        Args:
+            tile: what the rows are.
+            logits_NV: float32 [N, V], processed.
+            token_N: int64 [N].
+            confidence_N: float32 [N].
+
+        """
+        logits_NV = logits_NV.clone()
+        logits_NV[:, self.mask_token_id] = float("-inf")
+        top = logits_NV.softmax(dim=-1).topk(min(NUM_CANDIDATES, logits_NV.shape[1]), dim=-1)
+        rows = zip(
+            tile.slot_N.tolist(),
+            tile.column_N.tolist(),
+            token_N.tolist(),
+            confidence_N.tolist(),
+            top.indices.tolist(),
+            top.values.tolist(),
+            strict=True,
+        )
+        for slot, column, token, confidence, ids, probabilities in rows:
+            if slot in self._current:
+                self._current[slot]["proposals"][column] = {
+                    "token": token,
+                    "confidence": confidence,
+                    "candidates": [list(pair) for pair in zip(ids, probabilities, strict=True)],
+                }
+
+    def take(self) -> dict[str, list[dict[str, Any]]]:
+        """The passes of each request id so far; starts over."""
+        taken, self._passes = dict(self._passes), defaultdict(list)
         return taken

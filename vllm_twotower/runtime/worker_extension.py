@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from vllm_twotower.runtime.trace import CanvasTrace
-
 
 class DiffusionWorkerExtension:
     """vLLM mixes this class into its worker (``worker_extension_cls``)."""
@@ -16,9 +14,9 @@ class DiffusionWorkerExtension:
 
     def diffusion_trace_start(self) -> None:
         """Record canvases from now on."""
-        self.model_runner.model_state.trace = CanvasTrace()
+        self.model_runner.model_state.start_trace()
 
-    def diffusion_trace_take(self) -> dict[str, list[list[int]]]:
-        """The canvases recorded since the last call, by request id."""
+    def diffusion_trace_take(self) -> dict[str, list[dict[str, Any]]]:
+        """The denoise passes recorded since the last call, by request id (``runtime.trace.CanvasTrace``)."""
         trace = self.model_runner.model_state.trace
         return trace.take() if trace is not None else {}
