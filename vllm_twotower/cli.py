@@ -35,9 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--max-tokens", type=int, default=64)
     demo.set_defaults(run=_demo)
 
-    trace = commands.add_parser(
-        "trace", help="show every canvas of one prompt filling in, in the terminal and as a page"
-    )
+    trace = commands.add_parser("trace", help="show one prompt's canvases filling in, here and as a page")
     trace.add_argument("model")
     trace.add_argument("prompt")
     trace.add_argument("--max-tokens", type=int, default=64)

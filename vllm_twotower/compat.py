@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -113,6 +114,63 @@ def check_prompts(architecture: str, check: Callable[[Any, Any], None]) -> None:
 
     InputProcessor.process_inputs = process_inputs_and_check
     InputProcessor._twotower_check = True
+
+
+_BEAM_ID = re.compile(r"-beam-\d+$")
+
+
+def let_beam_search_name_its_mode(architecture: str, check: Callable[[Any, Any], None]) -> None:
+    """Let ``check(extra_args, vllm_config)`` refuse a beam search, and decode the beams of the others in ``ar``.
+
+    A beam is a request of one token that carries nothing of the user's request but its temperature, so a search over
+    HTTP could not say ``diffusion_mode``. Wraps ``to_beam_search_params`` of both protocols, which drops
+    ``vllm_xargs``, and ``InputProcessor.resolve_watermarking``, the one call that every search makes with its
+    parameters; online beams are known by their ids (``entrypoints/generate/beam_search/online.py``). Idempotent. Can
+    go when ``BeamSearchParams`` has ``extra_args``.
+    """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import BeamSearchParams
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    if getattr(InputProcessor, "_twotower_beam_search", False):
+        return
+
+    def keep_extra_args(request_type: Any) -> None:
+        to_params = request_type.to_beam_search_params
+
+        @functools.wraps(to_params)
+        def to_params_and_extra_args(self: Any, *args: Any, **kwargs: Any) -> Any:
+            params = to_params(self, *args, **kwargs)
+            params.__dict__["twotower_extra_args"] = self.vllm_xargs
+            return params
+
+        request_type.to_beam_search_params = to_params_and_extra_args
+
+    keep_extra_args(CompletionRequest)
+    keep_extra_args(ChatCompletionRequest)
+    resolve, process_inputs = InputProcessor.resolve_watermarking, InputProcessor.process_inputs
+
+    @functools.wraps(resolve)
+    def check_and_resolve(self: Any, params: Any) -> bool:
+        if self.model_config.architecture == architecture and isinstance(params, BeamSearchParams):
+            try:
+                check(params.__dict__.get("twotower_extra_args"), self.vllm_config)
+            except ValueError as problem:
+                raise VLLMValidationError(str(problem)) from problem
+        return resolve(self, params)
+
+    @functools.wraps(process_inputs)
+    def mark_beams_and_process(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        diffusion = self.vllm_config.additional_config.get(CONFIG_KEY)
+        if self.model_config.architecture == architecture and diffusion and _BEAM_ID.search(request_id):
+            params.extra_args = {"diffusion_mode": "ar", **(params.extra_args or {})}
+        return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+
+    InputProcessor.resolve_watermarking = check_and_resolve
+    InputProcessor.process_inputs = mark_beams_and_process
+    InputProcessor._twotower_beam_search = True
 
 
 def extend_stat_loggers(architecture: str) -> None:

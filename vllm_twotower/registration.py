@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_twotower import compat
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
-from vllm_twotower.request_checks import check_request
+from vllm_twotower.request_checks import check_beam_search, check_request
 
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 MODEL_CLASS = "vllm_twotower.models.twotower:NemotronHTwoTowerForCausalLM"
@@ -60,6 +60,7 @@ class TwoTowerConfigHook:
         refuse(vllm_config, options)
         apply_defaults(vllm_config, options)
         compat.check_prompts(ARCHITECTURE, check_request)
+        compat.let_beam_search_name_its_mode(ARCHITECTURE, check_beam_search)
         compat.extend_stat_loggers(ARCHITECTURE)
 
 

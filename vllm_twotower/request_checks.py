@@ -57,6 +57,24 @@ def check_worker_limits(params: Any) -> None:
         raise ValueError(f"seed={params.seed} with n={params.n} does not fit in 64 bits: use a smaller seed")
 
 
+def check_beam_search(extra_args: Any, vllm_config: Any) -> None:
+    """Refuse a beam search in the denoiser's modes: a canvas has no single next token to branch on.
+
+    Raises:
+        ValueError: the message says which mode can.
+
+    """
+    options = EngineOptions.from_additional_config(vllm_config.additional_config.get(CONFIG_KEY))
+    if options is None:
+        return
+    mode = RequestOptions.from_extra_args(extra_args, options).mode
+    if mode is not Mode.AR:
+        raise ValueError(
+            f"beam search cannot be honoured in {mode}: leave it out, or send diffusion_mode='ar' in vllm_xargs "
+            "(offline, load the model without diffusion)"
+        )
+
+
 def check_prompt(mode: Mode, num_tokens: int, resumable: bool) -> None:
     """Refuse a prompt that the mode cannot start from."""
     if mode is Mode.MOCK_AR and num_tokens < MIN_MOCK_AR_PROMPT:

@@ -51,7 +51,7 @@ class DenoiseStep:
         proposals: turns logits into proposals.
         passes: passes at most.
         mask_token_id: the mask.
-        start_pass: called before each pass with (rows with masked positions, their canvases), for ``trace``; None to skip.
+        start_pass: called before each pass with (rows with masked positions, their canvases); None to skip.
 
     """
 

@@ -15,9 +15,9 @@ NUM_CANDIDATES = 4
 class CanvasTrace:
     """Every denoise pass by request, in order: the canvas before it and what it proposed where.
 
-    A pass is a dict of plain values, so that it can cross a process border: ``tokens`` (list[int], the canvas before the
-    pass), ``proposals`` (canvas position -> ``token``, ``confidence``, ``candidates`` as [token, probability] pairs).
-    What the last pass of a canvas leaves masked is revealed as proposed.
+    A pass is a dict of plain values, so that it can cross a process border: ``tokens`` (list[int], the canvas before
+    the pass), ``proposals`` (canvas position -> ``token``, ``confidence``, ``candidates`` as [token, probability]
+    pairs). What the last pass of a canvas finds masked is revealed as proposed.
 
     Args:
         mask_token_id: never a candidate.
