@@ -2,68 +2,27 @@
 
 import concurrent.futures
 import json
-import os
-import pathlib
-import signal
-import socket
 import subprocess
-import sys
 import time
-import urllib.error
 import urllib.request
 
 import openai
 import pytest
+from server import VLLM, vllm_server
 
 from vllm_twotower.cli import DEMO_MODEL
 
 PROMPT = "And God said,"
-VLLM = pathlib.Path(sys.executable).with_name("vllm")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    env = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_LOGGING_LEVEL": "INFO",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-    }
-    command = [
-        str(VLLM),
-        "serve",
-        str(DEMO_MODEL),
-        "--diffusion",
-        '{"passes_per_step": 4}',
-        "--served-model-name",
-        "demo",
-    ]
-    command += ["--enforce-eager", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16"]
-    with log.open("wb") as out:
-        process = subprocess.Popen([*command, "--port", str(port)], env=env, stdout=out, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            assert process.poll() is None, log.read_text()[-4000:]
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2)
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        else:
-            raise AssertionError("the server did not come up:\n" + log.read_text()[-4000:])
+    options = ["--diffusion", '{"passes_per_step": 4}', "--served-model-name", "demo", "--enforce-eager"]
+    options += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16"]
+    options += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
+    with vllm_server(DEMO_MODEL, *options, log=log) as url:
         yield url, log
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +111,47 @@ def test_structured_output_works_in_ar_and_is_refused_in_mask_diffusion(client):
     assert choose("ar").choices[0].text in ("yea", "nay")
     with pytest.raises(openai.BadRequestError, match="diffusion_mode='ar'"):
         choose("mask_diffusion")
+
+
+def test_a_json_schema_in_ar(client):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 8}, "old": {"type": "boolean"}},
+        "required": ["name", "old"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": PROMPT}],
+        max_tokens=60,
+        temperature=0.0,
+        response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema}},
+        extra_body={"vllm_xargs": {"diffusion_mode": "ar"}},
+    )
+    person = json.loads(answer.choices[0].message.content)
+    assert list(person) == ["name", "old"]
+    assert isinstance(person["old"], bool)
+
+
+def test_beam_search_in_ar_and_refused_in_mask_diffusion(client):
+    def search(**xargs):
+        extra = {"use_beam_search": True, "vllm_xargs": xargs}
+        return client.completions.create(
+            model="demo", prompt=PROMPT, n=2, max_tokens=4, temperature=0.0, extra_body=extra
+        )
+
+    assert len({c.text for c in search(diffusion_mode="ar").choices}) == 2
+    for refused in ({}, {"diffusion_mode": "mask_diffusion"}, {"diffusion_mode": "mock_ar"}):
+        with pytest.raises(openai.BadRequestError, match="beam search .* send diffusion_mode='ar'"):
+            search(**refused)
+
+
+def test_three_samples_of_one_prompt(client):
+    choices = complete(client, n=3, temperature=1.0, seed=7, max_tokens=16).choices
+    assert [c.index for c in choices] == [0, 1, 2]
+    assert len({c.text for c in choices}) == 3
+    for index, choice in enumerate(choices):  # vLLM gives sample i the seed + i
+        assert complete(client, temperature=1.0, seed=7 + index, max_tokens=16).choices[0].text == choice.text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""A real ``vllm serve`` process for benchmarks and tests: started, waited for, and stopped again."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+VLLM = pathlib.Path(sys.executable).with_name("vllm")
+START_SECONDS = 180
+STOP_SECONDS = 30
+
+
+@contextlib.contextmanager
+def vllm_server(model: pathlib.Path | str, *options: str, log: pathlib.Path) -> Iterator[str]:
+    """Serve ``model`` on a free port of this machine and yield the server's address.
+
+    Args:
+        model: what ``vllm serve`` is given.
+        options: its further arguments.
+        log: file for the server's output.
+
+    Raises:
+        RuntimeError: the server ended while starting or did not come up in three minutes; holds the end of its log.
+        subprocess.TimeoutExpired: the server did not stop within half a minute of SIGTERM; it was killed.
+
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    command = [str(VLLM), "serve", str(model), "--port", str(port), *options]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_healthy(url, process, log)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen, log: pathlib.Path) -> None:
+    """Return once ``/health`` answers."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=2)
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    raise RuntimeError("the server did not come up:\n" + log.read_text(errors="replace")[-4000:])
