@@ -7,12 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_harness import engine
+from engine_harness import engine, golden_params
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from vllm import SamplingParams
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_twotower import diffusion_params
+from vllm_twotower.cli import DEMO_MODEL
 from vllm_twotower.models.twotower import NemotronHTwoTowerForCausalLM
 from vllm_twotower.models.weights import checked, checkpoint_shapes
 
@@ -196,26 +199,52 @@ def test_the_released_configs_oddities_are_read(copy_of, tiny_mlp, limit):
     path = copy_of(change_config=change)
     case = tiny_mlp.cases(16)[0]
     with engine(path, {"passes_per_step": 16}) as e:
-        from engine_harness import golden_params
-
         assert e.tokens([case["prompt"]], golden_params(case)) == [case["output"]]
 
 
-def test_a_sharded_checkpoint_loads_and_files_beside_it_are_not_read(tmp_path, tiny_mlp):
-    tensors = load_file(tiny_mlp.path / "model.safetensors")
-    names = sorted(tensors)
-    half = len(names) // 2
-    index = {"metadata": {}, "weight_map": {}}
-    for part, part_names in enumerate((names[:half], names[half:]), start=1):
-        file = f"model-{part:05}-of-00002.safetensors"
+NUM_SHARDS = 24
+
+
+@pytest.fixture
+def hub_folder(tmp_path):
+    """The demo model, laid out as the hub has NVIDIA's: 24 shards, code that nobody runs, two places that name EOS."""
+    shutil.copytree(DEMO_MODEL, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names, index = sorted(tensors), {"metadata": {}, "weight_map": {}}
+    for part in range(NUM_SHARDS):
+        file, part_names = f"model-{part + 1:05}-of-{NUM_SHARDS:05}.safetensors", names[part::NUM_SHARDS]
         save_file({n: tensors[n] for n in part_names}, tmp_path / file)
         index["weight_map"].update(dict.fromkeys(part_names, file))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    shutil.copy(tiny_mlp.path / "config.json", tmp_path)
-    shutil.copy(tiny_mlp.path / "logits.safetensors", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {
+        "time_step_limit": [0.0, float("inf")],
+        "auto_map": {
+            "AutoConfig": "configuration_nemotron_h.NemotronHConfig",
+            "AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM",
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for file in ("configuration_nemotron_h.py", "modeling_nemotron_h.py"):
+        (tmp_path / file).write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
     (tmp_path / "pytorch_model.bin").write_bytes(b"not a pickle, and nobody looks")
-    case = tiny_mlp.cases(16)[0]
-    with engine(tmp_path, {"passes_per_step": 16}) as e:
-        from engine_harness import golden_params
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [2, 11]}))
+    tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    tokenizer["eos_token"] = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).id_to_token(12)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return tmp_path
 
-        assert e.tokens([case["prompt"]], golden_params(case)) == [case["output"]]
+
+def test_a_folder_laid_out_like_the_hubs(hub_folder):
+    with engine(hub_folder, {"passes_per_step": 16}, skip_tokenizer_init=False) as e:
+        tokenizer = e.llm.get_tokenizer()
+        assert tokenizer.eos_token_id == 12
+        prompt = tokenizer.encode("And God said,")
+        bias = {"max_tokens": 40, "temperature": 0.0}
+        params = [diffusion_params(logit_bias={end: 100.0}, **bias) for end in (2, 11, 12, 13)]
+        outputs = [o.outputs[0] for o in e.generate([prompt] * 4, params)]
+    assert [o.finish_reason for o in outputs] == ["stop", "stop", "stop", "length"]
+    assert [list(o.token_ids) for o in outputs] == [[2], [11], [12], [13] * 40], "generation config, both, tokenizer"
+    assert not (hub_folder / "was_run").exists(), "code from a checkpoint is never run"

@@ -142,7 +142,7 @@ def test_beam_search_in_ar_and_refused_in_mask_diffusion(client):
 
     assert len({c.text for c in search(diffusion_mode="ar").choices}) == 2
     for refused in ({}, {"diffusion_mode": "mask_diffusion"}, {"diffusion_mode": "mock_ar"}):
-        with pytest.raises(openai.BadRequestError, match="beam search .* send diffusion_mode='ar'"):
+        with pytest.raises(openai.BadRequestError, match=r"beam search .* send diffusion_mode='ar'"):
             search(**refused)
 
 
