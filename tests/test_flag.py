@@ -11,7 +11,7 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_twotower.cli import DEMO_MODEL
-from vllm_twotower.registration import SCHEDULER_CLASS
+from vllm_twotower.startup_rules import SCHEDULER_CLASS
 
 
 @pytest.fixture

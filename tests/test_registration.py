@@ -9,15 +9,8 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_twotower import compat, register
 from vllm_twotower.config import EngineOptions
-from vllm_twotower.registration import (
-    ADMISSION_MODULE,
-    ALWAYS_REFUSED,
-    DEFAULT_MAX_NUM_SEQS,
-    REFUSED_WITH_DIFFUSION,
-    SCHEDULER_CLASS,
-    TwoTowerConfigHook,
-    refuse,
-)
+from vllm_twotower.registration import ADMISSION_MODULE, DEFAULT_MAX_NUM_SEQS, TwoTowerConfigHook
+from vllm_twotower.startup_rules import SCHEDULER_CLASS, STARTUP_RULES, refuse
 
 
 @pytest.fixture
@@ -50,73 +43,55 @@ def _both(*changes):
     return lambda config: [change(config) for change in changes]
 
 
-@pytest.mark.parametrize(
-    ("rule", "change", "message"),
-    [
-        (
-            "_pipeline_parallel",
-            _set("parallel_config.pipeline_parallel_size", 2),
-            "pipeline_parallel_size=2.*tensor-parallel",
+REFUSALS = [
+    ("`--pipeline", _set("parallel_config.pipeline_parallel_size", 2), "pipeline_parallel_size=2.*tensor-parallel"),
+    ("`--decode", _set("parallel_config.decode_context_parallel_size", 2), "decode_context_parallel_size=2"),
+    ("`--decode", _set("parallel_config.prefill_context_parallel_size", 2), "prefill_context_parallel_size=2"),
+    ("`--kv", _set("kv_transfer_config", object()), "kv_transfer_config.*leave it out"),
+    ("`--kv", _set("ec_transfer_config", object()), "ec_transfer_config.*leave it out"),
+    ("`--speculative", _set("speculative_config", object()), "speculative_config.*leave it out"),
+    ("`--enable-lora", _set("lora_config", object()), "lora_config.*--enable-lora"),
+    ("`--enable-dbo", _set("parallel_config.enable_dbo", True), "--enable-dbo"),
+    ("batch-sharded", _set("parallel_config.enable_batch_sharded_sampling", True), "leave it out"),
+    ("watermarking", _set("watermark_config", object()), "watermark_config"),
+    ("`--mamba", _set("cache_config.mamba_cache_mode", "all"), "mamba_cache_mode=all.*align"),
+    ("ReplaySSM", _set("cache_config.use_replayssm", True), "use_replayssm"),
+    ("`--scheduling", _set("scheduler_config.policy", "priority"), "policy=priority.*fcfs"),
+    (
+        "`--data",
+        _both(
+            _set("model_config.hf_config", SimpleNamespace(hybrid_override_pattern="ME")),
+            _set("parallel_config.data_parallel_size", 2),
+            _set("parallel_config.enable_expert_parallel", True),
         ),
-        (
-            "_context_parallel",
-            _set("parallel_config.decode_context_parallel_size", 2),
-            "decode_context_parallel_size=2",
-        ),
-        (
-            "_context_parallel",
-            _set("parallel_config.prefill_context_parallel_size", 2),
-            "prefill_context_parallel_size=2",
-        ),
-        ("_connectors", _set("kv_transfer_config", object()), "kv_transfer_config.*leave it out"),
-        ("_connectors", _set("ec_transfer_config", object()), "ec_transfer_config.*leave it out"),
-        ("_speculative", _set("speculative_config", object()), "speculative_config.*leave it out"),
-        ("_lora", _set("lora_config", object()), "lora_config.*--enable-lora"),
-        ("_dual_batch_overlap", _set("parallel_config.enable_dbo", True), "--enable-dbo"),
-        ("_sharded_sampling", _set("parallel_config.enable_batch_sharded_sampling", True), "leave it out"),
-        ("_watermark", _set("watermark_config", object()), "watermark_config"),
-        ("_mamba_cache_mode", _set("cache_config.mamba_cache_mode", "all"), "mamba_cache_mode=all.*align"),
-        ("_replay_ssm", _set("cache_config.use_replayssm", True), "use_replayssm"),
-        ("_priority", _set("scheduler_config.policy", "priority"), "policy=priority.*fcfs"),
-        (
-            "_data_parallel",
-            _both(
-                _set("model_config.hf_config", SimpleNamespace(hybrid_override_pattern="ME")),
-                _set("parallel_config.data_parallel_size", 2),
-                _set("parallel_config.enable_expert_parallel", True),
-            ),
-            "data_parallel_size=2.*one engine per replica",
-        ),
-        ("_expert_balancing", _set("parallel_config.enable_eplb", True), "enable_eplb.*leave it out"),
-        ("_own_classes", _set("parallel_config.worker_extension_cls", "mine.Own"), "mine.Own.*leave it out"),
-        ("_own_classes", _set("scheduler_config.scheduler_cls", "mine.Scheduler"), "mine.Scheduler.*leave it out"),
-        ("_prefill_interval", _set("scheduler_config.prefill_schedule_interval", 4), "interval=4.*leave it at 1"),
-        ("_step_budget", _set("scheduler_config.max_num_batched_tokens", 12), "max_num_batched_tokens=12.*16 or more"),
-        (
-            "_long_prefill_threshold",
-            _set("scheduler_config.long_prefill_token_threshold", 10),
-            "threshold=10.*16 or more",
-        ),
-        ("_model_length", _set("model_config.max_model_len", 16), "max_model_len=16.*17 or more"),
-        ("_placement", _set("parallel_config.tensor_parallel_size", 2), "tensor_parallel_size=2.*colocated"),
-    ],
-)
+        "data_parallel_size=2.*one engine per replica",
+    ),
+    ("`--enable-eplb", _set("parallel_config.enable_eplb", True), "enable_eplb.*leave it out"),
+    ("`--worker", _set("parallel_config.worker_extension_cls", "mine.Own"), "mine.Own.*leave it out"),
+    ("`--scheduler-cls", _set("scheduler_config.scheduler_cls", "mine.Own"), "mine.Own.*leave it out"),
+    ("`--prefill", _set("scheduler_config.prefill_schedule_interval", 4), "interval=4.*leave it at 1"),
+    ("`--max-num-b", _set("scheduler_config.max_num_batched_tokens", 12), "max_num_batched_tokens=12.*16 or more"),
+    ("`--long", _set("scheduler_config.long_prefill_token_threshold", 10), "threshold=10.*16 or more"),
+    ("`--max-model-len", _set("model_config.max_model_len", 16), "max_model_len=16.*17 or more"),
+    ("`--tensor", _set("parallel_config.tensor_parallel_size", 2), "tensor_parallel_size=2.*colocated"),
+]
+REFUSED_ELSEWHERE = {"`tower_placement` split", "`VLLM_USE_BREAKABLE_CUDAGRAPH`", "vLLM's deprecated model runner (V1)"}
+
+
+@pytest.mark.parametrize(("rule", "change", "message"), REFUSALS)
 def test_start_up_refuses(make_config, rule, change, message):
     config = make_config()
-    assert rule in {r.__name__ for r in REFUSED_WITH_DIFFUSION}
     refuse(config, EngineOptions())  # as it is, nothing objects
     change(config)
     with pytest.raises(ValueError, match=message):
         refuse(config, EngineOptions())
+    (objecting,) = [r for r in STARTUP_RULES if r.refuses.startswith(rule)]
+    assert objecting.problem(config, EngineOptions())
 
 
 def test_every_rule_is_tested():
-    tested = {
-        case.values[0] if hasattr(case, "values") else case[0] for case in test_start_up_refuses.pytestmark[0].args[1]
-    }
-    elsewhere = {"_old_runner", "_breakable_graphs"}
-    assert tested | elsewhere == {r.__name__ for r in REFUSED_WITH_DIFFUSION}
-    assert {r.__name__ for r in ALWAYS_REFUSED} == {"_needs_interpreter"}
+    tested = {r.refuses for r in STARTUP_RULES if r.refuses.startswith(tuple(rule for rule, _, _ in REFUSALS))}
+    assert tested | REFUSED_ELSEWHERE == {r.refuses for r in STARTUP_RULES}
 
 
 def test_split_placement_is_refused_until_it_is_built(make_config):

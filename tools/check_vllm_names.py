@@ -34,17 +34,21 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 RELIED_ON = {
     "registration.py": """
         reads config:ModelConfig verify_and_update_model_config config:VllmConfig verify_and_update_config
-        has config:VllmConfig model_config scheduler_config parallel_config cache_config attention_config
-            diffusion_config additional_config kv_transfer_config ec_transfer_config speculative_config lora_config
-            watermark_config use_v2_model_runner
+        has config:VllmConfig model_config scheduler_config parallel_config attention_config diffusion_config
+            additional_config
             config.diffusion:DiffusionConfig canvas_length max_denoising_steps config:AttentionConfig use_non_causal
-            config:CacheConfig mamba_cache_mode use_replayssm config:ModelConfig logits_processors max_model_len
+            config:ModelConfig logits_processors config:ParallelConfig worker_extension_cls
+            config:SchedulerConfig async_scheduling max_num_seqs DEFAULT_MAX_NUM_SEQS scheduler_cls
+            model_executor.models.registry:_ModelRegistry get_supported_archs register_model""",
+    "startup_rules.py": """
+        has config:VllmConfig model_config scheduler_config parallel_config cache_config kv_transfer_config
+            ec_transfer_config speculative_config lora_config watermark_config use_v2_model_runner
+            config:CacheConfig mamba_cache_mode use_replayssm config:ModelConfig max_model_len
             config:ParallelConfig pipeline_parallel_size tensor_parallel_size data_parallel_size ubatch_size enable_dbo
             decode_context_parallel_size prefill_context_parallel_size enable_expert_parallel worker_extension_cls
-            enable_batch_sharded_sampling
-            config:SchedulerConfig async_scheduling max_num_seqs DEFAULT_MAX_NUM_SEQS policy max_num_batched_tokens
-            max_num_scheduled_tokens long_prefill_token_threshold scheduler_cls
-            model_executor.models.registry:_ModelRegistry get_supported_archs register_model
+            enable_batch_sharded_sampling enable_eplb
+            config:SchedulerConfig policy max_num_batched_tokens max_num_scheduled_tokens long_prefill_token_threshold
+            scheduler_cls prefill_schedule_interval
             platforms.interface:Platform is_cpu""",
     "cli_flag.py": """
         has engine.arg_utils:EngineArgs additional_config model""",
