@@ -18,13 +18,16 @@ STOP_SECONDS = 30
 
 
 @contextlib.contextmanager
-def vllm_server(model: pathlib.Path | str, *options: str, log: pathlib.Path) -> Iterator[str]:
+def vllm_server(
+    model: pathlib.Path | str, *options: str, log: pathlib.Path, cwd: pathlib.Path | None = None
+) -> Iterator[str]:
     """Serve ``model`` on a free port of this machine and yield the server's address.
 
     Args:
         model: what ``vllm serve`` is given.
         options: its further arguments.
         log: file for the server's output.
+        cwd: where the server is started; here by default.
 
     Raises:
         RuntimeError: the server ended while starting or did not come up in three minutes; holds the end of its log.
@@ -38,7 +41,7 @@ def vllm_server(model: pathlib.Path | str, *options: str, log: pathlib.Path) -> 
     env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     command = [str(VLLM), "serve", str(model), "--port", str(port), *options]
     with log.open("wb") as out:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=cwd)
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_healthy(url, process, log)

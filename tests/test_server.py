@@ -2,7 +2,12 @@
 
 import concurrent.futures
 import json
+import os
+import pathlib
+import re
+import shlex
 import subprocess
+import sys
 import time
 import urllib.request
 
@@ -12,16 +17,22 @@ from server import VLLM, vllm_server
 
 from vllm_twotower.cli import DEMO_MODEL
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROMPT = "And God said,"
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SECTION = README.split("## As a server")[1].split("\n## ")[0]
+FOR_THE_TESTS = ["--diffusion", '{"passes_per_step": 4}', "--max-num-seqs", "16"]
+FOR_THE_TESTS += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
+    """README's own command, and some settings that the tests below need."""
     log = tmp_path_factory.mktemp("server") / "log"
-    options = ["--diffusion", '{"passes_per_step": 4}', "--served-model-name", "demo", "--enforce-eager"]
-    options += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16"]
-    options += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
-    with vllm_server(DEMO_MODEL, *options, log=log) as url:
+    command = re.search(r"^vllm serve (.*)$", SECTION, re.MULTILINE)[1]
+    with vllm_server(*shlex.split(command), *FOR_THE_TESTS, log=log, cwd=ROOT) as url:
         yield url, log
 
 
@@ -43,6 +54,29 @@ def metrics(server):
             name, value = line.rsplit(" ", 1)
             values[name.split("{")[0]] = float(value)
     return values
+
+
+SESSION = re.findall(r"```bash\n([^`]*)```\n\n```text\n([^`]*)```", SECTION)
+
+
+def test_readmes_session(server):
+    """Every command of README's server section prints what README says it prints; first, since it counts canvases."""
+    assert len(SESSION) == 4
+    port = server[0].rpartition(":")[2]
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    for command, printed in SESSION:
+        result = subprocess.run(
+            ["bash", "-c", command.replace("localhost:8000", f"localhost:{port}")],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+            cwd=ROOT,
+            env={**os.environ, "PATH": path},
+        )
+        assert printed.strip(), "README shows what a command prints"
+        pattern = ".*".join(re.escape(part) for part in printed.strip().split("..."))
+        assert re.search(pattern, result.stdout, re.DOTALL), f"{command}\nprinted\n{result.stdout}\nnot\n{printed}"
 
 
 def test_models_tokenize_and_health(server, client):

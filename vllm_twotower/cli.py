@@ -18,7 +18,7 @@ DEMO_RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     _prepare_environment()
     try:
         return args.run(args)
@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
     parser = argparse.ArgumentParser(prog="vllm-twotower", description="Block-diffusion decoding for vLLM.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

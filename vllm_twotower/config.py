@@ -160,10 +160,11 @@ def request_extra_args(**values: Any) -> dict[str, Any]:
 
 
 def _refusal(where: str, name: str, value: Any, allowed: str) -> str:
-    return f"{where} {name}={_short(value)} is not allowed: use {allowed}"
+    return f"{where} {name}={short(value)} is not allowed: use {allowed}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as an error message shows it."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
-from vllm_twotower.config import REQUEST_PREFIX, EngineOptions, RequestOptions
+from vllm_twotower.config import REQUEST_PREFIX, EngineOptions, RequestOptions, short
 from vllm_twotower.core import MASK_TOKEN_ID, Mode
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def check_denoised(params: "SamplingParams", mode: Mode) -> None:
     for name, given in refused.items():
         if given:
             raise ValueError(
-                f"{name}={getattr(params, name)!r} cannot be honoured in {mode}: "
+                f"{name}={short(getattr(params, name))} cannot be honoured in {mode}: "
                 "leave it out, or send diffusion_mode='ar'"
             )
     if params.allowed_token_ids is not None and set(params.allowed_token_ids) == {MASK_TOKEN_ID}:
