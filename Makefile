@@ -11,7 +11,7 @@ endif
 export VLLM_NO_USAGE_STATS := 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-slow check bench clean
+.PHONY: setup demo test test-slow check docs bench bench-vllm lm-eval clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,18 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/engine.py
+
+bench-vllm: setup
+	$(BIN)/python benchmarks/vllm_bench.py
+
+# lm-eval gets an environment of its own: it brings forty packages that serving has no use for
+lm-eval: setup
+	test -x $(VENV)/lm-eval/bin/lm_eval || \
+		($(PYTHON) -m venv $(VENV)/lm-eval && $(VENV)/lm-eval/bin/pip install -q "lm_eval[api]" transformers)
+	$(BIN)/python benchmarks/lm_eval_local.py --lm-eval $(VENV)/lm-eval/bin/lm_eval
+
+docs: setup
+	$(BIN)/python tools/make_docs.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,72 @@
+"""vLLM's own benchmarks, unchanged, with and without ``--diffusion``: ``make bench-vllm``.
+
+Runs ``vllm bench throughput`` and ``serve`` on the demo model and writes what they print, with the commands, to
+``benchmarks/results/vllm-bench.md``. On a CPU the host work of interpreted kernels dominates: these tables show that
+the benchmarks work and count right, not what a GPU would do. (``vllm bench latency`` works too, but draws token ids up
+to 10,000, more than the demo model has; ``tests/test_flag.py`` runs it on another.)
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import tempfile
+
+from engine import environment
+from server import VLLM, vllm_server
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "vllm-bench.md"
+MODEL = "vllm_twotower/assets/demo"
+SMALL = "--max-model-len 512 --max-num-seqs 16 --enforce-eager"
+THROUGHPUT = (
+    f"vllm bench throughput --model {MODEL} {SMALL} --dataset-name random --random-input-len 32"
+    " --random-output-len 64 --num-prompts 16"
+)
+SERVE = f"vllm serve {MODEL} --diffusion --served-model-name demo {SMALL}"
+CLIENT = (
+    f"vllm bench serve --model demo --tokenizer {MODEL} --dataset-name random --random-input-len 32"
+    " --random-output-len 64 --ignore-eos --num-prompts 16 --max-concurrency 8"
+)
+AR_BODY = """ --extra-body '{"vllm_xargs": {"diffusion_mode": "ar"}}'"""
+
+
+def run(command: str, more: str = "") -> str:
+    """What a command prints to its standard output, log lines left out."""
+    words = [str(VLLM), *shlex.split(command + more)[1:]]
+    env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    result = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=900)
+    if result.returncode:
+        raise SystemExit(f"{command} failed:\n{result.stderr[-3000:]}")
+    lines = [line for line in result.stdout.splitlines() if line.strip() and not line.startswith(("INFO", "WARNING"))]
+    return "\n".join(line for line in lines if not re.match(r"\(\w+ pid=|\[rank|Namespace\(|Starting|Traffic", line))
+
+
+def section(title: str, command: str, output: str) -> str:
+    return f"## {title}\n\n```bash\n{command}\n```\n\n```text\n{output}\n```\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    sections = []
+    diffusion = f"{THROUGHPUT} --diffusion"
+    sections.append(section("Throughput, mask diffusion", diffusion, run(diffusion)))
+    sections.append(section("Throughput, AR: the same model without --diffusion", THROUGHPUT, run(THROUGHPUT)))
+    with tempfile.TemporaryDirectory() as folder:
+        options = shlex.split(SERVE)[3:]
+        with vllm_server(MODEL, *options, log=pathlib.Path(folder) / "log", cwd=ROOT) as url:
+            for title, more in (("mask diffusion", ""), ("ar on the same server", AR_BODY)):
+                output = run(CLIENT + more, f" --base-url {url}")
+                sections.append(section(f"Serving, {title}", f"{SERVE}\n{CLIENT}{more}", output))
+    machine = ", ".join(f"{name} {value}" for name, value in environment().items())
+    head = f"# vLLM's own benchmarks on the demo model\n\n{machine}. Written by `make bench-vllm`.\n"
+    RESULT.write_text("\n".join([head, *sections]), encoding="utf-8")
+    print(RESULT.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
