@@ -30,6 +30,12 @@ CLIENT = (
     f"vllm bench serve --model demo --tokenizer {MODEL} --dataset-name random --random-input-len 32"
     " --random-output-len 64 --ignore-eos --num-prompts 16 --max-concurrency 8"
 )
+HEAD = """# vLLM's own benchmarks on the demo model
+
+{machine}. Written by `make bench-vllm`. Interpreted kernels on a CPU: these tables show that the benchmarks work and
+count right. In mask diffusion a chunk is a canvas: vLLM's client counts chunks for "Peak output token throughput" and for
+the latency between tokens (ITL), tokens for everything else.
+"""
 AR_BODY = """ --extra-body '{"vllm_xargs": {"diffusion_mode": "ar"}}'"""
 
 
@@ -63,7 +69,7 @@ def main() -> None:
                 output = run(CLIENT + more, f" --base-url {url}")
                 sections.append(section(f"Serving, {title}", f"{SERVE}\n{CLIENT}{more}", output))
     machine = ", ".join(f"{name} {value}" for name, value in environment().items())
-    head = f"# vLLM's own benchmarks on the demo model\n\n{machine}. Written by `make bench-vllm`.\n"
+    head = HEAD.format(machine=machine)
     RESULT.write_text("\n".join([head, *sections]), encoding="utf-8")
     print(RESULT.read_text(encoding="utf-8"))
 
