@@ -33,8 +33,8 @@ CLIENT = (
 HEAD = """# vLLM's own benchmarks on the demo model
 
 {machine}. Written by `make bench-vllm`. Interpreted kernels on a CPU: these tables show that the benchmarks work and
-count right. In mask diffusion a chunk is a canvas: vLLM's client counts chunks for "Peak output token throughput" and for
-the latency between tokens (ITL), tokens for everything else.
+count right. In mask diffusion a chunk is a canvas: vLLM's client counts chunks for "Peak output token throughput" and
+for the latency between tokens (ITL), tokens for everything else.
 """
 AR_BODY = """ --extra-body '{"vllm_xargs": {"diffusion_mode": "ar"}}'"""
 

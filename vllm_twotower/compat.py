@@ -89,6 +89,21 @@ def wrap_engine_args(architecture: str) -> None:
     EngineArgs._twotower_flag = True
 
 
+def replace_tensor_parallel_group(group_ranks: list[list[int]]) -> None:
+    """Split this process's tensor-parallel group into the given ones; to be called by all its ranks alike.
+
+    Private: ``vllm.distributed.parallel_state._TP``, which everything reads through ``get_tp_group``. The old group
+    goes on existing. vLLM 0.32 has no ``patch_tensor_parallel_group`` any more. Can go when a model can ask for a part
+    of the group.
+    """
+    from vllm.distributed import parallel_state
+
+    old = parallel_state.get_tp_group()
+    parallel_state._TP = parallel_state.init_model_parallel_group(
+        group_ranks, old.local_rank, old.torch_distributed_backend, group_name="tower"
+    )
+
+
 def check_prompts(architecture: str, check: Callable[[Any, Any], None]) -> None:
     """Let ``check(engine_core_request, vllm_config)`` refuse a request of our architecture by its prompt; idempotent.
 

@@ -46,7 +46,8 @@ class EngineOptions:
     """Denoise passes inside one engine step; more share its host work, fewer let requests join and leave sooner."""
 
     tower_placement: str = "auto"
-    """Where the towers live: ``colocated`` on every device, ``split`` between devices, or ``auto``."""
+    """Where the towers live: ``colocated`` on every device, ``split`` (the context tower on the first half of the
+    devices, the denoiser on the other), or ``auto``: colocated on one device, split on two and more."""
 
     def __post_init__(self) -> None:
         where = "engine option"
@@ -59,6 +60,10 @@ class EngineOptions:
             raise ValueError(
                 _refusal(where, "tower_placement", self.tower_placement, f"one of {', '.join(PLACEMENTS)}")
             )
+
+    def is_split(self, tensor_parallel_size: int) -> bool:
+        """Whether the towers live on different ranks of a tensor-parallel group of this size."""
+        return self.tower_placement == "split" or (self.tower_placement == "auto" and tensor_parallel_size > 1)
 
     @classmethod
     def from_additional_config(cls, value: Any) -> "EngineOptions | None":

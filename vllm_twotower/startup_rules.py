@@ -125,13 +125,17 @@ def _model_length(c: Any, options: EngineOptions) -> str | None:
     return f"max_model_len={length}" if length <= options.canvas_length else None
 
 
-def _split(c: Any, options: EngineOptions) -> str | None:
-    return "tower_placement=split" if options.tower_placement == "split" else None
-
-
-def _automatic_split(c: Any, options: EngineOptions) -> str | None:
+def _uneven_split(c: Any, options: EngineOptions) -> str | None:
     size = c.parallel_config.tensor_parallel_size
-    return f"tensor_parallel_size={size}" if size > 1 and options.tower_placement == "auto" else None
+    uneven = options.is_split(size) and size % 2
+    return f"tensor_parallel_size={size} with tower_placement={options.tower_placement}" if uneven else None
+
+
+def _split_replicas(c: Any, options: EngineOptions) -> str | None:
+    p = c.parallel_config
+    if options.is_split(p.tensor_parallel_size) and (p.data_parallel_size > 1 or p.enable_expert_parallel):
+        return f"data_parallel_size={p.data_parallel_size}, enable_expert_parallel={p.enable_expert_parallel}"
+    return None
 
 
 def _old_runner(c: Any, _: EngineOptions) -> str | None:
@@ -254,12 +258,17 @@ STARTUP_RULES = (
         "use --max-model-len {canvas_length_plus_1} or more",
         _model_length,
     ),
-    StartupRule("`tower_placement` split", "not built yet", "use tower_placement=colocated", _split),
     StartupRule(
-        "`--tensor-parallel-size` above 1 with `tower_placement` auto",
-        "auto means one tower per device, which is not built yet",
-        'use --diffusion \'{{"tower_placement": "colocated"}}\'',
-        _automatic_split,
+        "an odd `--tensor-parallel-size` with `tower_placement` split, or auto above 1",
+        "each tower gets half of the ranks",
+        'use an even --tensor-parallel-size, or --diffusion \'{{"tower_placement": "colocated"}}\'',
+        _uneven_split,
+    ),
+    StartupRule(
+        "`--data-parallel-size` above 1 or `--enable-expert-parallel` with the towers split",
+        "towers are split within one tensor-parallel group",
+        'start one engine per replica, or use --diffusion \'{{"tower_placement": "colocated"}}\'',
+        _split_replicas,
     ),
     # last: some of the above also make vLLM choose it, and name the reason better
     StartupRule(

@@ -37,7 +37,7 @@ CHECKPOINT_TO_MODULE = WeightsMapper(
 
 
 def checked(
-    weights: Iterable[tuple[str, torch.Tensor]], config: Any, with_denoiser: bool
+    weights: Iterable[tuple[str, torch.Tensor]], config: Any, with_denoiser: bool, with_context: bool = True
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass on the tensors that this engine loads, and check the rest of the story.
 
@@ -45,13 +45,14 @@ def checked(
         weights: checkpoint name and tensor, any order.
         config: the Hugging Face config.
         with_denoiser: False to leave out the denoiser tower, which may then be absent.
+        with_context: False to leave out the context tower.
 
     Raises:
         ValueError: after the last tensor (at the first of wrong shape): what is missing, unknown or misshapen, by name.
 
     """
     expected = checkpoint_shapes(config)
-    needed = {n for n in expected if with_denoiser or n.startswith(CONTEXT_PREFIXES)}
+    needed = {n for n in expected if (with_context if n.startswith(CONTEXT_PREFIXES) else with_denoiser)}
     unknown, seen = [], set()
     for name, tensor in weights:
         if name not in expected:

@@ -22,6 +22,7 @@ from vllm_twotower.decoding.unmask import num_to_reveal, reveal
 from vllm_twotower.models.denoiser_tower import LOGITS_TILE, CanvasLayout, DenoiserTower
 from vllm_twotower.runtime.canvas_table import CanvasRows
 from vllm_twotower.runtime.proposals import ProposalSampler, Tile
+from vllm_twotower.runtime.tower_link import TowerLink
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class DenoiseStep:
         passes: passes at most.
         mask_token_id: the mask.
         start_pass: called before each pass with (rows with masked positions, their canvases); None to skip.
+        link: to the other tower's ranks; None where the towers are not split.
 
     """
 
@@ -65,6 +67,7 @@ class DenoiseStep:
         passes: int,
         mask_token_id: int,
         start_pass: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+        link: TowerLink | None = None,
     ) -> None:
         self.rows = rows
         self.layout = layout
@@ -75,16 +78,31 @@ class DenoiseStep:
         self.passes = passes
         self.mask_token_id = mask_token_id
         self.start_pass = start_pass
+        self.link = link
         self.outcome: DenoiseOutcome | None = None
         self._token_RS = rows.token_RS
         self._mock_ar_RS = torch.zeros_like(rows.token_RS, dtype=torch.bool)
         if layout.unmodulated_R is not None:
             self._mock_ar_RS[:, 0] = layout.unmodulated_R
 
-    def run(self, denoiser: DenoiserTower, context_layers: nn.ModuleList) -> None:
-        """Run the passes and leave the result in ``outcome``."""
+    def run(self, denoiser: DenoiserTower | None, context_layers: nn.ModuleList) -> None:
+        """Run the passes and leave the result in ``outcome``; without a denoiser, its rank's result."""
+        canvases = None
+        if denoiser is not None:
+            token_RS, pass_index_R = self._run_passes(denoiser, context_layers)
+            canvases = torch.cat([token_RS, pass_index_R[:, None]], dim=1)
+        if self.link is not None:
+            num_rows, width = self.rows.token_RS.shape
+            canvases = self.link.share_canvases(canvases, (num_rows, width + 1))
+        assert canvases is not None, "a rank without a denoiser has a link"
+        token_RS, pass_index_R = canvases[:, :-1], canvases[:, -1]
+        num_passes = (pass_index_R - self.rows.pass_index_R).tolist()
+        finished_R = ~self._masked(token_RS).any(dim=1)
+        self.outcome = DenoiseOutcome(token_RS, pass_index_R, finished_R.tolist(), num_passes, max(num_passes))
+
+    def _run_passes(self, denoiser: DenoiserTower, context_layers: nn.ModuleList) -> tuple[torch.Tensor, torch.Tensor]:
+        """Canvases int64 [R, S] and pass counts int64 [R] after the step's passes."""
         token_RS, pass_index_R = self._token_RS, self.rows.pass_index_R
-        started_at_R, num_forwards = pass_index_R, 0
         for step in range(self.passes):
             masked_RS = self._masked(token_RS)
             wanted_RS = masked_RS | self._mock_ar_RS if step == 0 else masked_RS
@@ -100,15 +118,7 @@ class DenoiseStep:
             token_RS = reveal(token_RS, proposal_RS, confidence_RS, masked_RS, k_R)
             self._token_RS = token_RS = torch.where(wanted_RS & ~masked_RS, proposal_RS, token_RS)
             pass_index_R = pass_index_R + wanted_RS.any(dim=1)
-            num_forwards += 1
-        still_masked_R = self._masked(token_RS).any(dim=1)
-        self.outcome = DenoiseOutcome(
-            token_RS,
-            pass_index_R,
-            (~still_masked_R).tolist(),
-            (pass_index_R - started_at_R).tolist(),
-            num_forwards,
-        )
+        return token_RS, pass_index_R
 
     def _masked(self, token_RS: torch.Tensor) -> torch.Tensor:
         """Undecided positions; the last token of a mock-AR row may be the mask id, as any token of a prompt."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
@@ -29,13 +28,14 @@ from vllm_twotower.runtime.canvas_table import CanvasTable, request_seed
 from vllm_twotower.runtime.denoise_step import DenoiseStep
 from vllm_twotower.runtime.metrics import DiffusionStats
 from vllm_twotower.runtime.proposals import ProposalSampler
+from vllm_twotower.runtime.tower_link import ContextStep, TowerLink
 from vllm_twotower.runtime.trace import CanvasTrace
 
 
 class TwoTowerModelState(MambaHybridModelState):
     """vLLM's hybrid model state, and the denoise step beside it."""
 
-    def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
+    def __init__(self, vllm_config: VllmConfig, model: Any, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         options = model.options
         assert isinstance(options, EngineOptions), "this state is used with diffusion on only"
@@ -48,6 +48,9 @@ class TwoTowerModelState(MambaHybridModelState):
         self.step: DenoiseStep | None = None
         self.proposals: ProposalSampler | None = None
         self._mamba_slots: dict[str, torch.Tensor] = {}
+        self.link: TowerLink | None = None
+        if model.placement.is_split:
+            self.link = TowerLink(model.placement, model.model.layers, self.model_config.dtype, device)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
@@ -114,11 +117,14 @@ class TwoTowerModelState(MambaHybridModelState):
     ) -> dict[str, Any]:
         """Metadata of the step; in a denoise step not causal, for attention layers only."""
         if self.step_kind(input_batch) is StepKind.CONTEXT:
+            if self.link is not None:
+                self._mamba_slots = self._slots_to_denoise_from(input_batch, block_tables, kv_cache_config)
             return super().prepare_attn(
                 input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, *args, **kwargs
             )
         assert cudagraph_mode != CUDAGraphMode.FULL, "no graph of the context tower may replay in a denoise step"
-        self._mamba_slots = self._committed_slots(input_batch, block_tables, kv_cache_config)
+        computed = input_batch.num_computed_tokens_np[: input_batch.num_reqs]
+        self._mamba_slots = self._state_slots(np.arange(input_batch.num_reqs), computed, block_tables, kv_cache_config)
         num_reqs = input_batch.num_reqs
         seq_lens_upper_bound = input_batch.seq_lens_cpu_upper_bound
         return build_attn_metadata(
@@ -138,32 +144,50 @@ class TwoTowerModelState(MambaHybridModelState):
             causal=False,
         )
 
-    def _committed_slots(
+    def _slots_to_denoise_from(
         self, batch: InputBatch, block_tables: tuple[torch.Tensor, ...], kv_cache_config: KVCacheConfig
     ) -> dict[str, torch.Tensor]:
-        """Where each row's committed Mamba state lies, by layer name.
+        """Where this context step leaves the states that denoise steps will start from, by layer name."""
+        num_reqs = batch.num_reqs
+        computed = batch.num_computed_tokens_np[:num_reqs] + batch.num_scheduled_tokens[:num_reqs]
+        options = [self.request_options.get(req_id) for req_id in batch.req_ids]
+        # a mock-AR row is denoised one token before its end; a prompt chunk that is not the last leaves nothing to read
+        lag = np.array([o is not None and o.mode is Mode.MOCK_AR for o in options], dtype=np.int64)
+        denoised = np.array([o is not None and o.mode is not Mode.AR for o in options])
+        rows = np.flatnonzero(denoised & (computed >= batch.prefill_len_np[:num_reqs] - lag))
+        return self._state_slots(rows, computed[rows], block_tables, kv_cache_config)
 
-        Not where the step's own Mamba metadata points: in ``align`` mode that is the block of the canvas's end.
+    def _state_slots(
+        self,
+        rows: np.ndarray,
+        computed: np.ndarray,
+        block_tables: tuple[torch.Tensor, ...],
+        kv_cache_config: KVCacheConfig,
+    ) -> dict[str, torch.Tensor]:
+        """Where the Mamba states of some rows lie after ``computed`` tokens, by layer name; int64 [R].
+
+        Not where a denoise step's own Mamba metadata points: in ``align`` mode that is the block of the canvas's end.
         """
-        if self._align_mode:
-            block_size = self.cache_config.mamba_block_size
-            column = torch.from_numpy((batch.num_computed_tokens_np[: batch.num_reqs] - 1) // block_size)
-        else:
-            column = torch.zeros(batch.num_reqs, dtype=torch.int64)
-        column = column.to(device=self.device, dtype=torch.int64)
+        block_size = self.cache_config.mamba_block_size
+        column = (computed - 1) // block_size if self._align_mode else np.zeros_like(computed)
+        row_R = torch.from_numpy(rows.astype(np.int64)).to(self.device)
+        column_R = torch.from_numpy(column.astype(np.int64)).to(self.device)
         slots: dict[str, torch.Tensor] = {}
         for table, group in zip(block_tables, kv_cache_config.kv_cache_groups, strict=True):
             if isinstance(group.kv_cache_spec, MambaSpec):
-                slot_R = table[: batch.num_reqs].gather(1, column[:, None]).squeeze(1).to(torch.int64)
-                slots.update(dict.fromkeys(group.layer_names, slot_R))
+                slots.update(dict.fromkeys(group.layer_names, table[row_R, column_R].to(torch.int64)))
         return slots
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        """The model's extra inputs: the denoise step, in a denoise step."""
+        """The model's extra inputs: the denoise step in a denoise step, what crosses in a context step of split
+        towers."""
         inputs = super().prepare_inputs(input_batch, req_states)
         self.step = None
         if self.step_kind(input_batch) is StepKind.DENOISE:
             self.step = inputs["denoise_step"] = self._denoise_step(input_batch)
+        elif self.link is not None:
+            num_tokens = int(input_batch.num_scheduled_tokens[: input_batch.num_reqs].sum())
+            inputs["context_step"] = ContextStep(self.link, num_tokens, self._mamba_slots)
         return inputs
 
     def _denoise_step(self, batch: InputBatch) -> DenoiseStep:
@@ -191,6 +215,7 @@ class TwoTowerModelState(MambaHybridModelState):
             self.options.passes_per_step,
             self.mask_token_id,
             start_pass,
+            self.link,
         )
 
     def postprocess_state(self, *args: Any, **kwargs: Any) -> None:

@@ -14,7 +14,9 @@ runner's token table ends at ``max_model_len``.
 
 from typing import Any
 
+import numpy as np
 import torch
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
@@ -52,7 +54,7 @@ class CanvasSampler:
         if any(o is not None for o in options):  # not a dummy batch
             self._count_context_step(batch, is_diffusion)
         if not all(is_diffusion):
-            output = self.base(logits, batch)
+            output = self._sample(logits, batch, is_real=any(o is not None for o in options))
             if any(is_diffusion):
                 emits_nothing_R = torch.tensor(is_diffusion, device=output.num_sampled.device)
                 output.num_sampled = output.num_sampled.masked_fill(emits_nothing_R, 0)
@@ -60,6 +62,21 @@ class CanvasSampler:
         zeros_R = torch.zeros(batch.num_reqs, dtype=torch.int32, device=logits.device)
         tokens_R1 = torch.zeros(batch.num_reqs, 1, dtype=torch.int64, device=logits.device)
         return SamplerOutput(tokens_R1, None, None, zeros_R, zeros_R.clone())
+
+    def _sample(self, logits: torch.Tensor, batch: InputBatch, is_real: bool) -> SamplerOutput:
+        """vLLM's own sampling; with the towers split, the context tower's tokens on every rank."""
+        link = self.state.link
+        if link is None or not is_real:
+            return self.base(logits, batch)
+        output, samples = None, None
+        if link.placement.has_context:
+            output = self.base(logits, batch)
+            samples = torch.stack([output.sampled_token_ids[:, 0], output.num_sampled.to(torch.int64)], dim=1)
+        samples = link.share_samples(samples, batch.num_reqs)
+        if output is None:
+            num_sampled = samples[:, 1].to(torch.int32)
+            output = SamplerOutput(samples[:, :1], None, None, num_sampled, torch.zeros_like(num_sampled))
+        return output
 
     def _count_context_step(self, batch: InputBatch, is_diffusion: list[bool]) -> None:
         prompt_len = self.base.req_states.prompt_len.np
@@ -95,8 +112,23 @@ class CanvasSampler:
         ]
         return SamplerOutput(
             outcome.token_RS,
-            self.state.proposals.logprobs.take(slots, emitted),
+            self._logprobs(slots, emitted),
             compat.pass_report(outcome.num_passes, canvas_passes, outcome.token_RS.device),
             torch.tensor(emitted, dtype=torch.int32, device=device),
             torch.tensor(widths, dtype=torch.int32, device=device),
         )
+
+    def _logprobs(self, slots: list[int], emitted: list[int]) -> LogprobsTensors | None:
+        """Log-probabilities of what a step emits; with the towers split, the denoiser's on every rank."""
+        table, link = self.state.proposals.logprobs, self.state.link
+        logprobs = table.take(slots, emitted)
+        if link is None or not any(emitted) or not table.wanted(np.array(slots)):
+            return logprobs
+        shared = link.share_object(_moved(logprobs, "cpu"))
+        return _moved(shared, link.device)
+
+
+def _moved(logprobs: LogprobsTensors | None, device: Any) -> LogprobsTensors | None:
+    if logprobs is None:
+        return None
+    return LogprobsTensors(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in logprobs))

@@ -1,5 +1,6 @@
 """Methods added to every worker, called by name through ``collective_rpc``."""
 
+import dataclasses
 from typing import Any
 
 
@@ -11,6 +12,11 @@ class DiffusionWorkerExtension:
     def diffusion_stats(self, reset: bool = False) -> dict[str, int]:
         """The counters of this worker."""
         return self.model_runner.model_state.stats.take(reset)
+
+    def diffusion_traffic(self) -> dict[str, int]:
+        """What this rank has sent to the other tower's ranks; empty where the towers are not split."""
+        link = self.model_runner.model_state.link
+        return dataclasses.asdict(link.traffic) if link is not None else {}
 
     def diffusion_trace_start(self) -> None:
         """Record canvases from now on."""
