@@ -132,5 +132,6 @@ def test_a_requests_cache_is_counted_in_whole_blocks():
 def test_traffic_when_split():
     traffic = SplitTraffic.of(REAL, 16)
     assert traffic.bytes_per_canvas == 16 * 6144 + 23 * (64 * 64 * 128 * 4 + 6144 * 3 * 2)
-    assert traffic.prefill_bytes(1000, num_chunks=2) == 1000 * 6144 + 2 * REAL.mamba_bytes_per_request
+    assert traffic.prefill_bytes(1000) == 1000 * 6144 + REAL.mamba_bytes_per_request
+    assert traffic.bytes_per_denoise_step_back == 17 * 8
     assert "6,144 B x tokens" in traffic.formula

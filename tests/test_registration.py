@@ -58,7 +58,7 @@ REFUSALS = [
     ("ReplaySSM", _set("cache_config.use_replayssm", True), "use_replayssm"),
     ("`--scheduling", _set("scheduler_config.policy", "priority"), "policy=priority.*fcfs"),
     (
-        "`--data",
+        "`--data-parallel-size` above 1 with",
         _both(
             _set("model_config.hf_config", SimpleNamespace(hybrid_override_pattern="ME")),
             _set("parallel_config.data_parallel_size", 2),
@@ -73,9 +73,17 @@ REFUSALS = [
     ("`--max-num-b", _set("scheduler_config.max_num_batched_tokens", 12), "max_num_batched_tokens=12.*16 or more"),
     ("`--long", _set("scheduler_config.long_prefill_token_threshold", 10), "threshold=10.*16 or more"),
     ("`--max-model-len", _set("model_config.max_model_len", 16), "max_model_len=16.*17 or more"),
-    ("`--tensor", _set("parallel_config.tensor_parallel_size", 2), "tensor_parallel_size=2.*colocated"),
+    ("an odd", _set("parallel_config.tensor_parallel_size", 3), "tensor_parallel_size=3.*colocated"),
+    (
+        "`--data-parallel-size` above 1 or",
+        _both(
+            _set("parallel_config.tensor_parallel_size", 2),
+            _set("parallel_config.enable_expert_parallel", True),
+        ),
+        "enable_expert_parallel=True.*colocated",
+    ),
 ]
-REFUSED_ELSEWHERE = {"`tower_placement` split", "`VLLM_USE_BREAKABLE_CUDAGRAPH`", "vLLM's deprecated model runner (V1)"}
+REFUSED_ELSEWHERE = {"`VLLM_USE_BREAKABLE_CUDAGRAPH`", "vLLM's deprecated model runner (V1)"}
 
 
 @pytest.mark.parametrize(("rule", "change", "message"), REFUSALS)
@@ -94,8 +102,8 @@ def test_every_rule_is_tested():
     assert tested | REFUSED_ELSEWHERE == {r.refuses for r in STARTUP_RULES}
 
 
-def test_split_placement_is_refused_until_it_is_built(make_config):
-    with pytest.raises(ValueError, match=r"tower_placement=split.*colocated"):
+def test_one_device_cannot_be_split(make_config):
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=1 with tower_placement=split.*colocated"):
         make_config(diffusion={"tower_placement": "split"})
 
 

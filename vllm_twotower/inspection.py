@@ -204,9 +204,9 @@ def _traffic(facts: ModelFacts, options: InspectOptions) -> Report:
     return {
         "formula": traffic.formula,
         "kv_bytes_per_token": traffic.kv_bytes_per_token,
-        "state_bytes_per_context_row": traffic.state_bytes_per_context_row,
+        "state_bytes_per_row": traffic.state_bytes_per_row,
         "bytes_per_canvas": traffic.bytes_per_canvas,
-        "bytes_per_canvas_back": traffic.bytes_per_canvas_back,
+        "bytes_per_denoise_step_back": traffic.bytes_per_denoise_step_back,
         "links": links,
     }
 

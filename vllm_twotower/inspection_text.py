@@ -113,8 +113,8 @@ def _fits(report: Report) -> Iterable[str]:
 def _traffic(traffic: Report) -> Iterable[str]:
     yield "TRAFFIC BETWEEN THE TOWERS when split"
     yield traffic["formula"]
-    to, back = traffic["bytes_per_canvas"], traffic["bytes_per_canvas_back"]
-    yield f"per canvas and request: {to / 1e6:.1f} MB there, {back} bytes back"
+    to, back = traffic["bytes_per_canvas"], traffic["bytes_per_denoise_step_back"]
+    yield f"per canvas and request: {to / 1e6:.1f} MB there, {back} bytes back for each denoise step"
     rows = [
         [
             name,

@@ -1,5 +1,6 @@
-"""Traffic between the towers in ``split`` placement: after each context forward the new KV rows and the batch's Mamba
-states go to the denoiser's mirrored caches, and the emitted tokens come back."""
+"""Traffic between the towers in ``split`` placement (``runtime/tower_link.py``): after each context forward the new KV
+rows, and the Mamba states of the requests whose next canvas starts from them, go to the denoiser's mirrored caches;
+after each denoise step its canvases come back. ``tests/test_placement.py`` compares the formula with what is sent."""
 
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from vllm_twotower.planning.gpus import Assumptions, Gpu
 from vllm_twotower.planning.model_facts import ModelFacts
 
 BYTES_OF_TOKEN_ID = 8
+"""Canvases come back as int64, with their pass count as one more column."""
 
 
 @dataclass(frozen=True)
@@ -15,8 +17,8 @@ class SplitTraffic:
 
     kv_bytes_per_token: int
     """To the denoiser, for every prompt token and every committed token."""
-    state_bytes_per_context_row: int
-    """To the denoiser, for every request of a context forward: its conv and SSM states."""
+    state_bytes_per_row: int
+    """To the denoiser, for every prompt's end and every commit: the request's conv and SSM states."""
     canvas_length: int
 
     @classmethod
@@ -27,23 +29,23 @@ class SplitTraffic:
     @property
     def bytes_per_canvas(self) -> int:
         """To the denoiser when a canvas is committed."""
-        return self.canvas_length * self.kv_bytes_per_token + self.state_bytes_per_context_row
+        return self.canvas_length * self.kv_bytes_per_token + self.state_bytes_per_row
 
     @property
-    def bytes_per_canvas_back(self) -> int:
-        """To the context tower when a canvas is finished: its tokens."""
-        return self.canvas_length * BYTES_OF_TOKEN_ID
+    def bytes_per_denoise_step_back(self) -> int:
+        """To the context tower for each canvas of a denoise step: its tokens and its pass count."""
+        return (self.canvas_length + 1) * BYTES_OF_TOKEN_ID
 
-    def prefill_bytes(self, num_tokens: int, num_chunks: int = 1) -> int:
-        """To the denoiser for one prompt: its KV, and its states once per chunk."""
-        return num_tokens * self.kv_bytes_per_token + num_chunks * self.state_bytes_per_context_row
+    def prefill_bytes(self, num_tokens: int) -> int:
+        """To the denoiser for one prompt, in however many chunks: its KV, and its states once."""
+        return num_tokens * self.kv_bytes_per_token + self.state_bytes_per_row
 
     @property
     def formula(self) -> str:
         """The same in words."""
         return (
-            f"context -> denoiser: {self.kv_bytes_per_token:,} B x tokens + {self.state_bytes_per_context_row:,} B x "
-            f"rows per context forward; back: {BYTES_OF_TOKEN_ID} B per emitted token"
+            f"context -> denoiser: {self.kv_bytes_per_token:,} B x tokens + {self.state_bytes_per_row:,} B x prompts "
+            f"and canvases; back: {self.bytes_per_denoise_step_back} B x canvases of a denoise step"
         )
 
     def seconds(self, num_bytes: float, link_Bps: float, assumed: Assumptions) -> float:

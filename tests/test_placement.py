@@ -1,0 +1,103 @@
+"""Two worker processes over gloo: towers split, and both towers sharded over both; NVIDIA's tokens either way."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from vllm_twotower.config import EngineOptions
+from vllm_twotower.planning.model_facts import ModelFacts
+from vllm_twotower.planning.tower_sizes import Tower, TowerSizes
+from vllm_twotower.planning.traffic import SplitTraffic
+
+HERE = pathlib.Path(__file__).parent
+SPLIT = {"passes_per_step": 4}  # tower_placement auto: split on two ranks
+COLOCATED = {"passes_per_step": 4, "tower_placement": "colocated"}
+SOME = {"mask_diffusion": [24, 27, 30, 33, 36, 40], "ar": [0, 1], "mock_ar": [0, 1]}
+
+
+def run(golden, diffusion, cases, **engine):
+    job = {"diffusion": diffusion, "cases": cases, "engine": engine}
+    result = subprocess.run(
+        [sys.executable, str(HERE / "two_ranks.py"), str(golden.path), json.dumps(job)],
+        capture_output=True,
+        text=True,
+        timeout=580,
+        check=False,
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+    )
+    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, result.stdout[-2000:] + result.stderr[-4000:]
+    answer = json.loads(lines[0].removeprefix("RESULT "))
+    expected = [getattr(golden, mode)[i] for mode, indices in cases.items() for i in indices]
+    assert answer["tokens"] == [case["output"] for case in expected]
+    return answer
+
+
+def everything(golden, canvas_length):
+    canvas = [i for i, c in enumerate(golden.mask_diffusion) if c["params"]["block_size"] == canvas_length]
+    return {"mask_diffusion": canvas, "ar": range(len(golden.ar)), "mock_ar": range(len(golden.mock_ar))}
+
+
+def test_split_towers_write_the_references_tokens(tiny_moe):
+    """With log-probabilities; each rank loads its own tower; what crosses is what the formula says."""
+    cases = {"mask_diffusion": SOME["mask_diffusion"]}
+    assert {tiny_moe.mask_diffusion[i]["params"]["block_size"] for i in cases["mask_diffusion"]} == {16}
+    answer = run(tiny_moe, {"passes_per_step": 1}, cases)
+    assert answer["num_logprobs"] == [len(tokens) for tokens in answer["tokens"]]
+
+    facts = dataclasses.replace(ModelFacts.from_config(tiny_moe.config), dtype="float32")
+    assert answer["weight_bytes"] == [
+        4 * TowerSizes.of(facts, t).num_parameters for t in (Tower.CONTEXT, Tower.DENOISER)
+    ]
+
+    traffic, (to_denoiser, back) = SplitTraffic.of(facts, 16), answer["traffic"]
+    stats = answer["stats"]
+    committed = sum(len(tokens) - 16 for tokens in answer["tokens"])  # nobody reads a request's last canvas
+    assert to_denoiser["num_tokens"] == answer["num_prompt_tokens"] + committed
+    assert to_denoiser["num_states"] == len(answer["tokens"]) + committed // 16
+    assert to_denoiser["num_messages"] == stats["context_steps"]
+    kv, states = traffic.kv_bytes_per_token, traffic.state_bytes_per_row
+    assert to_denoiser["num_bytes"] == kv * to_denoiser["num_tokens"] + states * to_denoiser["num_states"]
+    assert back["num_messages"] == stats["denoise_steps"]
+    assert back["num_bytes"] == traffic.bytes_per_denoise_step_back * stats["denoise_passes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("diffusion", [SPLIT, COLOCATED], ids=["split", "colocated"])
+@pytest.mark.parametrize("name", ["tiny_moe", "tiny_mlp"])
+def test_all_goldens_on_two_ranks(name, diffusion, request):
+    golden = request.getfixturevalue(name)
+    canvases = (8, 16, 32) if name == "tiny_moe" else (16,)
+    for canvas_length in canvases:
+        cases = {m: list(indices) for m, indices in everything(golden, canvas_length).items()}
+        if canvas_length != 16:
+            cases = {"mask_diffusion": cases["mask_diffusion"]}
+        run(golden, {**diffusion, "canvas_length": canvas_length}, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"enable_prefix_caching": False},
+        {"max_num_batched_tokens": 50},
+        {"num_gpu_blocks_override": 14},
+    ],
+    ids=["no prefix caching", "50 tokens a step", "preemption"],
+)
+@pytest.mark.parametrize("diffusion", [SPLIT, COLOCATED], ids=["split", "colocated"])
+def test_two_ranks_under_pressure(tiny_moe, diffusion, settings):
+    run(tiny_moe, diffusion, SOME, **settings)
+
+
+@pytest.mark.parametrize(
+    ("placement", "size", "split"),
+    [("auto", 1, False), ("auto", 2, True), ("colocated", 4, False), ("split", 2, True), ("split", 4, True)],
+)
+def test_what_auto_means(placement, size, split):
+    assert EngineOptions(tower_placement=placement).is_split(size) is split

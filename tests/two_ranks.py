@@ -1,0 +1,74 @@
+"""Runs golden cases on two worker processes and prints what came out as one line of JSON; see ``test_placement.py``.
+
+python two_ranks.py GOLDEN_FOLDER '{"diffusion": {...}, "cases": {"mask_diffusion": [0, 1]}, "engine": {...}}'
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `apply_model` sends a function
+
+from conftest import Golden  # sets the environment
+from engine_harness import golden_params
+
+
+def weight_bytes(model) -> int:
+    """Parameters, and the linears that vLLM has packed into a form of its own on a CPU, their parameter then empty."""
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    packed = [m for m in model.modules() if hasattr(m, "output_size_per_partition") and m.weight.numel() == 0]
+    return held + sum(m.input_size_per_partition * m.output_size_per_partition * 4 for m in packed)
+
+
+def requests_of(golden, cases):
+    from vllm_twotower import diffusion_params
+
+    prompts, params = [], []
+    for mode, indices in cases.items():
+        for index in indices:
+            case = getattr(golden, mode)[index]
+            if mode == "mask_diffusion":
+                one = golden_params(case, logprobs=1)
+            else:
+                length = len(case["output"])
+                one = diffusion_params(mode=mode, temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False)
+            prompts.append({"prompt_token_ids": case["prompt"]})
+            params.append(one)
+    return prompts, params
+
+
+def main() -> None:
+    from two_ranks import weight_bytes  # what is sent to the workers must not be `__main__`'s
+    from vllm import LLM
+
+    from vllm_twotower import diffusion_stats
+
+    folder, job = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
+    settings = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_memory_bytes": 64 << 20} | job.get("engine", {})
+    llm = LLM(
+        str(folder),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        tensor_parallel_size=2,
+        additional_config={"diffusion": job["diffusion"]},
+        **settings,
+    )
+    prompts, params = requests_of(Golden(folder.name), job["cases"])
+    answers = llm.generate(prompts, params, use_tqdm=False)
+    outputs = [o.outputs[0] for o in answers]
+    result = {
+        "tokens": [list(o.token_ids) for o in outputs],
+        "num_logprobs": [len(o.logprobs or ()) for o in outputs],
+        "num_prompt_tokens": sum(len(o.prompt_token_ids) - (o.num_cached_tokens or 0) for o in answers),
+        "stats": diffusion_stats(llm),
+        "traffic": llm.collective_rpc("diffusion_traffic"),
+        "weight_bytes": llm.apply_model(weight_bytes),
+    }
+    print("RESULT " + json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
