@@ -4,11 +4,19 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
+import signal
 import subprocess
 import sys
+import time
+import urllib.request
 
+import httpx
+import openai
 import pytest
+from server import vllm_server
 
+from vllm_twotower.cli import DEMO_MODEL
 from vllm_twotower.config import EngineOptions
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.tower_sizes import Tower, TowerSizes
@@ -101,3 +109,32 @@ def test_two_ranks_under_pressure(tiny_moe, diffusion, settings):
 )
 def test_what_auto_means(placement, size, split):
     assert EngineOptions(tower_placement=placement).is_split(size) is split
+
+
+def is_healthy(url):
+    try:
+        urllib.request.urlopen(f"{url}/health", timeout=5)
+    except OSError:  # refused, reset, or an error status
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1], ids=["context rank", "denoiser rank"])
+def test_a_killed_worker_ends_the_server_and_no_client_hangs(tmp_path, victim):
+    log = tmp_path / "log"
+    options = ["--diffusion", "--tensor-parallel-size", "2", "--served-model-name", "demo", "--dtype", "float32"]
+    options += ["--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager"]
+    with vllm_server(DEMO_MODEL, *options, log=log) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        stream = client.completions.create(model="demo", prompt="And God said,", max_tokens=400, stream=True)
+        assert next(iter(stream)).choices[0].text
+        os.kill(int(re.search(rf"\(VllmWorker-{victim} pid=(\d+)\)", log.read_text())[1]), signal.SIGKILL)
+        killed = time.monotonic()
+        with pytest.raises((openai.APIError, httpx.HTTPError)):
+            list(stream)
+        assert time.monotonic() - killed < 30
+        while is_healthy(url):
+            assert time.monotonic() - killed < 30
+            time.sleep(0.3)
+    assert re.search(r"died|dead|EngineDeadError", log.read_text())
