@@ -1,5 +1,5 @@
 """Fail on files of the package that grew beyond what is read in one go: 500 lines outside ``models/``, functions of 60
-lines."""
+lines and 12 parameters. A Triton kernel may take more parameters: pointers and strides are all it can be given."""
 
 import ast
 import pathlib
@@ -9,6 +9,10 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "vllm_twotower"
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 12
+
+
+def is_kernel(node: ast.FunctionDef) -> bool:
+    return any(ast.unparse(d) == "triton.jit" for d in node.decorator_list)
 
 
 def problems(path: pathlib.Path) -> list[str]:
@@ -24,7 +28,7 @@ def problems(path: pathlib.Path) -> list[str]:
             if length > MAX_FUNCTION_LINES:
                 found.append(f"{name}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}")
             count = len(node.args.args) + len(node.args.kwonlyargs)
-            if count > MAX_PARAMETERS:
+            if count > MAX_PARAMETERS and not is_kernel(node):
                 found.append(f"{name}:{node.lineno}: {node.name} takes {count} parameters, at most {MAX_PARAMETERS}")
     return found
 
