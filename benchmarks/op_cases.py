@@ -13,6 +13,9 @@ import torch
 from vllm_twotower.ops.canvas_sample import kernel as canvas_sample_kernel
 from vllm_twotower.ops.canvas_sample import reference as canvas_sample_reference
 from vllm_twotower.ops.canvas_sample.reference import Draw
+from vllm_twotower.ops.reveal import kernel as reveal_kernel
+from vllm_twotower.ops.reveal import reference as reveal_reference
+from vllm_twotower.ops.reveal.reference import CanvasRules
 
 ROWS, WIDTH = 64, 16
 TOKENS = ROWS * WIDTH
@@ -66,4 +69,33 @@ def _canvas_sample_cases() -> list[Case]:
     ]
 
 
-CASES = _canvas_sample_cases()
+def _canvases(device: str) -> tuple[Any, ...]:
+    rules = CanvasRules(
+        torch.full((ROWS,), WIDTH, device=device),
+        torch.full((ROWS,), 0.8, device=device),
+        torch.full((ROWS,), 16, device=device),
+    )
+    return (
+        torch.full((ROWS, WIDTH), MASK, device=device),
+        _indices(TOKENS, VOCAB, device).view(ROWS, WIDTH),
+        torch.rand(ROWS, WIDTH, device=device),
+        torch.rand(ROWS, WIDTH, device=device) < 0.6,
+        torch.zeros(ROWS, dtype=torch.int64, device=device),
+        rules,
+    )
+
+
+def _reveal_cases() -> list[Case]:
+    per_position, per_row = 8 + 8 + 4 + 1 + 8 + 1, 8 + 8 + 4 + 8 + 3 * 8
+    return [
+        Case(
+            f"reveal R{ROWS}",
+            reveal_kernel.reveal,
+            reveal_reference.reveal,
+            _canvases,
+            TOKENS * per_position + ROWS * per_row,
+        )
+    ]
+
+
+CASES = [*_canvas_sample_cases(), *_reveal_cases()]
