@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from vllm_twotower.ops.adaln import kernel as adaln_kernel
+from vllm_twotower.ops.adaln import reference as adaln_reference
+from vllm_twotower.ops.adaln.reference import Modulation
 from vllm_twotower.ops.canvas_sample import kernel as canvas_sample_kernel
 from vllm_twotower.ops.canvas_sample import reference as canvas_sample_reference
 from vllm_twotower.ops.canvas_sample.reference import Draw
@@ -20,6 +23,7 @@ from vllm_twotower.ops.reveal.reference import CanvasRules
 ROWS, WIDTH = 64, 16
 TOKENS = ROWS * WIDTH
 VOCAB, MASK = 131_072, 3
+HIDDEN, LEVELS, EPS = 2688, WIDTH * (WIDTH + 3) // 2, 1e-5
 DTYPE = torch.bfloat16
 
 
@@ -98,4 +102,37 @@ def _reveal_cases() -> list[Case]:
     ]
 
 
-CASES = [*_canvas_sample_cases(), *_reveal_cases()]
+def _modulation(device: str) -> Modulation:
+    return Modulation(
+        torch.randn(LEVELS, 3, HIDDEN, device=device, dtype=DTYPE),
+        torch.randn(3, HIDDEN, device=device, dtype=DTYPE),
+        _indices(ROWS, LEVELS, device),
+        torch.arange(TOKENS, device=device) // WIDTH,
+    )
+
+
+def _hidden(device: str) -> torch.Tensor:
+    return torch.randn(TOKENS, HIDDEN, device=device, dtype=DTYPE)
+
+
+def _adaln_cases() -> list[Case]:
+    vector = HIDDEN * DTYPE.itemsize
+    # each row's own vectors of the shared table, and the layer's, once
+    normed = lambda device: (_hidden(device), torch.randn(HIDDEN, device=device, dtype=DTYPE), EPS, _modulation(device))
+    gated = lambda device: (_hidden(device), _hidden(device), _modulation(device))
+    inputs = {"modulate_norm": normed, "norm_modulate": normed, "gate_add": gated}
+    floors = {"modulate_norm": 2, "norm_modulate": 2, "gate_add": 3}
+    vectors = {"modulate_norm": 2 * ROWS + 3, "norm_modulate": 2 * ROWS + 3, "gate_add": ROWS + 1}
+    return [
+        Case(
+            f"{name} T{TOKENS}",
+            getattr(adaln_kernel, name),
+            getattr(adaln_reference, name),
+            inputs[name],
+            (TOKENS * floors[name] + vectors[name]) * vector,
+        )
+        for name in inputs
+    ]
+
+
+CASES = [*_canvas_sample_cases(), *_reveal_cases(), *_adaln_cases()]

@@ -6,6 +6,10 @@ a kernel first runs. ``backend.py`` says which form runs. No GPU has run a kerne
 
 import torch
 
+from vllm_twotower.ops.adaln.reference import UNMODULATED, Modulation
+from vllm_twotower.ops.adaln.reference import gate_add as _gate_add_reference
+from vllm_twotower.ops.adaln.reference import modulate_norm as _modulate_norm_reference
+from vllm_twotower.ops.adaln.reference import norm_modulate as _norm_modulate_reference
 from vllm_twotower.ops.backend import use_kernels
 from vllm_twotower.ops.canvas_sample.reference import Draw, Sample
 from vllm_twotower.ops.canvas_sample.reference import canvas_sample as _canvas_sample_reference
@@ -14,11 +18,16 @@ from vllm_twotower.ops.reveal.reference import reveal as _reveal_reference
 from vllm_twotower.ops.seeded_scan.reference import seeded_conv, seeded_scan
 
 __all__ = [
+    "UNMODULATED",
     "CanvasRules",
     "Draw",
+    "Modulation",
     "Revealed",
     "Sample",
     "canvas_sample",
+    "gate_add",
+    "modulate_norm",
+    "norm_modulate",
     "reveal",
     "seeded_conv",
     "seeded_scan",
@@ -76,3 +85,55 @@ def reveal(
     if use_kernels(token_RS):
         from vllm_twotower.ops.reveal.kernel import reveal as form
     return form(token_RS, proposal_RS, confidence_RS, masked_RS, pass_index_R, rules)
+
+
+def modulate_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modulation: Modulation) -> torch.Tensor:
+    """RMSNorm of x (1 + scale) + shift: the input of a Mamba or attention layer, whose norm was trained fused into the
+    projection after it (spec 3.3).
+
+    Args:
+        x_TD: [T, D], the model's dtype: float32, bfloat16 or float16.
+        weight_D: [D], of the norm, any of these dtypes.
+        eps: of the norm.
+        modulation: the layer's, in the model's dtype.
+
+    Returns:
+        [T, D], dtype of ``x_TD``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device; the message names it.
+
+    """
+    form = _modulate_norm_reference
+    if use_kernels(x_TD):
+        from vllm_twotower.ops.adaln.kernel import modulate_norm as form
+    return form(x_TD, weight_D, eps, modulation)
+
+
+def norm_modulate(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modulation: Modulation) -> torch.Tensor:
+    """RMSNorm(x) (1 + scale) + shift: the input of a MoE or MLP layer (spec 3.3); arguments as ``modulate_norm``."""
+    form = _norm_modulate_reference
+    if use_kernels(x_TD):
+        from vllm_twotower.ops.adaln.kernel import norm_modulate as form
+    return form(x_TD, weight_D, eps, modulation)
+
+
+def gate_add(x_TD: torch.Tensor, residual_TD: torch.Tensor, modulation: Modulation) -> torch.Tensor:
+    """residual + gate x: the end of every layer (spec 3.3).
+
+    Args:
+        x_TD: [T, D], what the layer's mixer returned.
+        residual_TD: [T, D], same dtype, what went into the layer; not written.
+        modulation: the layer's, in that dtype.
+
+    Returns:
+        [T, D], same dtype.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device; the message names it.
+
+    """
+    form = _gate_add_reference
+    if use_kernels(x_TD):
+        from vllm_twotower.ops.adaln.kernel import gate_add as form
+    return form(x_TD, residual_TD, modulation)
