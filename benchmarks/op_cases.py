@@ -6,6 +6,7 @@ gains most.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,16 @@ from vllm_twotower.ops.canvas_sample.reference import Draw
 from vllm_twotower.ops.reveal import kernel as reveal_kernel
 from vllm_twotower.ops.reveal import reference as reveal_reference
 from vllm_twotower.ops.reveal.reference import CanvasRules
+from vllm_twotower.ops.seeded_scan import kernel as seeded_scan_kernel
+from vllm_twotower.ops.seeded_scan import reference as seeded_scan_reference
 
 ROWS, WIDTH = 64, 16
 TOKENS = ROWS * WIDTH
 VOCAB, MASK = 131_072, 3
 HIDDEN, LEVELS, EPS = 2688, WIDTH * (WIDTH + 3) // 2, 1e-5
 DTYPE = torch.bfloat16
+HEADS, HEAD_DIM, GROUPS, STATE, TAPS = 64, 64, 8, 128, 4
+CHANNELS = HEADS * HEAD_DIM + 2 * GROUPS * STATE
 
 
 @dataclass(frozen=True)
@@ -135,4 +140,55 @@ def _adaln_cases() -> list[Case]:
     ]
 
 
-CASES = [*_canvas_sample_cases(), *_reveal_cases(), *_adaln_cases()]
+def _conv_inputs(device: str) -> tuple[Any, ...]:
+    randn = lambda *size: torch.randn(*size, device=device, dtype=DTYPE)
+    projected = randn(ROWS, WIDTH, HEADS * HEAD_DIM + CHANNELS + HEADS)  # gate, channels, step sizes: read in place
+    x = projected[..., HEADS * HEAD_DIM : HEADS * HEAD_DIM + CHANNELS]
+    slots = torch.randperm(2 * ROWS, device=device)[:ROWS]
+    return x, randn(CHANNELS, TAPS), randn(CHANNELS), randn(2 * ROWS, TAPS - 1, CHANNELS), slots
+
+
+def _scan_inputs(width: int, device: str) -> tuple[Any, ...]:
+    randn = lambda *size, dtype=DTYPE: torch.randn(*size, device=device, dtype=dtype)
+    channels = randn(ROWS, width, CHANNELS)
+    x, b, c = channels.split([HEADS * HEAD_DIM, GROUPS * STATE, GROUPS * STATE], dim=-1)
+    return (
+        x.unflatten(-1, (HEADS, HEAD_DIM)),
+        randn(ROWS, width, HEADS),
+        -torch.rand(HEADS, device=device),
+        b.unflatten(-1, (GROUPS, STATE)),
+        c.unflatten(-1, (GROUPS, STATE)),
+        randn(HEADS),
+        randn(HEADS),
+        randn(2 * ROWS, HEADS, HEAD_DIM, STATE, dtype=torch.float32),
+        torch.randperm(2 * ROWS, device=device)[:ROWS],
+        DTYPE,
+    )
+
+
+def _scan_cases() -> list[Case]:
+    size, states = DTYPE.itemsize, ROWS * HEADS * HEAD_DIM * STATE * torch.float32.itemsize
+    convolved = ROWS * CHANNELS * (2 * WIDTH + TAPS - 1) + CHANNELS * (TAPS + 1)
+    scanned = ROWS * (CHANNELS + HEADS + HEADS * HEAD_DIM)  # per position
+    return [
+        Case(
+            f"seeded_conv R{ROWS}",
+            seeded_scan_kernel.seeded_conv,
+            seeded_scan_reference.seeded_conv,
+            _conv_inputs,
+            convolved * size,
+        ),
+        *(
+            Case(
+                f"seeded_scan R{ROWS} W{width}",
+                seeded_scan_kernel.seeded_scan,
+                seeded_scan_reference.seeded_scan,
+                partial(_scan_inputs, width),
+                states + width * scanned * size,
+            )
+            for width in (WIDTH, 2 * WIDTH)
+        ),
+    ]
+
+
+CASES = [*_canvas_sample_cases(), *_reveal_cases(), *_adaln_cases(), *_scan_cases()]

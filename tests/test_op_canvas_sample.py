@@ -133,7 +133,6 @@ def test_bf16_logits_are_not_rounded_further():
     [
         ({"logits_NV": torch.zeros(2, 3, 4)}, r"logits_NV has shape \[2, 3, 4\], wanted \[N, V\]"),
         ({"logits_NV": torch.zeros(2, 8).double()}, "logits_NV is torch.float64, allowed: torch.float32"),
-        ({"logits_NV": torch.zeros(8, 2).t()}, r"logits_NV has strides \[1, 2\], the last one must be 1"),
         ({"mask_token_id": 8}, r"mask_token_id=8: must be in \[0, 8\)"),
         ({"mask_token_id": -1}, r"mask_token_id=-1: must be in \[0, 8\)"),
         ({"draw": draws(3)}, r"draw.temperature_N has shape \[3\], wanted \[2\]"),
@@ -147,6 +146,11 @@ def test_wrong_arguments_are_named(sample, change, message):
     good = {"logits_NV": torch.zeros(2, 8), "mask_token_id": MASK, "draw": None}
     with pytest.raises(ValueError, match=message):
         sample(**{**good, **change})
+
+
+def test_the_kernel_wants_rows_to_lie_together():
+    with pytest.raises(ValueError, match=r"logits_NV has strides \[1, 2\], of which a kernel needs the last to be 1"):
+        kernel(torch.zeros(8, 2).t(), MASK)
 
 
 def test_no_rows_are_no_launch():

@@ -164,7 +164,8 @@ class DenoiserMamba(nn.Module):
         channels = self.inner + 2 * self.group_channels
         gate_TC, xbc_TC, dt_TH = projected.split([self.inner, channels, self.heads], dim=-1)
         conv_cache, ssm_cache, slot_R = self._seed(context_mixer, layout, xbc_TC)
-        conv_RWC = seeded_conv(layout.pad(xbc_TC), self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_cache)
+        filters_CK = self.conv1d.weight.squeeze(1)
+        conv_RWC = seeded_conv(layout.pad(xbc_TC), filters_CK, self.conv1d.bias, conv_cache, slot_R)
         x, b, c = conv_RWC.split([self.inner, self.group_channels, self.group_channels], dim=-1)
         y_RWHP = seeded_scan(
             x.unflatten(-1, (self.heads, -1)),
@@ -176,28 +177,27 @@ class DenoiserMamba(nn.Module):
             self.dt_bias,
             ssm_cache,
             slot_R,
+            out_dtype=gate_TC.dtype,
         )
-        y_TC = layout.unpad(y_RWHP.flatten(2)).to(gate_TC.dtype)
-        out, _ = self.out_proj(self.norm(y_TC, gate_TC))
+        out, _ = self.out_proj(self.norm(layout.unpad(y_RWHP.flatten(2)), gate_TC))
         return out
 
     def _seed(
         self, context_mixer: Any, layout: CanvasLayout, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The K - 1 newest conv inputs of each row, the cache of SSM states, and each row's slot in it."""
+        """The caches of conv inputs, [B, K - 1, C], and of SSM states, and each row's slot in them."""
         if not layout.mamba_slots:  # profile run: no cache yet
             kernel, head_dim, state = (
                 context_mixer.conv_kernel_size,
                 context_mixer.head_dim,
                 context_mixer.ssm_state_size,
             )
-            conv = like.new_zeros(layout.num_rows, kernel - 1, like.shape[-1])
+            conv = like.new_zeros(1, kernel - 1, like.shape[-1])
             ssm = like.new_zeros(1, self.heads, head_dim, state, dtype=torch.float32)
             return conv, ssm, torch.zeros(layout.num_rows, dtype=torch.int64, device=like.device)
         slot_R = layout.mamba_slots[context_mixer.prefix]
         conv_cache, ssm_cache = context_mixer.kv_cache[:2]
-        conv = conv_cache[slot_R]
-        return (conv.transpose(1, 2) if is_conv_state_dim_first() else conv), ssm_cache, slot_R
+        return (conv_cache.transpose(1, 2) if is_conv_state_dim_first() else conv_cache), ssm_cache, slot_R
 
 
 def feed_forward(kind: str, config: Any, vllm_config: VllmConfig, prefix: str) -> nn.Module:

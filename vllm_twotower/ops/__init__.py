@@ -15,7 +15,8 @@ from vllm_twotower.ops.canvas_sample.reference import Draw, Sample
 from vllm_twotower.ops.canvas_sample.reference import canvas_sample as _canvas_sample_reference
 from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed
 from vllm_twotower.ops.reveal.reference import reveal as _reveal_reference
-from vllm_twotower.ops.seeded_scan.reference import seeded_conv, seeded_scan
+from vllm_twotower.ops.seeded_scan.reference import seeded_conv as _seeded_conv_reference
+from vllm_twotower.ops.seeded_scan.reference import seeded_scan as _seeded_scan_reference
 
 __all__ = [
     "UNMODULATED",
@@ -137,3 +138,75 @@ def gate_add(x_TD: torch.Tensor, residual_TD: torch.Tensor, modulation: Modulati
     if use_kernels(x_TD):
         from vllm_twotower.ops.adaln.kernel import gate_add as form
     return form(x_TD, residual_TD, modulation)
+
+
+def seeded_conv(
+    x_RWC: torch.Tensor,
+    weight_CK: torch.Tensor,
+    bias_C: torch.Tensor | None,
+    cache_BKC: torch.Tensor,
+    slot_R: torch.Tensor,
+) -> torch.Tensor:
+    """Depthwise causal convolution and SiLU, seeded with the K - 1 inputs before the canvas (spec 3.1, 3.3).
+
+    Args:
+        x_RWC: [R, W, C], W at most 32; float32, bfloat16 or float16, to which the other tensors are rounded.
+        weight_CK: one filter per channel, oldest tap first.
+        bias_C: or None.
+        cache_BKC: [B, K - 1, C], the context's newest inputs, oldest first; any strides, not written.
+        slot_R: int64, each row's slot in the cache; not checked on a device, so it must be a slot.
+
+    Returns:
+        [R, W, C], dtype of ``x_RWC``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device; the message names it.
+
+    """
+    form = _seeded_conv_reference
+    if use_kernels(x_RWC):
+        from vllm_twotower.ops.seeded_scan.kernel import seeded_conv as form
+    return form(x_RWC, weight_CK, bias_C, cache_BKC, slot_R)
+
+
+def seeded_scan(
+    x_RWHP: torch.Tensor,
+    dt_RWH: torch.Tensor,
+    a_H: torch.Tensor,
+    b_RWGN: torch.Tensor,
+    c_RWGN: torch.Tensor,
+    skip_H: torch.Tensor,
+    dt_bias_H: torch.Tensor,
+    state_BHPN: torch.Tensor,
+    slot_R: torch.Tensor,
+    out_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The Mamba-2 recurrence over a canvas, in closed form, all fp32 (Mamba-2 paper, section 6; spec 3.3).
+
+    h_t = exp(a dt_t) h_(t-1) + dt_t x_t b_t^T, y_t = h_t c_t + skip x_t, with dt = softplus(dt + dt_bias). fp32
+    throughout, because states of long contexts grow to thousands and a bf16 scan of them turns into NaN (spec, known
+    bug 2).
+
+    Args:
+        x_RWHP: inputs, W at most 32.
+        dt_RWH: raw step sizes.
+        a_H: decay rates, negative.
+        b_RWGN: input projections; head h uses group h // (H / G).
+        c_RWGN: output projections.
+        skip_H: D of the paper.
+        dt_bias_H: added to dt before softplus.
+        state_BHPN: the cache, not written.
+        slot_R: int64, each row's slot in the cache; not checked on a device, so it must be a slot.
+        out_dtype: what the fp32 result is rounded to.
+
+    Returns:
+        [R, W, H, P] of ``out_dtype``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device; the message names it.
+
+    """
+    form = _seeded_scan_reference
+    if use_kernels(x_RWHP):
+        from vllm_twotower.ops.seeded_scan.kernel import seeded_scan as form
+    return form(x_RWHP, dt_RWH, a_H, b_RWGN, c_RWGN, skip_H, dt_bias_H, state_BHPN, slot_R, out_dtype)

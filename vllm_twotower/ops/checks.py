@@ -40,12 +40,19 @@ def check_tensor(
         raise ValueError(f"{name} is on {tensor.device}, wanted {device}, where the other arguments are")
 
 
-def check_unit_stride(name: str, tensor: torch.Tensor) -> None:
-    """Refuse a tensor whose last dimension does not lie together in memory; kernels read it in vectors.
+def check_unit_strides(**tensors: torch.Tensor) -> None:
+    """Refuse tensors whose last dimension does not lie together in memory; kernels read it in vectors.
+
+    Args:
+        tensors: by the names the caller wrote.
 
     Raises:
-        ValueError: its last stride is not 1.
+        ValueError: a last stride is not 1.
 
     """
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(f"{name} has strides {list(tensor.stride())}, the last one must be 1: call .contiguous()")
+    for name, tensor in tensors.items():
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            strides = list(tensor.stride())
+            raise ValueError(
+                f"{name} has strides {strides}, of which a kernel needs the last to be 1: call .contiguous()"
+            )

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from vllm_twotower.ops.adaln.reference import Modulation, check_modulation, check_norm, check_residual
+from vllm_twotower.ops.checks import check_unit_strides
 from vllm_twotower.ops.launch import launch
 
 MAX_HIDDEN = 16_384
@@ -138,6 +139,7 @@ def modulate_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modula
     """See ``vllm_twotower.ops.modulate_norm``."""
     check_modulation(x_TD, modulation)
     check_norm(x_TD, weight_D, eps)
+    check_unit_strides(x_TD=x_TD)
     numbers = (x_TD.stride(0), x_TD.shape[1], eps)
     return _run(_norm_and_modulate, (x_TD, weight_D.contiguous()), modulation, numbers, MODULATE_FIRST=True)
 
@@ -146,6 +148,7 @@ def norm_modulate(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modula
     """See ``vllm_twotower.ops.norm_modulate``."""
     check_modulation(x_TD, modulation)
     check_norm(x_TD, weight_D, eps)
+    check_unit_strides(x_TD=x_TD)
     numbers = (x_TD.stride(0), x_TD.shape[1], eps)
     return _run(_norm_and_modulate, (x_TD, weight_D.contiguous()), modulation, numbers, MODULATE_FIRST=False)
 
@@ -154,5 +157,6 @@ def gate_add(x_TD: torch.Tensor, residual_TD: torch.Tensor, modulation: Modulati
     """See ``vllm_twotower.ops.gate_add``."""
     check_modulation(x_TD, modulation)
     check_residual(x_TD, residual_TD)
+    check_unit_strides(x_TD=x_TD, residual_TD=residual_TD)
     numbers = (x_TD.stride(0), residual_TD.stride(0), x_TD.shape[1])
     return _run(_gate_add, (x_TD, residual_TD), modulation, numbers)

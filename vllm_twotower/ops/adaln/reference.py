@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_twotower.ops.checks import FLOATS, INDEX, check_tensor, check_unit_stride
+from vllm_twotower.ops.checks import FLOATS, INDEX, check_tensor
 
 UNMODULATED = -1
 """The level of a row without time conditioning: shift 0, scale 0, gate 1."""
@@ -46,7 +46,6 @@ def check_modulation(x_TD: torch.Tensor, modulation: Modulation) -> None:
 
     """
     check_tensor("x_TD", x_TD, ("T", "D"), FLOATS)
-    check_unit_stride("x_TD", x_TD)
     num_tokens, hidden = x_TD.shape
     dtype = (x_TD.dtype,)
     check_tensor("modulation.vector_L3D", modulation.vector_L3D, ("L", 3, hidden), dtype, x_TD.device)
@@ -108,4 +107,3 @@ def check_residual(x_TD: torch.Tensor, residual_TD: torch.Tensor) -> None:
 
     """
     check_tensor("residual_TD", residual_TD, tuple(x_TD.shape), (x_TD.dtype,), x_TD.device)
-    check_unit_stride("residual_TD", residual_TD)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_twotower.ops.canvas_sample.reference import Draw, Sample, check_arguments
+from vllm_twotower.ops.checks import check_unit_strides
 from vllm_twotower.ops.launch import launch
 
 COLUMNS_PER_PIECE = 8192
@@ -142,6 +143,7 @@ def _join_pieces(
 def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None = None) -> Sample:
     """See ``vllm_twotower.ops.canvas_sample``."""
     check_arguments(logits_NV, mask_token_id, draw)
+    check_unit_strides(logits_NV=logits_NV)
     num_rows, vocab_size = logits_NV.shape
     num_pieces = triton.cdiv(vocab_size, COLUMNS_PER_PIECE)
     device = logits_NV.device

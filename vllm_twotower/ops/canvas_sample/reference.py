@@ -9,7 +9,7 @@ import torch
 
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.decoding.unmask import propose
-from vllm_twotower.ops.checks import FLOATS, INDEX, check_tensor, check_unit_stride
+from vllm_twotower.ops.checks import FLOATS, INDEX, check_tensor
 
 NOISE_TILE = 64
 """Most rows whose noise the reference draws at once: 0.7 GiB of integer temporaries at a vocabulary of 131,072."""
@@ -54,7 +54,6 @@ def check_arguments(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | No
 
     """
     check_tensor("logits_NV", logits_NV, ("N", "V"), FLOATS)
-    check_unit_stride("logits_NV", logits_NV)
     num_rows, vocab_size = logits_NV.shape
     if not 0 <= mask_token_id < vocab_size:
         raise ValueError(f"mask_token_id={mask_token_id}: must be in [0, {vocab_size}), the columns of logits_NV")
