@@ -4,7 +4,8 @@ import pytest
 import torch
 from tolerances import BF16_OP, FP32_OP
 
-from vllm_twotower.decoding.noise import philox_4x32
+from vllm_twotower.decoding.noise import gumbel_noise, philox_4x32
+from vllm_twotower.decoding.unmask import propose
 from vllm_twotower.ops.canvas_sample.kernel import canvas_sample as kernel
 from vllm_twotower.ops.canvas_sample.reference import Draw
 from vllm_twotower.ops.canvas_sample.reference import canvas_sample as reference
@@ -57,6 +58,15 @@ def test_kernel_equals_reference(rows, vocab, dtype, random):
     x = logits(rows, vocab, dtype)
     draw = draws(rows, (0.7, 0.0, 1.3)) if random else None
     assert_same(kernel(x, MASK, draw), reference(x.clone(), MASK, draw))
+
+
+def test_reference_is_the_definition():
+    x, draw = logits(70, 512), draws(70, (0.7, 0.0, 1.3))
+    noise = gumbel_noise(draw.seed_N, draw.position_N, draw.pass_index_N, 512)
+    token, confidence = propose(x.clone(), MASK, draw.temperature_N, noise)
+    got = reference(x, MASK, draw)
+    assert torch.equal(got.token_N, token)
+    assert torch.equal(got.confidence_N, confidence)
 
 
 @pytest.mark.slow

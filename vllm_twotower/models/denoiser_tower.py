@@ -30,13 +30,18 @@ from vllm.platforms import current_platform
 
 from vllm_twotower.models.conditioning import TimeConditioning
 from vllm_twotower.models.portable_moe import PortableMoE
-from vllm_twotower.ops import seeded_conv, seeded_scan
+from vllm_twotower.ops import (
+    UNMODULATED,
+    Modulation,
+    gate_add,
+    modulate_norm,
+    norm_modulate,
+    seeded_conv,
+    seeded_scan,
+)
 
 LOGITS_TILE = 1024
-"""Most rows whose logits exist at once: 0.5 GiB of fp32 at a vocabulary of 131,072."""
-
-SAMPLING_TILE = 64
-"""Most rows whose noise is drawn at once: 0.7 GiB of integer temporaries at a vocabulary of 131,072."""
+"""Most rows whose logits exist at once: 0.5 GiB at a vocabulary of 131,072 where something needs them in fp32."""
 
 
 @dataclass(frozen=True)
@@ -234,19 +239,18 @@ class DenoiserLayer(nn.Module):
     def forward(
         self,
         hidden_TD: torch.Tensor,
-        modulation_T: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        modulation: Modulation,
         context_mixer: Any,
         layout: CanvasLayout,
     ) -> torch.Tensor:
-        """[T, D] -> [T, D]; ``modulation_T`` is each token's shift, scale and gate."""
-        shift_TD, scale_TD, gate_TD = modulation_T
+        """[T, D] -> [T, D]."""
+        weight_D, eps = self.norm.weight, self.norm.variance_epsilon
         if self.kind in "*M":
             # trained with the norm fused into the projection, hence after the modulation (spec 3.3)
-            x_TD = self.norm(hidden_TD * (1 + scale_TD) + shift_TD)
-            out_TD = self.mixer(x_TD, context_mixer, layout)
+            out_TD = self.mixer(modulate_norm(hidden_TD, weight_D, eps, modulation), context_mixer, layout)
         else:
-            out_TD = self.mixer(self.norm(hidden_TD) * (1 + scale_TD) + shift_TD)
-        return hidden_TD + gate_TD * out_TD
+            out_TD = self.mixer(norm_modulate(hidden_TD, weight_D, eps, modulation))
+        return gate_add(out_TD, hidden_TD, modulation)
 
 
 class DenoiserTower(nn.Module):
@@ -285,14 +289,16 @@ class DenoiserTower(nn.Module):
             Final hidden states, model dtype [T, D]; row t is about the token **at** position t.
 
         """
-        vector_R3D = self.conditioning.vectors(level_index_R)
+        level_R = level_index_R
+        if layout.unmodulated_R is not None:
+            level_R = torch.where(layout.unmodulated_R, UNMODULATED, level_index_R)
         hidden_TD = self.embed_tokens(token_T)
         for index, layer in enumerate(self.layers):
-            modulation_R = self.conditioning.modulation(index, vector_R3D, layout.unmodulated_R)
-            modulation_T = tuple(m[layout.row_T] for m in modulation_R)
-            hidden_TD = layer(hidden_TD, modulation_T, context_layers[index].mixer, layout)
+            modulation = self.conditioning.modulation(index, level_R, layout.row_T)
+            hidden_TD = layer(hidden_TD, modulation, context_layers[index].mixer, layout)
         return self.norm_f(hidden_TD)
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Logits of the denoiser's own head, float32 [N, V], all-gathered: the same on every tensor-parallel rank."""
-        return self.logits_processor(self.lm_head, hidden_ND).float()
+        """Logits of the denoiser's own head, [N, V] in the model's dtype, all-gathered: the same on every
+        tensor-parallel rank. Whatever sums over them does so in fp32."""
+        return self.logits_processor(self.lm_head, hidden_ND)

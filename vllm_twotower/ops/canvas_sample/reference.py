@@ -8,11 +8,10 @@ from dataclasses import dataclass, fields
 import torch
 
 from vllm_twotower.decoding.noise import gumbel_noise
-from vllm_twotower.decoding.unmask import propose
 from vllm_twotower.ops.checks import FLOATS, INDEX, check_tensor
 
 NOISE_TILE = 64
-"""Most rows whose noise the reference draws at once: 0.7 GiB of integer temporaries at a vocabulary of 131,072."""
+"""Most rows whose noise is drawn at once where no kernel does it: 0.7 GiB of temporaries at a vocabulary of 131,072."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +63,17 @@ def check_arguments(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | No
 
 
 def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None = None) -> Sample:
-    """See ``vllm_twotower.ops.canvas_sample``; made of ``decoding.unmask.propose`` and ``decoding.noise``."""
+    """See ``vllm_twotower.ops.canvas_sample``; the same as ``decoding.unmask.propose`` (a test holds that)."""
     check_arguments(logits_NV, mask_token_id, draw)
     logits_NV = logits_NV.float()
-    num_rows, vocab_size = logits_NV.shape
-    token_N = torch.zeros(num_rows, dtype=torch.int64, device=logits_NV.device)
-    confidence_N = torch.zeros(num_rows, dtype=torch.float32, device=logits_NV.device)
-    if draw is None:
-        token_N, confidence_N = propose(logits_NV, mask_token_id, confidence_N, None)
-    else:
-        for rows in torch.arange(num_rows, device=logits_NV.device).split(NOISE_TILE):
+    logits_NV[:, mask_token_id] = float("-inf")
+    token_N = logits_NV.argmax(dim=-1)
+    if draw is not None:
+        # only rows with a temperature draw noise
+        for rows in draw.temperature_N.nonzero().squeeze(1).split(NOISE_TILE):
             part = draw.only(rows)
-            noise_NV = gumbel_noise(part.seed_N, part.position_N, part.pass_index_N, vocab_size)
-            part_NV = logits_NV[rows]
-            token_N[rows], confidence_N[rows] = propose(part_NV, mask_token_id, part.temperature_N, noise_NV)
-        logits_NV[:, mask_token_id] = float("-inf")
-    return Sample(token_N, confidence_N, logits_NV.logsumexp(dim=-1))
+            noise_NV = gumbel_noise(part.seed_N, part.position_N, part.pass_index_N, logits_NV.shape[1])
+            token_N[rows] = (logits_NV[rows] / part.temperature_N[:, None] + noise_NV).argmax(dim=-1)
+    log_total_N = logits_NV.logsumexp(dim=-1)
+    confidence_N = (logits_NV.gather(1, token_N[:, None]).squeeze(1) - log_total_N).exp()
+    return Sample(token_N, confidence_N, log_total_N)
