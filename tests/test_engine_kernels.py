@@ -5,7 +5,7 @@ from engine_harness import engine, golden_params
 
 import vllm_twotower.ops.launch as launch_module
 from vllm_twotower import diffusion_params, diffusion_stats
-from vllm_twotower.ops.backend import ENVIRONMENT_VARIABLE
+from vllm_twotower.core import KERNELS_VARIABLE
 
 KERNELS = {"_read_piece", "_join_pieces", "_reveal", "_norm_and_modulate", "_gate_add", "_seeded_conv", "_seeded_scan"}
 
@@ -40,7 +40,7 @@ def test_all_modes_with_kernels_on_and_off_in_one_engine(tiny_moe, launched, mon
     with engine(tiny_moe.path, {"passes_per_step": 16}, kv_cache_memory_bytes=16 << 20) as e:
         tokens, passes = {}, {}
         for form in ("triton", "reference"):
-            monkeypatch.setenv(ENVIRONMENT_VARIABLE, form)
+            monkeypatch.setenv(KERNELS_VARIABLE, form)
             tokens[form] = e.tokens(prompts, [golden, drawn, mock_ar])
             passes[form] = e.stats()["denoise_passes"]
             if form == "triton":
@@ -58,7 +58,7 @@ def test_all_modes_with_kernels_on_and_off_in_one_engine(tiny_moe, launched, mon
 def test_goldens_with_kernels_on(name, indices, request, launched, monkeypatch):
     golden = request.getfixturevalue(name)
     cases = [golden.cases(16)[i] for i in indices]
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.setenv(KERNELS_VARIABLE, "triton")
     # a small cache: for every kernel the interpreter copies the whole allocation that a tensor lies in
     with engine(golden.path, {"passes_per_step": 16}, kv_cache_memory_bytes=16 << 20) as e:
         outputs = e.llm.generate(

@@ -3,14 +3,17 @@ formulas in fp64."""
 
 import pytest
 import torch
+from op_forms import kernels_of
 from tolerances import BF16_OP, FP32_OP
 
-from vllm_twotower.ops.adaln import kernel, reference
+from vllm_twotower.ops.adaln import kernel as kernel_module
+from vllm_twotower.ops.adaln import reference
 from vllm_twotower.ops.adaln.reference import UNMODULATED, Modulation
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "bf16_rounds_to_nearest")
 EPS, LEVELS = 1e-5, 11
 OPS = ("modulate_norm", "norm_modulate", "gate_add")
+kernel = kernels_of(kernel_module, *OPS)
 TOLERANCE = {torch.float32: FP32_OP, torch.bfloat16: BF16_OP, torch.float16: BF16_OP}
 FORMS = pytest.mark.parametrize("form", [kernel, reference], ids=["kernel", "reference"])
 

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from op_forms import kernels_of
 from tolerances import BF16_OP, FP32_OP
 
 from vllm_twotower.decoding.noise import gumbel_noise, philox_4x32
 from vllm_twotower.decoding.unmask import propose
-from vllm_twotower.ops.canvas_sample.kernel import canvas_sample as kernel
+from vllm_twotower.ops.canvas_sample import kernel as kernel_module
 from vllm_twotower.ops.canvas_sample.reference import Draw
 from vllm_twotower.ops.canvas_sample.reference import canvas_sample as reference
 
+kernel = kernels_of(kernel_module, "canvas_sample").canvas_sample
 MASK = 3
 SEEDS = [0, -1, 2**63 - 1, -(2**63), 12345]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

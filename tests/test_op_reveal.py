@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from op_forms import kernels_of
 
 from vllm_twotower.decoding.noise_level import all_noise_levels
-from vllm_twotower.ops.reveal.kernel import reveal as kernel
+from vllm_twotower.ops.reveal import kernel as kernel_module
 from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed
 from vllm_twotower.ops.reveal.reference import reveal as reference
 
+kernel = kernels_of(kernel_module, "reveal").reveal
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 FIELDS = tuple(Revealed.__dataclass_fields__)
 

@@ -4,10 +4,13 @@ one token at a time in fp64."""
 import pytest
 import torch
 import torch.nn.functional as F
+from op_forms import kernels_of
 from tolerances import BF16_OP, FP32_OP
 
-from vllm_twotower.ops.seeded_scan import kernel, reference
+from vllm_twotower.ops.seeded_scan import kernel as kernel_module
+from vllm_twotower.ops.seeded_scan import reference
 
+kernel = kernels_of(kernel_module, "seeded_conv", "seeded_scan")
 FORMS = pytest.mark.parametrize("form", [kernel, reference], ids=["kernel", "reference"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 TOLERANCE = {torch.float32: FP32_OP, torch.bfloat16: BF16_OP}
@@ -127,7 +130,7 @@ def test_scan_reads_projections_and_caches_in_place(form):
 
 def test_three_tf32_products_keep_fp32s_accuracy():
     """The interpreter multiplies in fp32; this is the arithmetic of ``PRECISION`` on a GPU, by its definition."""
-    assert kernel.PRECISION == "tf32x3"
+    assert kernel_module.PRECISION == "tf32x3"
 
     def tf32(x):
         return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)  # to the nearest of 10 bits

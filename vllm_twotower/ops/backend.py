@@ -14,7 +14,8 @@ import os
 
 import torch
 
-ENVIRONMENT_VARIABLE = "VLLM_TWOTOWER_KERNELS"
+from vllm_twotower.core import KERNELS_VARIABLE
+
 CHOICES = ("auto", "reference", "triton")
 
 
@@ -26,15 +27,15 @@ def use_kernels(tensor: torch.Tensor) -> bool:
             they cannot run.
 
     """
-    choice = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    choice = os.environ.get(KERNELS_VARIABLE, "auto")
     if choice not in CHOICES:
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}={choice!r}: set it to one of {', '.join(CHOICES)}, or not at all")
+        raise ValueError(f"{KERNELS_VARIABLE}={choice!r}: set it to one of {', '.join(CHOICES)}, or not at all")
     if choice == "auto":
         return tensor.is_cuda and _has_triton()
     if choice == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f"{ENVIRONMENT_VARIABLE}=triton with tensors on {tensor.device}: kernels run there in Triton's interpreter "
-            f"only, so set TRITON_INTERPRET=1 before Python starts, or {ENVIRONMENT_VARIABLE}=reference"
+            f"{KERNELS_VARIABLE}=triton with tensors on {tensor.device}: kernels run there in Triton's interpreter "
+            f"only, so set TRITON_INTERPRET=1 before Python starts, or {KERNELS_VARIABLE}=reference"
         )
     return choice == "triton"
 
