@@ -7,7 +7,16 @@ import vllm_twotower.ops.launch as launch_module
 from vllm_twotower import diffusion_params, diffusion_stats
 from vllm_twotower.core import KERNELS_VARIABLE
 
-KERNELS = {"_read_piece", "_join_pieces", "_reveal", "_norm_and_modulate", "_gate_add", "_seeded_conv", "_seeded_scan"}
+KERNELS = {
+    "_read_piece",
+    "_draw_piece",
+    "_join_pieces",
+    "_reveal",
+    "_norm_and_modulate",
+    "_gate_add",
+    "_seeded_conv",
+    "_seeded_scan",
+}
 
 
 @pytest.fixture

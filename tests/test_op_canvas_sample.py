@@ -5,7 +5,7 @@ import torch
 from op_forms import kernels_of
 from tolerances import BF16_OP, FP32_OP
 
-from vllm_twotower.decoding.noise import gumbel_noise, philox_4x32
+from vllm_twotower.decoding.noise import gumbel_from_bits, gumbel_noise, philox_4x32
 from vllm_twotower.decoding.unmask import propose
 from vllm_twotower.ops.canvas_sample import kernel as kernel_module
 from vllm_twotower.ops.canvas_sample.reference import Draw
@@ -62,6 +62,20 @@ def test_kernel_equals_reference(rows, vocab, dtype, random):
     assert_same(kernel(x, MASK, draw), reference(x.clone(), MASK, draw))
 
 
+@pytest.mark.parametrize("temperature", [0.02, 0.1, 0.5, 1.0, 3.0])
+def test_columns_that_cannot_win_are_passed_over_and_nothing_changes(temperature, monkeypatch):
+    """Small pieces and blocks, so that there is much to pass over at low temperatures and little at high ones."""
+    monkeypatch.setattr(kernel_module, "COLUMNS_PER_PIECE", 64)
+    monkeypatch.setattr(kernel_module, "BLOCK", 16)
+    x, draw = logits(8, 300), draws(8, (temperature,))
+    assert_same(kernel(x, MASK, draw), reference(x.clone(), MASK, draw))
+
+
+def test_noise_stays_within_the_range_that_columns_are_passed_over_by():
+    noise = gumbel_from_bits(torch.tensor([0, 2**32 - 1]))
+    assert float(noise[1] - noise[0]) < kernel_module.NOISE_RANGE.value - 0.05
+
+
 def test_reference_is_the_definition():
     x, draw = logits(70, 512), draws(70, (0.7, 0.0, 1.3))
     noise = gumbel_noise(draw.seed_N, draw.position_N, draw.pass_index_N, 512)
@@ -101,6 +115,8 @@ def test_ties_the_mask_and_rows_without_a_finite_logit(sample):
     nothing, inf = float("-inf"), float("inf")
     tie = [0.0, 7.0, 1.0, 7.5, 7.0, 7.0]  # the mask, id 3, is the largest
     x = torch.tensor([tie, [nothing] * 3 + [1.0] + [nothing] * 2, [0.0, 0.0, float("nan"), 9.0, 1.0, 1.0], [inf] * 6])
+    drawn = sample(x[1:].clone(), MASK, draws(3))
+    assert drawn.token_N.tolist() == [0, 2, 0]
     got = sample(x, MASK)
     assert got.token_N.tolist() == [1, 0, 2, 0]
     without_mask = torch.tensor(tie)[[0, 1, 2, 4, 5]]
