@@ -58,3 +58,21 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     for name in ("new_empty",):
         monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture
+def bf16_rounds_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; Triton's interpreter cuts the low bits of fp32 off."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    cut = interpreter._convert_float
+
+    def convert(values, from_type, to_type, rounding_mode):
+        if (from_type, to_type) != (tl.float32, tl.bfloat16):
+            return cut(values, from_type, to_type, rounding_mode)
+        rounded = torch.from_numpy(np.ascontiguousarray(values)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)

@@ -1,5 +1,6 @@
 """Each work-around, and that it is still needed: a test fails once vLLM no longer has the defect, so that it can go."""
 
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from engine_harness import engine, golden_params
 from vllm import SamplingParams
 
 from vllm_twotower import compat
+from vllm_twotower.core import KERNELS_VARIABLE
 
 
 def test_vllms_experts_still_refuse_this_model_on_a_cpu(tiny_moe, monkeypatch):
@@ -28,6 +30,23 @@ def test_the_layer_table_is_restored():
     with compat.portable_moe_layers(True):
         assert before != nemotron_h.ALL_DECODER_LAYER_TYPES
     assert before == nemotron_h.ALL_DECODER_LAYER_TYPES
+
+
+def test_vllm_still_refuses_variables_it_does_not_know(monkeypatch):
+    """``name_environment_variable``, and its death test."""
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    for name in [name for name in os.environ if name.startswith("VLLM_") and name not in envs.environment_variables]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_TWOTOWER_SOMETHING", "1")
+    with pytest.raises(ValueError, match="VLLM_TWOTOWER_SOMETHING"):
+        current_platform.validate_environ(hard_fail=True)
+    monkeypatch.delenv("VLLM_TWOTOWER_SOMETHING")
+    monkeypatch.setenv(KERNELS_VARIABLE, "auto")
+    monkeypatch.delitem(envs.environment_variables, KERNELS_VARIABLE, raising=False)
+    compat.name_environment_variable(KERNELS_VARIABLE)
+    current_platform.validate_environ(hard_fail=True)
 
 
 LONG = 300

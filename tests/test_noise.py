@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_twotower.decoding.noise import gumbel_noise, philox_4x32
+from vllm_twotower.decoding.noise import gumbel_from_bits, gumbel_noise, philox_4x32
 
 
 def signed(words):
@@ -35,3 +35,10 @@ def test_noise_is_gumbel_and_depends_on_every_part_of_its_key():
         other = [k + (1 if i == part else 0) for i, k in enumerate(key)]
         assert not torch.equal(gumbel_noise(*other, 8), noise[:, :8])
     assert torch.equal(gumbel_noise(*key, 8), noise[:, :8])
+
+
+def test_noise_is_finite_for_every_random_word():
+    """One infinity in 2**24 draws would choose the token of 1 in 128 random proposals over 131,072 tokens."""
+    noise = gumbel_from_bits(torch.tensor([0, 2**32 - 1, 2**32 - 2**8, 2**32 - 2**9, 2**31]))
+    assert torch.isfinite(noise).all()
+    assert -3 < float(noise.min()) < float(noise.max()) < 17

@@ -33,7 +33,7 @@ def test_public_names():
         ("vllm_twotower.decoding.reference", ["vllm", "triton"]),
         ("vllm_twotower.decoding.unmask", ["vllm", "triton"]),
         ("vllm_twotower.decoding.plain_towers", ["vllm", "triton"]),
-        ("vllm_twotower.ops", ["vllm"]),
+        ("vllm_twotower.ops", ["vllm", "triton"]),
         ("vllm_twotower.models.twotower", ["vllm_twotower.runtime"]),
     ],
 )

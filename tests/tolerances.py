@@ -5,3 +5,6 @@ GOLDEN_LOGITS = 2e-3
 
 FP32_OP = 1e-4
 """Largest difference of an fp32 op from its definition, relative to the largest value."""
+
+BF16_OP = 1e-2
+"""The same for a bf16 op: one rounding to 8 bits (4e-3 of the largest value) and one of its neighbours."""

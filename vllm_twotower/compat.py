@@ -49,6 +49,18 @@ def add_config_hook(architecture: str, hook: type) -> None:
     MODELS_CONFIG_MAP[architecture] = hook
 
 
+def name_environment_variable(name: str) -> None:
+    """Let vLLM know a variable of ours; idempotent.
+
+    Symptom: vLLM warns of every variable that begins with ``VLLM_`` and is not in ``vllm.envs.environment_variables``,
+    or refuses to start over it with ``--fail-on-environ-validation`` (``Platform.validate_environ``). Can go when a
+    plugin can declare its variables.
+    """
+    from vllm import envs
+
+    envs.environment_variables.setdefault(name, lambda: os.environ.get(name))
+
+
 def wrap_engine_args(architecture: str) -> None:
     """Give every command built on vLLM's engine arguments a ``--diffusion`` flag; idempotent.
 

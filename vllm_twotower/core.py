@@ -21,6 +21,10 @@ TIMESTEP_SCALE = 1000.0
 """The noise level t in [0, 1] is embedded as t * 1000 (reference: ``TimestepEmbedder``)."""
 
 
+KERNELS_VARIABLE = "VLLM_TWOTOWER_KERNELS"
+"""Environment variable that chooses between kernels and references (``ops/backend.py``)."""
+
+
 class Mode(StrEnum):
     """How one request is decoded."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_twotower import compat
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
+from vllm_twotower.core import KERNELS_VARIABLE
 from vllm_twotower.request_checks import check_beam_search, check_request
 from vllm_twotower.startup_rules import SCHEDULER_CLASS, WORKER_EXTENSION_CLASS, refuse
 
@@ -29,6 +30,7 @@ def register_with_vllm() -> None:
 
         if ARCHITECTURE not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)
+        compat.name_environment_variable(KERNELS_VARIABLE)
         compat.add_config_hook(ARCHITECTURE, TwoTowerConfigHook)
         compat.wrap_engine_args(ARCHITECTURE)
     except Exception as problem:  # another model must start whatever is wrong with us

@@ -42,6 +42,22 @@ def philox_4x32(
     return c0
 
 
+def gumbel_from_bits(bits: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise from random words, -log(-log u): finite for each of them.
+
+    Args:
+        bits: int64 of any shape, values in [0, 2**32).
+
+    Returns:
+        float32 of that shape.
+
+    """
+    # 23 bits and half a step are exact in fp32 and strictly inside (0, 1), so both logarithms are finite; with 24 bits
+    # the highest value rounds to 1, and its infinite noise would choose a token whatever the logits say
+    uniform = ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))
+
+
 def gumbel_noise(
     seed_N: torch.Tensor, position_N: torch.Tensor, pass_index_N: torch.Tensor, vocab_size: int
 ) -> torch.Tensor:
@@ -60,6 +76,4 @@ def gumbel_noise(
     vocab_V = torch.arange(vocab_size, device=seed_N.device)
     zero = torch.zeros((), dtype=torch.int64, device=seed_N.device)
     bits_NV = philox_4x32(seed_N[:, None], (vocab_V[None], position_N[:, None], pass_index_N[:, None], zero))
-    # 24 random bits and half a step: strictly inside (0, 1), so both logarithms are finite
-    uniform_NV = ((bits_NV >> 8).to(torch.float32) + 0.5) * 2.0**-24
-    return -torch.log(-torch.log(uniform_NV))
+    return gumbel_from_bits(bits_NV)

@@ -72,6 +72,17 @@ def num_to_reveal(
     return torch.minimum(wanted_R, num_masked_R)
 
 
+def chosen(confidence_RS: torch.Tensor, masked_RS: torch.Tensor, num_to_reveal_R: torch.Tensor) -> torch.Tensor:
+    """The ``num_to_reveal_R`` most confident masked positions of each row, bool [R, S]; ties to the lowest position."""
+    ranked_RS = torch.where(masked_RS, confidence_RS, float("-inf"))
+    # a confidence can underflow to 0 but never reach -inf, so masked positions always rank first; stable: lowest
+    # position first
+    order_RS = ranked_RS.sort(dim=1, descending=True, stable=True).indices
+    rank_RS = torch.empty_like(order_RS)
+    rank_RS.scatter_(1, order_RS, torch.arange(rank_RS.shape[1], device=rank_RS.device).expand_as(order_RS))
+    return masked_RS & (rank_RS < num_to_reveal_R[:, None])
+
+
 def reveal(
     canvas_RS: torch.Tensor,
     proposal_RS: torch.Tensor,
@@ -92,11 +103,5 @@ def reveal(
         The new canvases, int64 [R, S].
 
     """
-    ranked_RS = torch.where(masked_RS, confidence_RS, float("-inf"))
-    # a confidence can underflow to 0 but never reach -inf, so masked positions always rank first; stable: lowest
-    # position first
-    order_RS = ranked_RS.sort(dim=1, descending=True, stable=True).indices
-    rank_RS = torch.empty_like(order_RS)
-    rank_RS.scatter_(1, order_RS, torch.arange(canvas_RS.shape[1], device=canvas_RS.device).expand_as(order_RS))
-    revealed_RS = masked_RS & (rank_RS < num_to_reveal_R[:, None])
+    revealed_RS = chosen(confidence_RS, masked_RS, num_to_reveal_R)
     return torch.where(revealed_RS, proposal_RS, canvas_RS)

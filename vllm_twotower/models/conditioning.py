@@ -12,6 +12,7 @@ from torch import nn
 
 from vllm_twotower.core import TIMESTEP_SCALE
 from vllm_twotower.decoding.noise_level import all_noise_levels
+from vllm_twotower.ops import Modulation
 
 NUM_FEATURES = 256
 MAX_PERIOD = 10_000.0
@@ -55,22 +56,18 @@ class TimeConditioning(nn.Module):
         )
         self._vector_by_level: torch.Tensor | None = None
 
-    def vectors(self, level_index_R: torch.Tensor) -> torch.Tensor:
-        """The vector all layers share, looked up by ``decoding.noise_level.level_index``: [R, 3, D]."""
-        if self._vector_by_level is None:
-            self._vector_by_level = self._tabulate(level_index_R.device)
-        return self._vector_by_level[level_index_R]
+    def modulation(self, layer: int, level_R: torch.Tensor, row_T: torch.Tensor) -> Modulation:
+        """A layer's modulation of a batch's tokens.
 
-    def modulation(
-        self, layer: int, vector_R3D: torch.Tensor, unmodulated_R: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A layer's shift, scale and gate, each [R, D]: 0, 0 and 1 for the rows that run without time conditioning."""
-        modulation_R3D = vector_R3D + self.scale_shift_tables[layer]
-        if unmodulated_R is not None:
-            neutral_3D = modulation_R3D.new_tensor([0.0, 0.0, 1.0])[:, None]
-            modulation_R3D = torch.where(unmodulated_R[:, None, None], neutral_3D, modulation_R3D)
-        shift, scale, gate = modulation_R3D.unbind(dim=1)
-        return shift, scale, gate
+        Args:
+            layer: index.
+            level_R: int64 [R], by ``decoding.noise_level.level_index``, or ``ops.UNMODULATED``.
+            row_T: int64 [T], each token's row.
+
+        """
+        if self._vector_by_level is None:
+            self._vector_by_level = self._tabulate(level_R.device)
+        return Modulation(self._vector_by_level, self.scale_shift_tables[layer], level_R, row_T)
 
     def forget(self) -> None:
         """Drop the table; to be called whenever weights change."""

@@ -30,13 +30,18 @@ from vllm.platforms import current_platform
 
 from vllm_twotower.models.conditioning import TimeConditioning
 from vllm_twotower.models.portable_moe import PortableMoE
-from vllm_twotower.ops import seeded_conv, seeded_scan
+from vllm_twotower.ops import (
+    UNMODULATED,
+    Modulation,
+    gate_add,
+    modulate_norm,
+    norm_modulate,
+    seeded_conv,
+    seeded_scan,
+)
 
 LOGITS_TILE = 1024
-"""Most rows whose logits exist at once: 0.5 GiB of fp32 at a vocabulary of 131,072."""
-
-SAMPLING_TILE = 64
-"""Most rows whose noise is drawn at once: 0.7 GiB of integer temporaries at a vocabulary of 131,072."""
+"""Most rows whose logits exist at once: 0.5 GiB at a vocabulary of 131,072 where something needs them in fp32."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,8 @@ class DenoiserMamba(nn.Module):
         channels = self.inner + 2 * self.group_channels
         gate_TC, xbc_TC, dt_TH = projected.split([self.inner, channels, self.heads], dim=-1)
         conv_cache, ssm_cache, slot_R = self._seed(context_mixer, layout, xbc_TC)
-        conv_RWC = seeded_conv(layout.pad(xbc_TC), self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_cache)
+        filters_CK = self.conv1d.weight.squeeze(1)
+        conv_RWC = seeded_conv(layout.pad(xbc_TC), filters_CK, self.conv1d.bias, conv_cache, slot_R)
         x, b, c = conv_RWC.split([self.inner, self.group_channels, self.group_channels], dim=-1)
         y_RWHP = seeded_scan(
             x.unflatten(-1, (self.heads, -1)),
@@ -176,28 +182,27 @@ class DenoiserMamba(nn.Module):
             self.dt_bias,
             ssm_cache,
             slot_R,
+            out_dtype=gate_TC.dtype,
         )
-        y_TC = layout.unpad(y_RWHP.flatten(2)).to(gate_TC.dtype)
-        out, _ = self.out_proj(self.norm(y_TC, gate_TC))
+        out, _ = self.out_proj(self.norm(layout.unpad(y_RWHP.flatten(2)), gate_TC))
         return out
 
     def _seed(
         self, context_mixer: Any, layout: CanvasLayout, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The K - 1 newest conv inputs of each row, the cache of SSM states, and each row's slot in it."""
+        """The caches of conv inputs, [B, K - 1, C], and of SSM states, and each row's slot in them."""
         if not layout.mamba_slots:  # profile run: no cache yet
             kernel, head_dim, state = (
                 context_mixer.conv_kernel_size,
                 context_mixer.head_dim,
                 context_mixer.ssm_state_size,
             )
-            conv = like.new_zeros(layout.num_rows, kernel - 1, like.shape[-1])
+            conv = like.new_zeros(1, kernel - 1, like.shape[-1])
             ssm = like.new_zeros(1, self.heads, head_dim, state, dtype=torch.float32)
             return conv, ssm, torch.zeros(layout.num_rows, dtype=torch.int64, device=like.device)
         slot_R = layout.mamba_slots[context_mixer.prefix]
         conv_cache, ssm_cache = context_mixer.kv_cache[:2]
-        conv = conv_cache[slot_R]
-        return (conv.transpose(1, 2) if is_conv_state_dim_first() else conv), ssm_cache, slot_R
+        return (conv_cache.transpose(1, 2) if is_conv_state_dim_first() else conv_cache), ssm_cache, slot_R
 
 
 def feed_forward(kind: str, config: Any, vllm_config: VllmConfig, prefix: str) -> nn.Module:
@@ -234,19 +239,18 @@ class DenoiserLayer(nn.Module):
     def forward(
         self,
         hidden_TD: torch.Tensor,
-        modulation_T: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        modulation: Modulation,
         context_mixer: Any,
         layout: CanvasLayout,
     ) -> torch.Tensor:
-        """[T, D] -> [T, D]; ``modulation_T`` is each token's shift, scale and gate."""
-        shift_TD, scale_TD, gate_TD = modulation_T
+        """[T, D] -> [T, D]."""
+        weight_D, eps = self.norm.weight, self.norm.variance_epsilon
         if self.kind in "*M":
             # trained with the norm fused into the projection, hence after the modulation (spec 3.3)
-            x_TD = self.norm(hidden_TD * (1 + scale_TD) + shift_TD)
-            out_TD = self.mixer(x_TD, context_mixer, layout)
+            out_TD = self.mixer(modulate_norm(hidden_TD, weight_D, eps, modulation), context_mixer, layout)
         else:
-            out_TD = self.mixer(self.norm(hidden_TD) * (1 + scale_TD) + shift_TD)
-        return hidden_TD + gate_TD * out_TD
+            out_TD = self.mixer(norm_modulate(hidden_TD, weight_D, eps, modulation))
+        return gate_add(out_TD, hidden_TD, modulation)
 
 
 class DenoiserTower(nn.Module):
@@ -285,14 +289,16 @@ class DenoiserTower(nn.Module):
             Final hidden states, model dtype [T, D]; row t is about the token **at** position t.
 
         """
-        vector_R3D = self.conditioning.vectors(level_index_R)
+        level_R = level_index_R
+        if layout.unmodulated_R is not None:
+            level_R = torch.where(layout.unmodulated_R, UNMODULATED, level_index_R)
         hidden_TD = self.embed_tokens(token_T)
         for index, layer in enumerate(self.layers):
-            modulation_R = self.conditioning.modulation(index, vector_R3D, layout.unmodulated_R)
-            modulation_T = tuple(m[layout.row_T] for m in modulation_R)
-            hidden_TD = layer(hidden_TD, modulation_T, context_layers[index].mixer, layout)
+            modulation = self.conditioning.modulation(index, level_R, layout.row_T)
+            hidden_TD = layer(hidden_TD, modulation, context_layers[index].mixer, layout)
         return self.norm_f(hidden_TD)
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Logits of the denoiser's own head, float32 [N, V], all-gathered: the same on every tensor-parallel rank."""
-        return self.logits_processor(self.lm_head, hidden_ND).float()
+        """Logits of the denoiser's own head, [N, V] in the model's dtype, all-gathered: the same on every
+        tensor-parallel rank. Whatever sums over them does so in fp32."""
+        return self.logits_processor(self.lm_head, hidden_ND)

@@ -19,9 +19,10 @@ from vllm_twotower import compat
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.models.context_mirror import ContextMirror
-from vllm_twotower.models.denoiser_tower import LOGITS_TILE, SAMPLING_TILE, CanvasLayout, DenoiserTower
+from vllm_twotower.models.denoiser_tower import LOGITS_TILE, CanvasLayout, DenoiserTower
 from vllm_twotower.models.tower_placement import take_place
 from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, checked
+from vllm_twotower.ops.canvas_sample.reference import NOISE_TILE
 
 
 class DenoiseStep(Protocol):
@@ -157,7 +158,7 @@ class NemotronHTwoTowerForCausalLM(NemotronHForCausalLM):
         tokens = torch.zeros(num_rows * width, dtype=torch.int64, device=device)
         level = torch.zeros(num_rows, dtype=torch.int64, device=device)
         hidden = self.denoiser(tokens, level, layout, self.model.layers)
-        logits = self.denoiser.logits(hidden[:LOGITS_TILE])
+        logits = self.denoiser.logits(hidden[:LOGITS_TILE]).float()
         logits.logsumexp(dim=-1)
-        key = torch.zeros(min(SAMPLING_TILE, logits.shape[0]), dtype=torch.int64, device=device)
+        key = torch.zeros(min(NOISE_TILE, logits.shape[0]), dtype=torch.int64, device=device)
         (logits[: len(key)] + gumbel_noise(key, key, key, logits.shape[1])).sort(dim=-1)

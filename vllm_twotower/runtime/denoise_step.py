@@ -18,8 +18,8 @@ from torch import nn
 
 from vllm_twotower.config import MAX_CANVAS_LENGTH
 from vllm_twotower.decoding.noise_level import level_index
-from vllm_twotower.decoding.unmask import num_to_reveal, reveal
 from vllm_twotower.models.denoiser_tower import LOGITS_TILE, CanvasLayout, DenoiserTower
+from vllm_twotower.ops import CanvasRules, reveal
 from vllm_twotower.runtime.canvas_table import CanvasRows
 from vllm_twotower.runtime.proposals import ProposalSampler, Tile
 from vllm_twotower.runtime.tower_link import TowerLink
@@ -89,8 +89,8 @@ class DenoiseStep:
         """Run the passes and leave the result in ``outcome``; without a denoiser, its rank's result."""
         canvases = None
         if denoiser is not None:
-            token_RS, pass_index_R = self._run_passes(denoiser, context_layers)
-            canvases = torch.cat([token_RS, pass_index_R[:, None]], dim=1)
+            pass_index_R = self._run_passes(denoiser, context_layers)
+            canvases = torch.cat([self._token_RS, pass_index_R[:, None]], dim=1)
         if self.link is not None:
             num_rows, width = self.rows.token_RS.shape
             canvases = self.link.share_canvases(canvases, (num_rows, width + 1))
@@ -100,25 +100,27 @@ class DenoiseStep:
         finished_R = ~self._masked(token_RS).any(dim=1)
         self.outcome = DenoiseOutcome(token_RS, pass_index_R, finished_R.tolist(), num_passes, max(num_passes))
 
-    def _run_passes(self, denoiser: DenoiserTower, context_layers: nn.ModuleList) -> tuple[torch.Tensor, torch.Tensor]:
-        """Canvases int64 [R, S] and pass counts int64 [R] after the step's passes."""
-        token_RS, pass_index_R = self._token_RS, self.rows.pass_index_R
+    def _run_passes(self, denoiser: DenoiserTower, context_layers: nn.ModuleList) -> torch.Tensor:
+        """Run the passes on ``_token_RS``; returns the pass counts after them, int64 [R]."""
+        pass_index_R = self.rows.pass_index_R
+        rules = CanvasRules(self.width_R, self.rows.threshold_R, self.rows.max_steps_R)
+        masked_RS = self._masked(self._token_RS)
+        level_R = level_index(masked_RS.sum(dim=1), self.width_R)
         for step in range(self.passes):
-            masked_RS = self._masked(token_RS)
-            wanted_RS = masked_RS | self._mock_ar_RS if step == 0 else masked_RS
+            mock_ar_RS = self._mock_ar_RS if step == 0 else torch.zeros_like(masked_RS)
+            wanted_RS = masked_RS | mock_ar_RS
             if not wanted_RS.any():
                 break
             if self.start_pass is not None:
-                self.start_pass(masked_RS.any(dim=1), token_RS)
-            level_R = level_index(masked_RS.sum(dim=1), self.width_R)
-            token_T = token_RS[self.layout.row_T, self.layout.column_T]
+                self.start_pass(masked_RS.any(dim=1), self._token_RS)
+            token_T = self._token_RS[self.layout.row_T, self.layout.column_T]
             hidden_TD = denoiser(token_T, level_R, self.layout, context_layers)
             proposal_RS, confidence_RS = self._propose(denoiser, hidden_TD, wanted_RS, pass_index_R)
-            k_R = num_to_reveal(confidence_RS, masked_RS, self.rows.threshold_R, pass_index_R, self.rows.max_steps_R)
-            token_RS = reveal(token_RS, proposal_RS, confidence_RS, masked_RS, k_R)
-            self._token_RS = token_RS = torch.where(wanted_RS & ~masked_RS, proposal_RS, token_RS)
-            pass_index_R = pass_index_R + wanted_RS.any(dim=1)
-        return token_RS, pass_index_R
+            after = reveal(self._token_RS, proposal_RS, confidence_RS, masked_RS, pass_index_R, rules)
+            self._token_RS = torch.where(mock_ar_RS, proposal_RS, after.token_RS)
+            pass_index_R = after.pass_index_R + mock_ar_RS.any(dim=1)
+            masked_RS, level_R = after.masked_RS, after.level_R
+        return pass_index_R
 
     def _masked(self, token_RS: torch.Tensor) -> torch.Tensor:
         """Undecided positions; the last token of a mock-AR row may be the mask id, as any token of a prompt."""

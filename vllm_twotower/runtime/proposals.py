@@ -20,7 +20,8 @@ from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.decoding.unmask import propose
-from vllm_twotower.models.denoiser_tower import SAMPLING_TILE
+from vllm_twotower.ops import Draw, canvas_sample
+from vllm_twotower.ops.canvas_sample.reference import NOISE_TILE
 from vllm_twotower.runtime.admission import DiffusionParams
 from vllm_twotower.runtime.logprobs import LogprobTable
 from vllm_twotower.runtime.trace import CanvasTrace
@@ -53,6 +54,10 @@ class Tile:
     """int64 [N]."""
     any_random: bool
     """Whether any request has a temperature above 0."""
+
+    def draw(self) -> Draw:
+        """How the rows' tokens are drawn."""
+        return Draw(self.temperature_N, self.seed_N, self.position_N, self.pass_index_N)
 
     def only(self, keep_N: torch.Tensor) -> "Tile":
         """Some of the rows: a bool mask or int64 indices."""
@@ -94,7 +99,7 @@ class ProposalSampler:
         """A token and its confidence for every wanted row.
 
         Args:
-            logits_NV: float32 [N, V], may be written.
+            logits_NV: [N, V], the model's dtype, may be written.
             tile: what the rows are.
             wanted_N: bool [N] where the tile is whole canvases whose logits are processed; None where all are wanted.
 
@@ -102,6 +107,8 @@ class ProposalSampler:
             The wanted rows, their tokens, int64, and confidences, float32 (see ``decoding.unmask.propose``).
 
         """
+        if wanted_N is not None or self.logprobs.wanted(tile.slots_np):
+            logits_NV = logits_NV.float()  # vLLM's kernels add to logits and score them in fp32
         raw_NV = logits_NV
         if wanted_N is not None:
             if self.logprobs.wants_raw(tile.slots_np):
@@ -118,25 +125,24 @@ class ProposalSampler:
         return tile, token_N, confidence_N
 
     def _propose(self, logits_NV: torch.Tensor, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
-        """Greedy rows at once; random ones in small tiles, since drawing noise takes twenty times a row's logits."""
-        if not tile.any_random:
-            return propose(logits_NV, self.mask_token_id, tile.temperature_N, None)
+        """All rows at once, unless a draw is shaped by top-k, top-p or min-p; those rows in tiles of noise."""
+        if not tile.any_random or self._shaping(tile) is None:
+            sample = canvas_sample(logits_NV, self.mask_token_id, tile.draw() if tile.any_random else None)
+            return sample.token_N, sample.confidence_N
         token_N = torch.empty(len(tile.slot_N), dtype=torch.int64, device=logits_NV.device)
         confidence_N = torch.empty_like(token_N, dtype=torch.float32)
         random_N = tile.temperature_N > 0
         greedy = (~random_N).nonzero().squeeze(1)
         if greedy.numel():
-            part = tile.only(greedy)
-            token_N[greedy], confidence_N[greedy] = propose(
-                logits_NV[greedy], self.mask_token_id, part.temperature_N, None
-            )
-        for rows in random_N.nonzero().squeeze(1).split(SAMPLING_TILE):
+            sample = canvas_sample(logits_NV[greedy], self.mask_token_id)
+            token_N[greedy], confidence_N[greedy] = sample.token_N, sample.confidence_N
+        for rows in random_N.nonzero().squeeze(1).split(NOISE_TILE):
             if not rows.numel():  # all rows of this tile are greedy
                 continue
             part = tile.only(rows)
             noise = gumbel_noise(part.seed_N, part.position_N, part.pass_index_N, logits_NV.shape[1])
             token_N[rows], confidence_N[rows] = propose(
-                logits_NV[rows], self.mask_token_id, part.temperature_N, noise, self._shaping(part)
+                logits_NV[rows].float(), self.mask_token_id, part.temperature_N, noise, self._shaping(part)
             )
         return token_N, confidence_N
 

@@ -51,12 +51,12 @@ class CanvasTrace:
 
         Args:
             tile: what the rows are.
-            logits_NV: float32 [N, V], processed.
+            logits_NV: [N, V], processed, any float dtype.
             token_N: int64 [N].
             confidence_N: float32 [N].
 
         """
-        logits_NV = logits_NV.clone()
+        logits_NV = logits_NV.to(torch.float32, copy=True)
         logits_NV[:, self.mask_token_id] = float("-inf")
         top = logits_NV.softmax(dim=-1).topk(min(NUM_CANDIDATES, logits_NV.shape[1]), dim=-1)
         rows = zip(

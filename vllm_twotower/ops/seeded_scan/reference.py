@@ -1,40 +1,101 @@
 """Convolution and state-space scan over one canvas per row, from read-only states picked by slot.
 
 Legend: R rows, W canvas positions, C = H*P + 2*G*N conv channels, K conv kernel, H heads, P head dim, G groups, N state
-    size, B cache slots. Positions past a row's own canvas may hold anything: the scan is causal and nothing is written
-    back.
+    size, B cache slots. Positions past a row's own canvas may hold any finite numbers: both ops are causal and nothing
+    is written back.
 """
 
 import torch
 import torch.nn.functional as F
+
+from vllm_twotower.ops.checks import FLOATS, INDEX, check_tensor
+
+MAX_WIDTH = 32
+"""Widest canvas."""
+
+
+def check_width(name: str, tensor: torch.Tensor) -> None:
+    """Refuse canvases that are wider than any canvas.
+
+    Raises:
+        ValueError: names the argument, what it is and what is allowed.
+
+    """
+    if not 1 <= tensor.shape[1] <= MAX_WIDTH:
+        raise ValueError(f"{name} has {tensor.shape[1]} positions per canvas, allowed: 1 to {MAX_WIDTH}")
+
+
+def check_conv(
+    x_RWC: torch.Tensor,
+    weight_CK: torch.Tensor,
+    bias_C: torch.Tensor | None,
+    cache_BKC: torch.Tensor,
+    slot_R: torch.Tensor,
+) -> None:
+    """Refuse what neither form of the convolution can work with.
+
+    Raises:
+        ValueError: names the argument, what it is and what is allowed.
+
+    """
+    check_tensor("x_RWC", x_RWC, ("R", "W", "C"), FLOATS)
+    check_width("x_RWC", x_RWC)
+    num_rows, _, channels = x_RWC.shape
+    check_tensor("weight_CK", weight_CK, (channels, "K"), FLOATS, x_RWC.device)
+    if bias_C is not None:
+        check_tensor("bias_C", bias_C, (channels,), FLOATS, x_RWC.device)
+    check_tensor("cache_BKC", cache_BKC, ("B", weight_CK.shape[1] - 1, channels), FLOATS, x_RWC.device)
+    check_tensor("slot_R", slot_R, (num_rows,), INDEX, x_RWC.device)
 
 
 def seeded_conv(
     x_RWC: torch.Tensor,
     weight_CK: torch.Tensor,
     bias_C: torch.Tensor | None,
-    history_RKC: torch.Tensor,
+    cache_BKC: torch.Tensor,
+    slot_R: torch.Tensor,
 ) -> torch.Tensor:
-    """Depthwise causal convolution and SiLU, seeded with the K - 1 inputs before the canvas.
+    """See ``vllm_twotower.ops.seeded_conv``."""
+    check_conv(x_RWC, weight_CK, bias_C, cache_BKC, slot_R)
+    dtype = x_RWC.dtype
+    padded = torch.cat([cache_BKC[slot_R].to(dtype), x_RWC], dim=1).transpose(1, 2)
+    bias_C = None if bias_C is None else bias_C.to(dtype)
+    out = F.conv1d(padded, weight_CK[:, None].to(dtype), bias_C, groups=weight_CK.shape[0])
+    return F.silu(out).transpose(1, 2)
+
+
+def check_scan(
+    x_RWHP: torch.Tensor,
+    dt_RWH: torch.Tensor,
+    vectors_H: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    b_RWGN: torch.Tensor,
+    c_RWGN: torch.Tensor,
+    state_BHPN: torch.Tensor,
+    slot_R: torch.Tensor,
+) -> None:
+    """Refuse what neither form of the scan can work with.
 
     Args:
-        x_RWC: inputs, any float dtype.
-        weight_CK: one filter per channel, oldest tap first.
-        bias_C: or None.
-        history_RKC: [R, K - 1, C], the newest inputs of the context, oldest first.
+        vectors_H: decay rates, D and dt_bias; the others are ``seeded_scan``'s.
 
-    Returns:
-        [R, W, C], dtype of ``x_RWC``.
+    Raises:
+        ValueError: names the argument, what it is and what is allowed.
 
     """
-    taps = weight_CK.shape[1]
-    if history_RKC.shape[1] != taps - 1:
-        raise ValueError(
-            f"history_RKC has {history_RKC.shape[1]} inputs per row, a kernel of {taps} taps needs {taps - 1}"
-        )
-    padded = torch.cat([history_RKC.to(x_RWC.dtype), x_RWC], dim=1).transpose(1, 2)
-    out = F.conv1d(padded, weight_CK[:, None].to(x_RWC.dtype), bias_C, groups=weight_CK.shape[0])
-    return F.silu(out).transpose(1, 2)
+    check_tensor("x_RWHP", x_RWHP, ("R", "W", "H", "P"), FLOATS)
+    check_width("x_RWHP", x_RWHP)
+    num_rows, width, heads, head_dim = x_RWHP.shape
+    device = x_RWHP.device
+    check_tensor("dt_RWH", dt_RWH, (num_rows, width, heads), FLOATS, device)
+    for name, vector_H in zip(("a_H", "skip_H", "dt_bias_H"), vectors_H, strict=True):
+        check_tensor(name, vector_H, (heads,), FLOATS, device)
+    check_tensor("b_RWGN", b_RWGN, (num_rows, width, "G", "N"), FLOATS, device)
+    groups, state_size = b_RWGN.shape[2:]
+    if groups < 1 or heads % groups:
+        raise ValueError(f"b_RWGN has {groups} groups, which do not divide the {heads} heads of x_RWHP")
+    check_tensor("c_RWGN", c_RWGN, (num_rows, width, groups, state_size), FLOATS, device)
+    check_tensor("state_BHPN", state_BHPN, ("B", heads, head_dim, state_size), FLOATS, device)
+    check_tensor("slot_R", slot_R, (num_rows,), INDEX, device)
 
 
 def seeded_scan(
@@ -47,28 +108,10 @@ def seeded_scan(
     dt_bias_H: torch.Tensor,
     state_BHPN: torch.Tensor,
     slot_R: torch.Tensor,
+    out_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The Mamba-2 recurrence over at most a canvas, in closed form, all fp32 (Mamba-2 paper, section 6; spec 3.3).
-
-    h_t = exp(a dt_t) h_(t-1) + dt_t x_t b_t^T, y_t = h_t c_t + skip x_t, with dt = softplus(dt + dt_bias). fp32
-    throughout, because states of long contexts grow to thousands and a bf16 scan of them turns into NaN (spec, known
-    bug 2).
-
-    Args:
-        x_RWHP: inputs.
-        dt_RWH: raw step sizes.
-        a_H: decay rates, negative.
-        b_RWGN: input projections; head h uses group h // (H / G).
-        c_RWGN: output projections.
-        skip_H: D of the paper.
-        dt_bias_H: added to dt before softplus.
-        state_BHPN: the cache, not written.
-        slot_R: int64, each row's slot in the cache.
-
-    Returns:
-        float32 [R, W, H, P].
-
-    """
+    """See ``vllm_twotower.ops.seeded_scan``."""
+    check_scan(x_RWHP, dt_RWH, (a_H, skip_H, dt_bias_H), b_RWGN, c_RWGN, state_BHPN, slot_R)
     width, heads = x_RWHP.shape[1], x_RWHP.shape[2]
     x = x_RWHP.float()
     dt = F.softplus(dt_RWH.float() + dt_bias_H.float())
@@ -81,4 +124,4 @@ def seeded_scan(
     scores = torch.einsum("rthn,rshn->rtsh", c, b) * decay_RWWH
     inside = torch.einsum("rtsh,rsh,rshp->rthp", scores, dt, x)
     carried = torch.einsum("rthn,rhpn->rthp", c * log_decay_RWH.exp()[..., None], state_BHPN[slot_R].float())
-    return inside + carried + skip_H.float()[:, None] * x
+    return (inside + carried + skip_H.float()[:, None] * x).to(out_dtype)

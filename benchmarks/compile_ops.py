@@ -1,0 +1,149 @@
+"""Compile every kernel at the real model's shapes, for GPUs that are not there, and tabulate what each needs.
+
+    python benchmarks/compile_ops.py                     # sm_80, sm_90, sm_100 -> benchmarks/results/kernels.md
+    python benchmarks/compile_ops.py --arch 90 --check   # compile only, fail on a spill; what a test runs
+
+What is compiled is what the ops launch: each op runs over tensors without memory (torch's meta device) and its launches
+are noted down. Registers and spills are those of the ptxas that Triton brings, run over the PTX that Triton emits.
+Nothing runs, so nothing here says how fast a kernel is.
+"""
+
+# ruff: noqa: E402 - Triton is imported after the environment is what it must be
+
+import argparse
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TABLE = ROOT / "benchmarks" / "results" / "kernels.md"
+if os.environ.pop("TRITON_INTERPRET", "0") == "1":  # Triton reads it when it is imported, and then compiles nothing
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+import torch
+import triton
+from op_cases import CASES
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from vllm_twotower.ops.launch import Launch, recorded_launches
+
+ARCHITECTURES = (80, 90, 100)
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+ALIGNED = [["tt.divisibility", 16]]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel needs."""
+
+    registers: int
+    """Per thread."""
+    shared_bytes: int
+    """Per program."""
+    spilled_bytes: int
+    """Per thread: spill stores and loads."""
+    stack_bytes: int
+    """Per thread."""
+
+
+def source(launch: Launch) -> ASTSource:
+    """The kernel with the types and the specialisation that Triton's launcher would choose for these arguments."""
+    signature, constants, attributes = {}, dict(launch.constants), {}
+    for index, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            attributes[(index,)] = ALIGNED
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value is None or value == 1:
+            constants[name] = value
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = ALIGNED
+    signature.update(dict.fromkeys(constants, "constexpr"))
+    ordered = {name: signature[name] for name in launch.kernel.arg_names}
+    return ASTSource(fn=launch.kernel, signature=ordered, constexprs=constants, attrs=attributes)
+
+
+def resources(launch: Launch, architecture: int) -> Resources:
+    """Compile one launch for an architecture, given as 90 for sm_90."""
+    options = {"num_warps": launch.num_warps, "enable_fp_fusion": False}
+    compiled = triton.compile(source(launch), target=GPUTarget("cuda", architecture, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    gpu = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [get_ptxas(architecture).path, "-v", f"--gpu-name={gpu}", "--fmad=false", str(path)]
+        said = subprocess.run([*command, "-o", f"{folder}/out"], capture_output=True, text=True, check=True).stderr
+    stack, stores, loads = map(
+        int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said).groups()
+    )
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    return Resources(registers, compiled.metadata.shared, stores + loads, stack)
+
+
+def launches() -> list[tuple[str, Launch]]:
+    """What every op launches at the real model's shapes, with the case's name."""
+    found = []
+    for case in CASES:
+        with recorded_launches() as recorded:
+            case.run_kernel("meta")
+        found += [(case.name, launch) for launch in recorded]
+    return found
+
+
+def table(architectures: tuple[int, ...]) -> list[str]:
+    """The rows, one per kernel and case."""
+    heads = [f"sm_{a} regs / shared B / spilled B" for a in architectures]
+    lines = ["| op | kernel | programs | warps | " + " | ".join(heads) + " |"]
+    lines.append("| --- | --- | --- | --- |" + " --- |" * len(heads))
+    for name, launch in launches():
+        used = [resources(launch, a) for a in architectures]
+        cells = [f"{u.registers} / {u.shared_bytes} / {u.spilled_bytes}" for u in used]
+        programs = " x ".join(str(n) for n in launch.grid)
+        kernel = launch.kernel.__name__
+        lines.append(f"| {name} | `{kernel}` | {programs} | {launch.num_warps} | " + " | ".join(cells) + " |")
+        if any(u.spilled_bytes for u in used):
+            print(f"spills: {name} {kernel} {used}", file=sys.stderr)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="90 for sm_90")
+    parser.add_argument("--check", action="store_true", help="print the table, write nothing, exit 1 on a spill")
+    args = parser.parse_args()
+    lines = table(tuple(args.arch))
+    print("\n".join(lines))
+    if args.check:
+        sys.exit(any(not cell.strip().endswith("/ 0") for line in lines[2:] for cell in line.split("|")[5:-1]))
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text("\n".join([*HEADER, *lines, ""]))
+
+
+HEADER = [
+    "# What the kernels need",
+    "",
+    f"`python benchmarks/compile_ops.py`, Triton {triton.__version__}, no GPU present: compiled, never run. Shapes are",
+    "those of the 30B model: 64 requests of 16 tokens, bf16 activations, fp32 states. Registers are per thread, shared",
+    "memory per program, spilled bytes (stores and loads) per thread, as ptxas -v says.",
+    "",
+]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The kernels as the op tests call them: under Triton's interpreter, or natively where there is a GPU:
+
+    TRITON_INTERPRET=0 python -m pytest tests/test_op_canvas_sample.py tests/test_op_reveal.py ...
+
+Tests make their tensors on the CPU, where the references run. Natively a kernel gets copies on the GPU with the same
+strides; what it writes comes back, its arguments included, so a test sees if it wrote what it should only read.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+NATIVE = os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available()
+
+
+def kernels_of(module: ModuleType, *names: str, device: str | None = "cuda" if NATIVE else None) -> SimpleNamespace:
+    """The named kernels of a ``kernel.py``, over copies on a device; as they are where there is none."""
+    forms = {name: getattr(module, name) for name in names}
+    if device is not None:
+        forms = {name: _over_copies(form, device) for name, form in forms.items()}
+    return SimpleNamespace(**forms)
+
+
+def _over_copies(form: Callable[..., Any], device: str) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def there(tensor: torch.Tensor) -> torch.Tensor:
+            copy = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
+            pairs.append((tensor, copy))
+            return copy
+
+        moved_args, moved_kwargs = _each_tensor((args, kwargs), there)
+        result = _each_tensor(form(*moved_args, **moved_kwargs), lambda tensor: tensor.cpu())
+        for tensor, copy in pairs:
+            tensor.copy_(copy)
+        return result
+
+    return run
+
+
+def _each_tensor(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same nest of tuples, dicts and dataclasses with every tensor changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_each_tensor(v, change) for v in value)
+    if isinstance(value, dict):
+        return {k: _each_tensor(v, change) for k, v in value.items()}
+    if dataclasses.is_dataclass(value):
+        return type(value)(*(_each_tensor(getattr(value, f.name), change) for f in dataclasses.fields(value)))
+    return value

@@ -1,0 +1,78 @@
+"""The engine with every kernel on, under Triton's interpreter, still writes what NVIDIA's reference writes."""
+
+import pytest
+from engine_harness import engine, golden_params
+
+import vllm_twotower.ops.launch as launch_module
+from vllm_twotower import diffusion_params, diffusion_stats
+from vllm_twotower.core import KERNELS_VARIABLE
+
+KERNELS = {
+    "_read_piece",
+    "_draw_piece",
+    "_join_pieces",
+    "_reveal",
+    "_norm_and_modulate",
+    "_gate_add",
+    "_seeded_conv",
+    "_seeded_scan",
+}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that ran."""
+    names = set()
+    run = launch_module.launch
+
+    def launch(kernel, *args, **kwargs):
+        names.add(kernel.__name__)
+        run(kernel, *args, **kwargs)
+
+    from vllm_twotower.ops.adaln import kernel as adaln
+    from vllm_twotower.ops.canvas_sample import kernel as canvas_sample
+    from vllm_twotower.ops.reveal import kernel as reveal
+    from vllm_twotower.ops.seeded_scan import kernel as seeded_scan
+
+    for module in (adaln, canvas_sample, reveal, seeded_scan):
+        monkeypatch.setattr(module, "launch", launch)
+    return names
+
+
+def test_all_modes_with_kernels_on_and_off_in_one_engine(tiny_moe, launched, monkeypatch):
+    case = tiny_moe.cases(16)[16]  # its first canvas crosses a KV block
+    golden = golden_params({"params": {**case["params"], "max_new_tokens": 32}})
+    drawn = diffusion_params(temperature=0.8, seed=5, max_tokens=16, max_steps=2, ignore_eos=True, detokenize=False)
+    mock_ar = diffusion_params(mode="mock_ar", temperature=0.0, max_tokens=3, ignore_eos=True, detokenize=False)
+    prompts = [case["prompt"], case["prompt"][:20], tiny_moe.mock_ar[0]["prompt"]]
+    # a small cache: for every kernel the interpreter copies the whole allocation that a tensor lies in
+    with engine(tiny_moe.path, {"passes_per_step": 16}, kv_cache_memory_bytes=16 << 20) as e:
+        tokens, passes = {}, {}
+        for form in ("triton", "reference"):
+            monkeypatch.setenv(KERNELS_VARIABLE, form)
+            tokens[form] = e.tokens(prompts, [golden, drawn, mock_ar])
+            passes[form] = e.stats()["denoise_passes"]
+            if form == "triton":
+                assert launched == KERNELS
+                launched.clear()
+        assert not launched
+    assert tokens["triton"] == tokens["reference"]
+    assert passes["triton"] == passes["reference"]
+    assert tokens["triton"][0] == case["output"][:32]
+    assert tokens["triton"][2] == tiny_moe.mock_ar[0]["output"][:3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "indices"), [("tiny_moe", range(10, 50, 6)), ("tiny_mlp", range(0, 50, 7))])
+def test_goldens_with_kernels_on(name, indices, request, launched, monkeypatch):
+    golden = request.getfixturevalue(name)
+    cases = [golden.cases(16)[i] for i in indices]
+    monkeypatch.setenv(KERNELS_VARIABLE, "triton")
+    # a small cache: for every kernel the interpreter copies the whole allocation that a tensor lies in
+    with engine(golden.path, {"passes_per_step": 16}, kv_cache_memory_bytes=16 << 20) as e:
+        outputs = e.llm.generate(
+            [{"prompt_token_ids": c["prompt"]} for c in cases], [golden_params(c) for c in cases], use_tqdm=False
+        )
+        assert [list(o.outputs[0].token_ids) for o in outputs] == [c["output"] for c in cases]
+        assert diffusion_stats(e.llm)["denoise_passes"] == sum(c["nfe"] for c in cases)
+    assert launched == KERNELS

@@ -1,0 +1,55 @@
+"""Which form of an op runs."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vllm_twotower import ops
+from vllm_twotower.core import KERNELS_VARIABLE
+from vllm_twotower.ops.launch import launch, recorded_launches
+
+LOGITS = torch.zeros(1, 8)
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"), [(None, False), ("auto", False), ("reference", False), ("triton", True)]
+)
+def test_choices_on_a_cpu_under_the_interpreter(choice, expected, monkeypatch):
+    monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
+    if choice is not None:
+        monkeypatch.setenv(KERNELS_VARIABLE, choice)
+    assert ops.use_kernels(LOGITS) is expected
+
+
+def test_a_bad_choice_is_named(monkeypatch):
+    monkeypatch.setenv(KERNELS_VARIABLE, "cuda")
+    with pytest.raises(ValueError, match="VLLM_TWOTOWER_KERNELS='cuda': set it to one of auto, reference, triton"):
+        ops.canvas_sample(LOGITS, 3)
+
+
+def test_kernels_on_a_cpu_need_the_interpreter(monkeypatch):
+    monkeypatch.setenv(KERNELS_VARIABLE, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"tensors on cpu: .* set TRITON_INTERPRET=1 before Python starts"):
+        ops.canvas_sample(LOGITS, 3)
+
+
+def test_references_import_no_triton():
+    code = (
+        "import sys, torch, vllm_twotower.ops as ops; ops.canvas_sample(torch.zeros(1, 8), 3);"
+        "assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_recorded_launches_do_not_run(monkeypatch):
+    monkeypatch.setenv(KERNELS_VARIABLE, "triton")
+    with recorded_launches() as launches:
+        ops.canvas_sample(LOGITS, 3)
+        launch(None, (0, 4), num_warps=1)  # an empty grid is no launch
+        with pytest.raises(RuntimeError, match="recorded already"), recorded_launches():
+            pass
+    assert [one.kernel.__name__ for one in launches] == ["_read_piece", "_join_pieces"]
+    assert launches[0].grid == (1, 1)

@@ -1,0 +1,92 @@
+"""reveal: the kernel under Triton's interpreter against the reference, over every canvas width and many settings."""
+
+import pytest
+import torch
+from op_forms import kernels_of
+
+from vllm_twotower.decoding.noise_level import all_noise_levels
+from vllm_twotower.ops.reveal import kernel as kernel_module
+from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed
+from vllm_twotower.ops.reveal.reference import reveal as reference
+
+kernel = kernels_of(kernel_module, "reveal").reveal
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+FIELDS = tuple(Revealed.__dataclass_fields__)
+
+
+def canvases(rows, width, max_width, seed=0):
+    """Rows of their own width, threshold, T and pass; few distinct confidences, so that there are ties."""
+    generator = torch.Generator().manual_seed(seed)
+    integers = lambda high, *size: torch.randint(high, size, generator=generator)
+    width_R = (width - integers(width, rows)).clamp(min=1)
+    inside = torch.arange(max_width) < width_R[:, None]
+    max_steps_R = 1 + integers(20, rows)
+    rules = CanvasRules(width_R, integers(5, rows) / 4, max_steps_R)
+    masked = (integers(4, rows, max_width) > 0) & inside
+    masked[0] = False
+    confidence = integers(5, rows, max_width) / 4
+    pass_index_R = integers(20, rows) % max_steps_R
+    return integers(99, rows, max_width), integers(99, rows, max_width), confidence, masked, pass_index_R, rules
+
+
+def assert_same(got, expected):
+    for name in FIELDS:
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+        assert getattr(got, name).dtype == getattr(expected, name).dtype, name
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "max_width"), [(64, 16, 16), (40, 32, 32), (40, 7, 16), (9, 1, 1), (9, 5, 5)]
+)
+def test_kernel_equals_reference(rows, width, max_width):
+    case = canvases(rows, width, max_width)
+    before = [t.clone() for t in case[:5]]
+    got = kernel(*case)
+    assert_same(got, reference(*case))
+    assert all(torch.equal(b, t) for b, t in zip(before, case[:5], strict=True)), "arguments are not written"
+    levels = all_noise_levels(max_width)[got.level_R]
+    assert torch.equal(levels, got.num_masked_R / case[5].width_R)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_kernel_equals_reference_on_many_canvases(seed):
+    case = canvases(100, 1 + seed % 32, 32, seed)
+    assert_same(kernel(*case), reference(*case))
+
+
+@pytest.mark.parametrize("form", [kernel, reference], ids=["kernel", "reference"])
+def test_the_rule(form):
+    """By hand: the threshold is strict, ties go left, the last pass reveals all, at least one goes, T - pass is met."""
+    confidence = torch.tensor([[0.5, 0.9, 0.9, 0.2]]).repeat(5, 1)
+    confidence[3] = float("nan")
+    rules = CanvasRules(
+        torch.full((5,), 4), torch.tensor([0.9, 0.4, 0.99, 0.99, 0.99]), torch.tensor([16, 16, 16, 16, 5])
+    )
+    masked = torch.ones(5, 4, dtype=torch.bool)
+    passes = torch.tensor([0, 0, 15, 0, 3])
+    got = form(torch.zeros(5, 4).long(), torch.ones(5, 4).long(), confidence, masked, passes, rules)
+    assert got.token_RS.tolist() == [[0, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0], [0, 1, 1, 0]]
+    assert torch.equal(got.masked_RS, got.token_RS == 0)
+    assert got.num_masked_R.tolist() == [3, 1, 0, 3, 2]
+    assert got.pass_index_R.tolist() == [1, 1, 16, 1, 4]
+
+
+@pytest.mark.parametrize("form", [kernel, reference], ids=["kernel", "reference"])
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (0, torch.zeros(2, 33).long(), "token_RS has 33 positions per canvas, allowed: 1 to 32"),
+        (0, torch.zeros(2, 4), "token_RS is torch.float32, allowed: torch.int64"),
+        (1, torch.zeros(2, 3).long(), r"proposal_RS has shape \[2, 3\], wanted \[2, 4\]"),
+        (2, torch.zeros(2, 4).half(), "confidence_RS is torch.float16, allowed: torch.float32"),
+        (3, torch.zeros(2, 4).long(), "masked_RS is torch.int64, allowed: torch.bool"),
+        (4, torch.zeros(3).long(), r"pass_index_R has shape \[3\], wanted \[2\]"),
+        (5, CanvasRules(*[torch.ones(2)] * 3), "rules.width_R is torch.float32, allowed: torch.int64"),
+    ],
+)
+def test_wrong_arguments_are_named(form, index, value, message):
+    good = list(canvases(2, 4, 4))
+    good[index] = value
+    with pytest.raises(ValueError, match=message):
+        form(*good)

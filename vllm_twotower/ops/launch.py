@@ -1,0 +1,56 @@
+"""Launching a Triton kernel, or noting down that it would be launched.
+
+``benchmarks/compile_ops.py`` compiles what the ops' own code launches, with the arguments it launches with, on a
+machine without a GPU: it runs an op over tensors on torch's meta device inside ``recorded_launches``.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch."""
+
+    kernel: Any
+    """The ``triton.jit`` function."""
+    grid: tuple[int, ...]
+    """Programs in each dimension."""
+    arguments: tuple[Any, ...]
+    """Tensors and numbers, in the kernel's order."""
+    constants: dict[str, Any]
+    """Compile-time arguments by name."""
+    num_warps: int
+    """Warps per program."""
+
+
+_recording: list[Launch] | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, **constants: Any) -> None:
+    """Launch a kernel on the current stream; nothing happens where the grid is empty.
+
+    Multiply and add stay two roundings (``enable_fp_fusion=False``), as in the references; the ops are bound by memory.
+    """
+    if 0 in grid:
+        return
+    if _recording is not None:
+        _recording.append(Launch(kernel, grid, arguments, constants, num_warps))
+        return
+    kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=False, **constants)
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Collect the launches of the body in the list this yields, and run none of them."""
+    global _recording
+    if _recording is not None:
+        raise RuntimeError("launches are being recorded already")
+    launches: list[Launch] = []
+    _recording = launches
+    try:
+        yield launches
+    finally:
+        _recording = None

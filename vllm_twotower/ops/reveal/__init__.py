@@ -1,0 +1,1 @@
+"""The commit rule of one denoise pass, and the canvases after it."""

@@ -1,0 +1,94 @@
+"""The commit rule over a batch of canvases, made of ``decoding.unmask``.
+
+Legend: R rows (requests), S canvas positions of the table, at most 32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_twotower.decoding import unmask
+from vllm_twotower.decoding.noise_level import level_index
+from vllm_twotower.ops.checks import INDEX, check_tensor
+
+MAX_WIDTH = 32
+"""Widest canvas."""
+
+
+@dataclass(frozen=True)
+class CanvasRules:
+    """What each row's canvas is revealed by."""
+
+    width_R: torch.Tensor
+    """int64 [R], canvas width; positions from there on are not masked."""
+    threshold_R: torch.Tensor
+    """float32 [R], gamma."""
+    max_steps_R: torch.Tensor
+    """int64 [R], T."""
+
+
+@dataclass(frozen=True)
+class Revealed:
+    """Canvases after a pass."""
+
+    token_RS: torch.Tensor
+    """int64 [R, S]."""
+    masked_RS: torch.Tensor
+    """bool [R, S], what is still undecided."""
+    num_masked_R: torch.Tensor
+    """int64 [R], how much that is."""
+    level_R: torch.Tensor
+    """int64 [R], the row of the tabulated noise levels for the next pass (``decoding.noise_level.level_index``)."""
+    pass_index_R: torch.Tensor
+    """int64 [R], one more for each row that had anything masked."""
+
+
+def check_arguments(
+    token_RS: torch.Tensor,
+    proposal_RS: torch.Tensor,
+    confidence_RS: torch.Tensor,
+    masked_RS: torch.Tensor,
+    pass_index_R: torch.Tensor,
+    rules: CanvasRules,
+) -> None:
+    """Refuse what neither form of the op can work with.
+
+    Raises:
+        ValueError: names the argument, what it is and what is allowed.
+
+    """
+    check_tensor("token_RS", token_RS, ("R", "S"), INDEX)
+    num_rows, width = token_RS.shape
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"token_RS has {width} positions per canvas, allowed: 1 to {MAX_WIDTH}")
+    device = token_RS.device
+    check_tensor("proposal_RS", proposal_RS, (num_rows, width), INDEX, device)
+    check_tensor("confidence_RS", confidence_RS, (num_rows, width), (torch.float32,), device)
+    check_tensor("masked_RS", masked_RS, (num_rows, width), (torch.bool,), device)
+    check_tensor("pass_index_R", pass_index_R, (num_rows,), INDEX, device)
+    check_tensor("rules.width_R", rules.width_R, (num_rows,), INDEX, device)
+    check_tensor("rules.threshold_R", rules.threshold_R, (num_rows,), (torch.float32,), device)
+    check_tensor("rules.max_steps_R", rules.max_steps_R, (num_rows,), INDEX, device)
+
+
+def reveal(
+    token_RS: torch.Tensor,
+    proposal_RS: torch.Tensor,
+    confidence_RS: torch.Tensor,
+    masked_RS: torch.Tensor,
+    pass_index_R: torch.Tensor,
+    rules: CanvasRules,
+) -> Revealed:
+    """See ``vllm_twotower.ops.reveal``."""
+    check_arguments(token_RS, proposal_RS, confidence_RS, masked_RS, pass_index_R, rules)
+    k_R = unmask.num_to_reveal(confidence_RS, masked_RS, rules.threshold_R, pass_index_R, rules.max_steps_R)
+    revealed_RS = unmask.chosen(confidence_RS, masked_RS, k_R)
+    still_masked_RS = masked_RS & ~revealed_RS
+    num_masked_R = still_masked_RS.sum(dim=1)
+    return Revealed(
+        torch.where(revealed_RS, proposal_RS, token_RS),
+        still_masked_RS,
+        num_masked_R,
+        level_index(num_masked_R, rules.width_R),
+        pass_index_R + masked_RS.any(dim=1),
+    )

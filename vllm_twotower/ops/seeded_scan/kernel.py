@@ -1,0 +1,299 @@
+"""A canvas through a Mamba-2 layer on the device: the cached states are read once, in place, and never written.
+
+A canvas has at most 32 positions, so the scan is the closed form of one chunk, and its time should be that of reading
+the states. Products are sums of three TF32 products, which keep fp32's accuracy on tensor cores; accumulators are fp32.
+
+Legend: R rows, W canvas positions, C conv channels, K conv kernel, H heads, P head dim, G groups, N state size, B cache
+    slots.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_twotower.ops.checks import check_unit_strides
+from vllm_twotower.ops.launch import launch
+from vllm_twotower.ops.seeded_scan.reference import check_conv, check_scan
+
+CONV_CHANNELS = 128
+"""Channels per program of the convolution."""
+
+SCAN_HEAD_DIM = 32
+"""Columns of a head per program of the scan: half a head of the real model, 16 KiB of its state."""
+
+SCAN_STATE_SLICE = 32
+"""State columns per iteration of the scan."""
+
+SCAN_STAGES = 3
+"""Slices of a state that are being read or used at a time."""
+
+DOT_MINIMUM = 16
+"""Smallest side of a tile that ``tl.dot`` takes."""
+
+PRECISION = "tf32x3"
+"""How fp32 products are made; "ieee" avoids tensor cores."""
+
+
+@triton.jit
+def _seeded_conv(
+    # inputs, filters, bias or None, cached inputs, int64 slots
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    cache_ptr,
+    slot_ptr,
+    # written, contiguous
+    out_ptr,
+    # sizes and strides
+    width,
+    channels,
+    x_row_stride,
+    x_position_stride,
+    cache_slot_stride,
+    cache_tap_stride,
+    cache_channel_stride,
+    # compile-time
+    TAPS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    position = tl.arange(0, BLOCK_W)[:, None]
+    inside = channel < channels
+    inside_tile = (position < width) & inside[None, :]
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x_row = x_ptr + row * x_row_stride + channel[None, :]
+    cache_row = cache_ptr + tl.load(slot_ptr + row) * cache_slot_stride + channel[None, :] * cache_channel_stride
+    total = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
+    for tap in tl.static_range(TAPS):
+        source = position + (tap + 1 - TAPS)  # negative: an input of the context
+        new = tl.load(x_row + source * x_position_stride, mask=inside_tile & (source >= 0), other=0.0)
+        cached_at = cache_row + (source + TAPS - 1) * cache_tap_stride
+        cached = tl.load(cached_at, mask=inside_tile & (source < 0), other=0.0)
+        weight = tl.load(weight_ptr + channel * TAPS + tap, mask=inside, other=0.0)
+        value = tl.where(source >= 0, new, cached.to(dtype)).to(tl.float32)
+        total += value * weight.to(dtype).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(dtype).to(tl.float32)[None, :]
+    total = total.to(dtype).to(tl.float32)  # the reference rounds between convolution and SiLU
+    decayed = tl.exp(-tl.abs(total))  # of the absolute value: cannot overflow
+    silu = total * tl.where(total >= 0, 1.0, decayed) / (1.0 + decayed)
+    tl.store(out_ptr + (row * width + position) * channels + channel[None, :], silu, mask=inside_tile)
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)), accurate where exp(x) is small (torch's, with its threshold of 20)."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    above = 1.0 + e
+    # what the rounding of 1 + e loses, the quotient puts back
+    small = tl.where(above == 1.0, e, tl.log(above) * (e / tl.where(above == 1.0, 1.0, above - 1.0)))
+    return tl.where(x > 20.0, x, small)
+
+
+@triton.jit
+def _decays(dt_row_ptr, dt_position_stride, a, dt_bias, width, BLOCK_W: tl.constexpr):
+    """Step sizes, log-decays from the canvas's start, and the weights of each earlier position, 0 for later ones."""
+    position = tl.arange(0, BLOCK_W)
+    inside = position < width
+    raw = tl.load(dt_row_ptr + position * dt_position_stride, mask=inside, other=0.0).to(tl.float32)
+    dt = tl.where(inside, _softplus(raw + dt_bias), 0.0)
+    log_decay = tl.cumsum(dt * a, 0)
+    between = log_decay[:, None] - log_decay[None, :]
+    # masked before exp, which overflows where the order is reversed
+    causal = tl.where(position[:, None] >= position[None, :], between, float("-inf"))
+    return log_decay, tl.exp(causal) * dt[None, :]
+
+
+@triton.jit
+def _rows(row_ptr, position_stride, width, size, first, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr):
+    """A canvas's vectors as a fp32 tile, zeros outside."""
+    position = tl.arange(0, BLOCK_W)[:, None]
+    column = first + tl.arange(0, BLOCK)[None, :]
+    mask = (position < width) & (column < size)
+    return tl.load(row_ptr + position * position_stride + column, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _contract(
+    state_at,
+    b_row,
+    c_row,
+    b_position_stride,
+    c_position_stride,
+    in_head,
+    width,
+    state_size,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What takes long: c b^T between the canvas's positions, and c h from the state, over the state's columns."""
+    scores = tl.zeros((BLOCK_W, BLOCK_W), tl.float32)
+    carried = tl.zeros((BLOCK_W, BLOCK_P), tl.float32)
+    # in slices, of which the next are on their way while one is used
+    for start in tl.range(0, state_size, BLOCK_N, num_stages=STAGES):
+        n = start + tl.arange(0, BLOCK_N)[:, None]
+        state = tl.load(state_at + n, mask=in_head & (n < state_size), other=0.0)
+        b = _rows(b_row, b_position_stride, width, state_size, start, BLOCK_W, BLOCK_N)
+        c = _rows(c_row, c_position_stride, width, state_size, start, BLOCK_W, BLOCK_N)
+        scores = tl.dot(c, tl.trans(b), acc=scores, input_precision=PRECISION)
+        carried = tl.dot(c, state.to(tl.float32), acc=carried, input_precision=PRECISION)
+    return scores, carried
+
+
+@triton.jit
+def _seeded_scan(
+    # inputs, raw step sizes, input and output projections, cached states, int64 slots
+    x_ptr,
+    dt_ptr,
+    b_ptr,
+    c_ptr,
+    state_ptr,
+    slot_ptr,
+    # [H] each
+    a_ptr,
+    skip_ptr,
+    dt_bias_ptr,
+    # written, contiguous
+    out_ptr,
+    # sizes
+    width,
+    heads,
+    head_dim,
+    state_size,
+    heads_per_group,
+    # strides
+    x_row_stride,
+    x_position_stride,
+    x_head_stride,
+    dt_row_stride,
+    dt_position_stride,
+    b_row_stride,
+    b_position_stride,
+    b_group_stride,
+    c_row_stride,
+    c_position_stride,
+    c_group_stride,
+    state_slot_stride,
+    state_head_stride,
+    state_column_stride,
+    # compile-time
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    first = tl.program_id(2) * BLOCK_P
+    column = first + tl.arange(0, BLOCK_P)
+    state_at = state_ptr + tl.load(slot_ptr + row) * state_slot_stride + head * state_head_stride
+    state_at += column[None, :] * state_column_stride
+    group = head // heads_per_group
+    b_row = b_ptr + row * b_row_stride + group * b_group_stride
+    c_row = c_ptr + row * c_row_stride + group * c_group_stride
+    in_head = (column < head_dim)[None, :]
+    scores, carried = _contract(
+        state_at,
+        b_row,
+        c_row,
+        b_position_stride,
+        c_position_stride,
+        in_head,
+        width,
+        state_size,
+        PRECISION,
+        STAGES,
+        BLOCK_W,
+        BLOCK_P,
+        BLOCK_N,
+    )
+    x_row = x_ptr + row * x_row_stride + head * x_head_stride
+    x = _rows(x_row, x_position_stride, width, head_dim, first, BLOCK_W, BLOCK_P)
+    a = tl.load(a_ptr + head).to(tl.float32)
+    dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+    log_decay, weights = _decays(dt_ptr + row * dt_row_stride + head, dt_position_stride, a, dt_bias, width, BLOCK_W)
+    y = tl.dot(scores * weights, x, acc=carried * tl.exp(log_decay)[:, None], input_precision=PRECISION)
+    y += tl.load(skip_ptr + head).to(tl.float32) * x
+    position = tl.arange(0, BLOCK_W)[:, None]
+    out = out_ptr + ((row * width + position) * heads + head) * head_dim + column[None, :]
+    tl.store(out, y, mask=(position < width) & in_head)
+
+
+def seeded_conv(
+    x_RWC: torch.Tensor,
+    weight_CK: torch.Tensor,
+    bias_C: torch.Tensor | None,
+    cache_BKC: torch.Tensor,
+    slot_R: torch.Tensor,
+) -> torch.Tensor:
+    """See ``vllm_twotower.ops.seeded_conv``."""
+    check_conv(x_RWC, weight_CK, bias_C, cache_BKC, slot_R)
+    check_unit_strides(x_RWC=x_RWC)
+    num_rows, width, channels = x_RWC.shape
+    out_RWC = torch.empty(num_rows, width, channels, dtype=x_RWC.dtype, device=x_RWC.device)
+    launch(
+        _seeded_conv,
+        (num_rows, triton.cdiv(channels, CONV_CHANNELS)),
+        x_RWC,
+        weight_CK.contiguous(),
+        bias_C,
+        cache_BKC,
+        slot_R.contiguous(),
+        out_RWC,
+        width,
+        channels,
+        *x_RWC.stride()[:2],
+        *cache_BKC.stride(),
+        TAPS=weight_CK.shape[1],
+        BLOCK_W=triton.next_power_of_2(width),
+        BLOCK_C=CONV_CHANNELS,
+        num_warps=4,
+    )
+    return out_RWC
+
+
+def seeded_scan(
+    x_RWHP: torch.Tensor,
+    dt_RWH: torch.Tensor,
+    a_H: torch.Tensor,
+    b_RWGN: torch.Tensor,
+    c_RWGN: torch.Tensor,
+    skip_H: torch.Tensor,
+    dt_bias_H: torch.Tensor,
+    state_BHPN: torch.Tensor,
+    slot_R: torch.Tensor,
+    out_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """See ``vllm_twotower.ops.seeded_scan``."""
+    check_scan(x_RWHP, dt_RWH, (a_H, skip_H, dt_bias_H), b_RWGN, c_RWGN, state_BHPN, slot_R)
+    check_unit_strides(x_RWHP=x_RWHP, dt_RWH=dt_RWH, b_RWGN=b_RWGN, c_RWGN=c_RWGN, state_BHPN=state_BHPN)
+    num_rows, width, heads, head_dim = x_RWHP.shape
+    groups, state_size = b_RWGN.shape[2:]
+    out_RWHP = torch.empty(num_rows, width, heads, head_dim, dtype=out_dtype, device=x_RWHP.device)
+    block_p = max(DOT_MINIMUM, min(SCAN_HEAD_DIM, triton.next_power_of_2(head_dim)))
+    launch(
+        _seeded_scan,
+        (num_rows, heads, triton.cdiv(head_dim, block_p)),
+        *(x_RWHP, dt_RWH, b_RWGN, c_RWGN, state_BHPN, slot_R.contiguous()),
+        *(vector_H.contiguous() for vector_H in (a_H, skip_H, dt_bias_H)),
+        out_RWHP,
+        *(width, heads, head_dim, state_size, heads // groups),
+        *x_RWHP.stride()[:3],
+        *dt_RWH.stride()[:2],
+        *b_RWGN.stride()[:3],
+        *c_RWGN.stride()[:3],
+        *state_BHPN.stride()[:3],
+        PRECISION=PRECISION,
+        STAGES=SCAN_STAGES,
+        BLOCK_W=max(DOT_MINIMUM, triton.next_power_of_2(width)),
+        BLOCK_P=block_p,
+        BLOCK_N=max(DOT_MINIMUM, min(SCAN_STATE_SLICE, triton.next_power_of_2(state_size))),
+        num_warps=4,
+    )
+    return out_RWHP
