@@ -13,8 +13,11 @@ from vllm import SamplingParams
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_twotower.models.tensor_shapes import checkpoint_shapes
 from vllm_twotower.models.twotower import NemotronHTwoTowerForCausalLM
-from vllm_twotower.models.weights import checked, checkpoint_shapes
+from vllm_twotower.models.weights import checked
+from vllm_twotower.planning.model_facts import ModelFacts
+from vllm_twotower.planning.tower_sizes import Tower, TowerSizes
 
 REAL_CONFIG = {
     "architectures": ["NemotronHTwoTowerForCausalLM"],
@@ -103,6 +106,11 @@ def test_every_tensor_of_the_real_checkpoint_reaches_a_parameter(tmp_path, singl
     parameters = {name for name, _ in model.named_parameters()}
     assert parameters - loaded == set()
     assert sum(p.numel() for p in model.parameters()) == sum(torch.Size(s).numel() for s in shapes.values())
+    facts = ModelFacts.from_config(REAL_CONFIG)
+    held = {Tower.CONTEXT: 0, Tower.DENOISER: 0}
+    for name, parameter in model.named_parameters():
+        held[Tower.DENOISER if name.startswith("denoiser.") else Tower.CONTEXT] += parameter.nbytes
+    assert held == {tower: TowerSizes.of(facts, tower).resident_bytes() for tower in Tower}, "what inspect prints"
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ def test_public_names():
         ("vllm_twotower.registration", ["torch", "vllm", "triton"]),
         ("vllm_twotower.compat", ["torch", "vllm", "triton"]),
         ("vllm_twotower.cli", ["torch", "vllm", "triton"]),
+        ("vllm_twotower.inspection", ["torch", "vllm", "triton"]),
         ("vllm_twotower.decoding.reference", ["vllm", "triton"]),
         ("vllm_twotower.decoding.unmask", ["vllm", "triton"]),
         ("vllm_twotower.decoding.plain_towers", ["vllm", "triton"]),

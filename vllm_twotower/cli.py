@@ -44,8 +44,14 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--temperature", type=float, default=0.0)
     trace.set_defaults(run=_trace)
 
-    inspect = commands.add_parser("inspect", help="say what a checkpoint needs, from its config.json alone")
+    inspect = commands.add_parser("inspect", help="say what a checkpoint needs and fits on, loading nothing")
     inspect.add_argument("model", help="a checkpoint folder, or a config.json")
+    inspect.add_argument("--json", action="store_true", help="print everything as JSON")
+    inspect.add_argument("--gpu", choices=("H100", "H200", "B200"), default="H100", help="GPU of the throughput table")
+    inspect.add_argument("--tokens-per-request", type=int, help="prompt and output of each request (default 4096)")
+    inspect.add_argument("--canvas-length", type=int, default=16)
+    inspect.add_argument("--passes-per-canvas", type=float, default=5.9, help="denoise passes of a canvas, on average")
+    inspect.add_argument("--gpu-memory-utilization", type=float, default=0.92, help="vLLM's option of that name")
     inspect.set_defaults(run=_inspect)
     return parser
 
@@ -94,10 +100,22 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from vllm_twotower.inspection import describe, read_config
+    """Print the report; 1 where shards and ``config.json`` disagree."""
+    import json
 
-    print(describe(read_config(args.model)))
-    return 0
+    from vllm_twotower.inspection import InspectOptions, inspect
+    from vllm_twotower.inspection_text import describe
+    from vllm_twotower.planning.gpus import Assumptions
+
+    options = InspectOptions(
+        tokens_per_request=args.tokens_per_request,
+        canvas_length=args.canvas_length,
+        passes_per_canvas=args.passes_per_canvas,
+        assumed=Assumptions(gpu_memory_utilization=args.gpu_memory_utilization),
+    )
+    report = inspect(args.model, options)
+    print(json.dumps(report, indent=1) if args.json else describe(report, args.gpu))
+    return 1 if report["checkpoint"]["differences"] else 0
 
 
 if __name__ == "__main__":

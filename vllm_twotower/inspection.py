@@ -1,61 +1,275 @@
-"""What a two-tower checkpoint needs, computed from its ``config.json`` alone: tensors, bytes, cache sizes."""
+"""``vllm-twotower inspect``: what a checkpoint is, what it needs and what it could give, before anything is loaded.
 
-import json
+Everything comes from ``config.json`` and the headers of the shards; the arithmetic is in ``planning/``. ``inspect``
+returns plain data (``--json``), ``inspection_text.describe`` the same for a person.
+"""
+
+import itertools
 import math
-import pathlib
-from types import SimpleNamespace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vllm_twotower.models.weights import CONTEXT_PREFIXES, checkpoint_shapes
+from vllm_twotower.models.tensor_shapes import checkpoint_shapes
+from vllm_twotower.planning.canvas_passes import MEAN_PASSES, CanvasPasses
+from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
+from vllm_twotower.planning.gpus import GPUS, Assumptions
+from vllm_twotower.planning.model_facts import ARCHITECTURE, LAYER_KINDS, ModelFacts
+from vllm_twotower.planning.placement import CachePages, Placement, Towers, fit
+from vllm_twotower.planning.throughput import (
+    StepTimes,
+    Workload,
+    ar_tokens_per_s,
+    diffusion_tokens_per_s,
+    overlapped_split_tokens_per_s,
+)
+from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes, tower_of
+from vllm_twotower.planning.traffic import SplitTraffic, links_of
+from vllm_twotower.runtime.policy import StepPolicy
 
-BYTES_BF16 = 2
-BYTES_FP32 = 4
+Report = dict[str, Any]
+
+GPU_COUNTS = (1, 2, 4)
+BATCHES = (1, 8, 32, 64, 128)
+DEFAULT_TOKENS = 4096
+NUM_NAMES_SHOWN = 5
+COMMIT_QUORUM = 0.4
 
 
-def read_config(path: str) -> Any:
-    """Read a ``config.json``, or the one in a checkpoint folder; Python's JSON accepts the bare Infinity some copies
-    carry.
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """What the user may say about requests and GPUs."""
+
+    tokens_per_request: int | None = None
+    """Prompt and output of each request, for memory and for KV reads; 4,096 by default, or the model's longest."""
+    canvas_length: int = 16
+    passes_per_canvas: float = MEAN_PASSES
+    assumed: Assumptions = field(default_factory=Assumptions)
+
+    @property
+    def tokens_at_most(self) -> int:
+        """Tokens of a request with the canvas it works on."""
+        return (self.tokens_per_request or DEFAULT_TOKENS) + self.canvas_length
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.canvas_length <= 32:
+            raise ValueError(f"--canvas-length {self.canvas_length} is not allowed: use an integer from 1 to 32")
+        if not 1 <= self.passes_per_canvas <= self.canvas_length:
+            raise ValueError(
+                f"--passes-per-canvas {self.passes_per_canvas} is not allowed: use a number from 1 to the canvas "
+                f"length, {self.canvas_length}"
+            )
+        if not 0 < self.assumed.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"--gpu-memory-utilization {self.assumed.gpu_memory_utilization} is not allowed: use a number above 0 "
+                "and at most 1"
+            )
+
+
+def inspect(path: str, options: InspectOptions | None = None) -> Report:
+    """Everything about a checkpoint folder or a ``config.json``, as plain data.
 
     Raises:
-        ValueError: no such file, or not a two-tower config.
+        ValueError: no such folder, unreadable files, or not a two-tower model.
 
     """
-    file = pathlib.Path(path)
-    file = file / "config.json" if file.is_dir() else file
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist: name a checkpoint folder or a config.json")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if "hybrid_override_pattern" not in config:
-        raise ValueError(f"{file} has no hybrid_override_pattern: it is not a Nemotron-H or two-tower config")
-    return SimpleNamespace(**config)
+    folder = CheckpointFolder.read(path)
+    facts = ModelFacts.from_config(folder.config, str(folder.config_file))
+    options = _filled_in(options or InspectOptions(), facts)
+    towers = {tower: TowerSizes.of(facts, tower) for tower in Tower}
+    return {
+        "model": _model(folder, facts),
+        "checkpoint": _checkpoint(folder, facts),
+        "towers": {tower.value: _tower(sizes) for tower, sizes in towers.items()},
+        "cache": _cache(facts, options),
+        "split_traffic": _traffic(facts, options),
+        "assumptions": _assumptions(options),
+        "fits": _fits(towers, options),
+        "throughput_estimate": _throughput(towers, options),
+    }
 
 
-def describe(config: Any) -> str:
-    """A few lines for a person."""
-    shapes = checkpoint_shapes(config)
-    context = sum(math.prod(s) for n, s in shapes.items() if n.startswith(CONTEXT_PREFIXES))
-    total = sum(math.prod(s) for s in shapes.values())
-    pattern = config.hybrid_override_pattern
-    kinds = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts", "-": "dense MLP"}
-    layers = ", ".join(f"{pattern.count(letter)} {name}" for letter, name in kinds.items() if letter in pattern)
-    kv_bytes = pattern.count("*") * 2 * config.num_key_value_heads * config.head_dim * BYTES_BF16
-    ssm = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size * BYTES_FP32
-    channels = config.mamba_num_heads * config.mamba_head_dim + 2 * config.n_groups * config.ssm_state_size
-    conv = channels * (config.conv_kernel - 1) * BYTES_BF16
-    state = pattern.count("M") * (ssm + conv)
-    return "\n".join(
-        [
-            f"layers per tower      {len(pattern)}: {layers}",
-            f"tensors               {len(shapes):,}",
-            f"context tower         {_amount(context)}",
-            f"denoiser tower        {_amount(total - context)}",
-            f"both                  {_amount(total)}",
-            f"KV cache              {kv_bytes:,} bytes per token (bf16)",
-            f"Mamba state           {state / 1e6:.1f} MB per running request (fp32 SSM, bf16 conv)",
-        ]
+def inspect_checkpoint(path: str) -> Report:
+    """The checkpoint alone: its tensors by config and by headers, and whether they agree.
+
+    Raises:
+        ValueError: as ``inspect``.
+
+    """
+    folder = CheckpointFolder.read(path)
+    return _checkpoint(folder, ModelFacts.from_config(folder.config, str(folder.config_file)))
+
+
+def _filled_in(options: InspectOptions, facts: ModelFacts) -> InspectOptions:
+    """Options with a length of requests that the model can take."""
+    longest, tokens = facts.max_position_embeddings, options.tokens_per_request
+    if tokens is None:
+        return replace(options, tokens_per_request=min(DEFAULT_TOKENS, longest))
+    if not 1 <= tokens <= longest:
+        raise ValueError(f"--tokens-per-request {tokens} is not allowed: use an integer from 1 to {longest}")
+    return options
+
+
+def _model(folder: CheckpointFolder, facts: ModelFacts) -> Report:
+    given = folder.config.get("mask_token_id")
+    return {
+        "config": str(folder.config_file),
+        "architecture": ARCHITECTURE,
+        "dtype": facts.dtype,
+        "layers_per_tower": len(facts.hybrid_override_pattern),
+        "layer_pattern": facts.hybrid_override_pattern,
+        "layers_by_kind": {name: facts.layers(kind) for kind, name in LAYER_KINDS.items() if facts.layers(kind)},
+        "hidden_size": facts.hidden_size,
+        "vocab_size": facts.vocab_size,
+        "experts": {"routed": facts.n_routed_experts, "per_token": facts.num_experts_per_tok},
+        "max_position_embeddings": facts.max_position_embeddings,
+        "mask_token_id": facts.mask_token_id,
+        "mask_token_id_from": "config.json" if given is not None else "the model card's default",
+    }
+
+
+def _checkpoint(folder: CheckpointFolder, facts: ModelFacts) -> Report:
+    """Tensors by the config, and by the headers where there are shards; and whether they agree."""
+    expected = checkpoint_shapes(facts)
+    by_config = dict.fromkeys(Tower, 0)
+    for name, shape in expected.items():
+        by_config[tower_of(name)] += math.prod(shape)
+    report: Report = {
+        "tensors_by_config": len(expected),
+        "parameters_by_config": {tower.value: count for tower, count in by_config.items()},
+        "source": "config.json",
+        "agrees": None,
+        "differences": [f"shard {name} is missing" for name in folder.missing_shards],
+    }
+    if folder.tensors is None:
+        return report
+    stored = folder.tensors
+    parameters, num_bytes = dict.fromkeys(Tower, 0), dict.fromkeys(Tower, 0)
+    dtypes: dict[str, int] = {}
+    for name, tensor in stored.items():
+        parameters[tower_of(name)] += math.prod(tensor.shape)
+        num_bytes[tower_of(name)] += tensor.num_bytes
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
+    report["source"] = "headers"
+    report["tensors_by_headers"] = len(stored)
+    report["parameters_by_headers"] = {tower.value: count for tower, count in parameters.items()}
+    report["bytes_by_headers"] = {tower.value: count for tower, count in num_bytes.items()}
+    report["tensors_by_dtype"] = dtypes
+    absent = [name for name in expected if name not in stored]
+    unknown = [name for name in stored if name not in expected]
+    misshapen = [name for name in stored if name in expected and stored[name].shape != expected[name]]
+    for what, names in (("missing", absent), ("not part of the model", unknown), ("of another shape", misshapen)):
+        if names:
+            report["differences"].append(f"{len(names)} tensors {what}: {_shown(names)}")
+    report["agrees"] = not report["differences"]
+    return report
+
+
+def _shown(names: list[str]) -> str:
+    more = len(names) - NUM_NAMES_SHOWN
+    return ", ".join(sorted(names)[:NUM_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _tower(sizes: TowerSizes) -> Report:
+    return {
+        "parameters": sizes.num_parameters,
+        "active_parameters_per_token": sizes.active_parameters,
+        "parameters_by_part": {part.value: count for part, count in sizes.parameters.items()},
+        "resident_bytes": {precision.value: sizes.resident_bytes(precision) for precision in Precision},
+    }
+
+
+def _cache(facts: ModelFacts, options: InspectOptions) -> Report:
+    pages = CachePages.of(facts, 1)
+    return {
+        "kv_bytes_per_token": facts.kv_bytes_per_token,
+        "mamba_bytes_per_request": facts.mamba_bytes_per_request,
+        "conv_bytes_per_request": facts.layers("M") * facts.conv_bytes_per_layer,
+        "ssm_bytes_per_request": facts.layers("M") * facts.ssm_bytes_per_layer,
+        "vllm_block_tokens": pages.tokens_per_block,
+        "tokens_per_request": options.tokens_per_request,
+        "bytes_per_request_in_vllm_blocks": pages.bytes_per_request(options.tokens_at_most),
+    }
+
+
+def _traffic(facts: ModelFacts, options: InspectOptions) -> Report:
+    traffic = SplitTraffic.of(facts, options.canvas_length)
+    links: Report = {}
+    for gpu in GPUS.values():
+        for link, rate in links_of(gpu).items():
+            links[f"{gpu.name} {link}"] = {
+                "bytes_per_s": rate * options.assumed.link_fraction,
+                "seconds_per_canvas": traffic.seconds(traffic.bytes_per_canvas, rate, options.assumed),
+                "seconds_per_1000_prompt_tokens": traffic.seconds(traffic.prefill_bytes(1000), rate, options.assumed),
+            }
+    return {
+        "formula": traffic.formula,
+        "kv_bytes_per_token": traffic.kv_bytes_per_token,
+        "state_bytes_per_context_row": traffic.state_bytes_per_context_row,
+        "bytes_per_canvas": traffic.bytes_per_canvas,
+        "bytes_per_canvas_back": traffic.bytes_per_canvas_back,
+        "links": links,
+    }
+
+
+def _assumptions(options: InspectOptions) -> Report:
+    return {
+        "passes_per_canvas": options.passes_per_canvas,
+        "canvas_length": options.canvas_length,
+        "commit_quorum": COMMIT_QUORUM,
+        **vars(options.assumed),
+    }
+
+
+def _fits(towers: Towers, options: InspectOptions) -> list[Report]:
+    rows = []
+    for gpu in GPUS.values():
+        for num_gpus in GPU_COUNTS:
+            for placement in Placement:
+                if placement is Placement.SPLIT and num_gpus == 1:
+                    continue
+                for precision in Precision:
+                    one = fit(towers, gpu, num_gpus, placement, precision, options.tokens_at_most, options.assumed)
+                    rows.append({**vars(one), "requests": one.num_requests})
+    return rows
+
+
+def _throughput(towers: Towers, options: InspectOptions) -> list[Report]:
+    """One and two GPUs of each kind, as far as the requests of a batch fit."""
+    load = Workload(
+        context_length=options.tokens_at_most,
+        canvas_length=options.canvas_length,
+        passes=CanvasPasses(mean=options.passes_per_canvas, max_steps=options.canvas_length),
     )
+    rows = []
+    for gpu, num_gpus, precision in itertools.product(GPUS.values(), (1, 2), Precision):
+        room, times = {}, {}
+        for place in Placement:
+            one = fit(towers, gpu, num_gpus, place, precision, options.tokens_at_most, options.assumed)
+            room[place] = one.num_requests
+            times[place] = StepTimes(
+                towers=towers,
+                gpu=gpu,
+                num_gpus=num_gpus,
+                placement=place,
+                precision=precision,
+                workload=load,
+                assumed=options.assumed,
+            )
+        for batch in BATCHES:
+            estimates = _estimates({p: times[p] for p in Placement if room[p] >= batch}, batch)
+            rows.append({"gpu": gpu.name, "num_gpus": num_gpus, "precision": precision, "batch": batch, **estimates})
+    return rows
 
 
-def _amount(num_parameters: int) -> str:
-    num_bytes = num_parameters * BYTES_BF16
-    return f"{num_parameters / 1e9:.3f} B parameters, {num_bytes / 1e9:.1f} GB ({num_bytes / 2**30:.1f} GiB) in bf16"
+def _estimates(times: dict[Placement, StepTimes], batch: int) -> dict[str, float]:
+    """Tokens per second of those placements that hold the batch."""
+    policy = lambda: StepPolicy(COMMIT_QUORUM)
+    found: dict[str, float] = {}
+    if Placement.AR in times:
+        found["ar"] = ar_tokens_per_s(times[Placement.AR], batch)
+    if Placement.COLOCATED in times:
+        found["colocated"] = diffusion_tokens_per_s(times[Placement.COLOCATED], batch, policy)
+    if Placement.SPLIT in times:
+        found["split"] = diffusion_tokens_per_s(times[Placement.SPLIT], batch, policy)
+        found["split_overlapped"] = overlapped_split_tokens_per_s(times[Placement.SPLIT], batch)
+    return found

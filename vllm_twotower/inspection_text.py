@@ -1,0 +1,179 @@
+"""``vllm-twotower inspect`` for a person: the report of ``inspection.inspect`` as a page of text."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from vllm_twotower.planning.gpus import GIB, GPUS
+
+Report = dict[str, Any]
+
+PLACEMENT_NAMES = {"ar": "AR", "colocated": "colocated", "split": "split"}
+PRECISIONS = ("bf16", "fp8")
+
+
+def describe(report: Report, gpu: str = "H100") -> str:
+    """The whole report; throughput for one kind of GPU.
+
+    Args:
+        report: what ``inspection.inspect`` returned.
+        gpu: a name of ``planning.gpus.GPUS``.
+
+    """
+    sections = (
+        _model(report),
+        _checkpoint(report["checkpoint"]),
+        _towers(report["towers"]),
+        _cache(report["cache"]),
+        _fits(report),
+        _traffic(report["split_traffic"]),
+        _throughput(report, gpu),
+    )
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _model(report: Report) -> Iterable[str]:
+    model = report["model"]
+    kinds = ", ".join(f"{count} {name}" for name, count in model["layers_by_kind"].items())
+    yield model["config"]
+    yield _line("architecture", model["architecture"])
+    yield _line("layers per tower", f"{model['layers_per_tower']}: {kinds}")
+    yield _line("pattern", model["layer_pattern"])
+    if model["experts"]["routed"]:
+        yield _line("experts", f"{model['experts']['per_token']} of {model['experts']['routed']} per token")
+    yield _line(
+        "vocabulary", f"{model['vocab_size']:,}; mask id {model['mask_token_id']} ({model['mask_token_id_from']})"
+    )
+    yield _line("canvas", f"{report['assumptions']['canvas_length']} tokens (trained at 16; an engine option)")
+    yield _line("longest request", f"{model['max_position_embeddings']:,} tokens")
+
+
+def _checkpoint(checkpoint: Report) -> Iterable[str]:
+    yield "CHECKPOINT"
+    yield _line("tensors by config", f"{checkpoint['tensors_by_config']:,}")
+    if checkpoint["source"] == "config.json":
+        yield _line("shards", "none here: sizes below are config.json's own arithmetic")
+    else:
+        dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in checkpoint["tensors_by_dtype"].items())
+        total = sum(checkpoint["bytes_by_headers"].values())
+        yield _line("tensors in shards", f"{checkpoint['tensors_by_headers']:,} ({dtypes}), {_gb(total)}")
+        agrees = "names and shapes agree with config.json" if checkpoint["agrees"] else "DO NOT AGREE with config.json"
+        yield _line("shards", agrees)
+    yield from (_line("", difference) for difference in checkpoint["differences"])
+
+
+def _towers(towers: Report) -> Iterable[str]:
+    yield "WEIGHTS (as the engine holds them)"
+    rows = [
+        [
+            f"{name} tower",
+            _count(tower["parameters"]),
+            _count(tower["active_parameters_per_token"]),
+            _gb(tower["resident_bytes"]["bf16"]),
+            _gb(tower["resident_bytes"]["fp8"]),
+        ]
+        for name, tower in towers.items()
+    ]
+    both = [sum(t["resident_bytes"][p] for t in towers.values()) for p in ("bf16", "fp8")]
+    rows.append(["both", _count(sum(t["parameters"] for t in towers.values())), "", *map(_gb, both)])
+    yield from _table(["", "parameters", "active per token", "unquantized", "fp8"], rows)
+    yield "fp8: both towers' linears and experts; time conditioning, routers, embeddings and heads stay"
+
+
+def _cache(cache: Report) -> Iterable[str]:
+    yield "CACHES"
+    yield _line("KV", f"{cache['kv_bytes_per_token']:,} bytes per token")
+    ssm, conv = cache["ssm_bytes_per_request"], cache["conv_bytes_per_request"]
+    total = cache["mamba_bytes_per_request"]
+    yield _line("Mamba states", f"{total / 1e6:.1f} MB per request ({ssm / 1e6:.1f} SSM + {conv / 1e6:.2f} conv)")
+    yield _line(
+        "together",
+        f"{cache['bytes_per_request_in_vllm_blocks'] / 1e6:.1f} MB for a request of {cache['tokens_per_request']:,} "
+        f"tokens, in vLLM's blocks of {cache['vllm_block_tokens']:,} tokens",
+    )
+
+
+def _fits(report: Report) -> Iterable[str]:
+    tokens, assumed = report["cache"]["tokens_per_request"], report["assumptions"]
+    yield f"WHAT FITS: requests of {tokens:,} tokens at once beside the weights (-: the weights do not fit)"
+    lines: dict[str, dict[tuple[str, str], str]] = {}
+    for row in report["fits"]:
+        gpu = GPUS[row["gpu"]]
+        line = lines.setdefault(f"{row['num_gpus']} x {gpu.name} ({gpu.marketed_gb} GB)", {})
+        line[row["placement"], row["precision"]] = f"{row['requests']:,}" if row["requests"] else "-"
+    columns = [(placement, precision) for placement in PLACEMENT_NAMES for precision in PRECISIONS]
+    rows = [[name, *(line.get(column, "") for column in columns)] for name, line in lines.items()]
+    yield from _table(["", *(f"{PLACEMENT_NAMES[p]}, {_precision(report, q)}" for p, q in columns)], rows)
+    yield "AR: the context tower alone; colocated: both towers sharded over all GPUs; split: half of the GPUs for each"
+    yield (
+        f"vLLM takes {assumed['gpu_memory_utilization']:.0%} of a GPU's memory; "
+        f"{assumed['reserved_bytes'] / GIB:.0f} GiB of it are left for activations, graphs and buffers"
+    )
+
+
+def _traffic(traffic: Report) -> Iterable[str]:
+    yield "TRAFFIC BETWEEN THE TOWERS when split"
+    yield traffic["formula"]
+    to, back = traffic["bytes_per_canvas"], traffic["bytes_per_canvas_back"]
+    yield f"per canvas and request: {to / 1e6:.1f} MB there, {back} bytes back"
+    rows = [
+        [
+            name,
+            f"{link['bytes_per_s'] / 1e9:.0f} GB/s",
+            f"{link['seconds_per_canvas'] * 1e3:.2f} ms",
+            f"{link['seconds_per_1000_prompt_tokens'] * 1e3:.2f} ms",
+        ]
+        for name, link in traffic["links"].items()
+    ]
+    yield from _table(["", "assumed rate", "per canvas", "per prompt of 1,000 tokens"], rows)
+
+
+def _throughput(report: Report, gpu: str) -> Iterable[str]:
+    assumed = report["assumptions"]
+    yield (
+        f"THROUGHPUT in tokens/s, AN ESTIMATE of a byte-counting model, not a measurement: "
+        f"{assumed['passes_per_canvas']} passes per canvas, {report['cache']['tokens_per_request']:,} tokens of context"
+    )
+    kinds = {"ar": "AR", "colocated": "colocated", "split": "split", "split_overlapped": "split, overlapped"}
+    rows = []
+    for row in report["throughput_estimate"]:
+        if row["gpu"] != gpu or "ar" not in row or set(row) & set(kinds) == {"ar"}:
+            continue
+        cells = [
+            f"{row[k]:,.0f}" + (f" (x{row[k] / row['ar']:.2f})" if k != "ar" else "") if k in row else "-"
+            for k in kinds
+        ]
+        rows.append([f"{row['num_gpus']} x {gpu}, {_precision(report, row['precision'])}", f"{row['batch']}", *cells])
+    if not rows:
+        yield f"both towers do not fit on one or two {gpu}"
+        return
+    yield from _table(["", "batch", *kinds.values()], rows)
+    yield "split: one tower works at a time, as the engine steps; overlapped: commits beside denoise passes, which the"
+    yield "engine does not do. docs/roofline.md says what moves these figures."
+
+
+def _precision(report: Report, precision: str) -> str:
+    """The model's own dtype, or FP8."""
+    return str(report["model"]["dtype"]) if precision == "bf16" else precision
+
+
+def _line(name: str, value: str) -> str:
+    return f"  {name:<18}{value}"
+
+
+def _count(num_parameters: int) -> str:
+    return f"{num_parameters / 1e9:.3f} B" if num_parameters >= 1e8 else f"{num_parameters / 1e6:.3f} M"
+
+
+def _gb(num_bytes: float) -> str:
+    if num_bytes < 1e8:
+        return f"{num_bytes / 1e6:.2f} MB"
+    return f"{num_bytes / 1e9:.1f} GB ({num_bytes / GIB:.1f} GiB)"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  " + "  ".join(cells).rstrip()

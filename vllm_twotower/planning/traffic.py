@@ -1,0 +1,56 @@
+"""Traffic between the towers in ``split`` placement: after each context forward the new KV rows and the batch's Mamba
+states go to the denoiser's mirrored caches, and the emitted tokens come back."""
+
+from dataclasses import dataclass
+
+from vllm_twotower.planning.gpus import Assumptions, Gpu
+from vllm_twotower.planning.model_facts import ModelFacts
+
+BYTES_OF_TOKEN_ID = 8
+
+
+@dataclass(frozen=True)
+class SplitTraffic:
+    """Bytes between the two halves; with N ranks per tower each pair carries its share."""
+
+    kv_bytes_per_token: int
+    """To the denoiser, for every prompt token and every committed token."""
+    state_bytes_per_context_row: int
+    """To the denoiser, for every request of a context forward: its conv and SSM states."""
+    canvas_length: int
+
+    @classmethod
+    def of(cls, facts: ModelFacts, canvas_length: int) -> "SplitTraffic":
+        """The traffic of one model."""
+        return cls(facts.kv_bytes_per_token, facts.mamba_bytes_per_request, canvas_length)
+
+    @property
+    def bytes_per_canvas(self) -> int:
+        """To the denoiser when a canvas is committed."""
+        return self.canvas_length * self.kv_bytes_per_token + self.state_bytes_per_context_row
+
+    @property
+    def bytes_per_canvas_back(self) -> int:
+        """To the context tower when a canvas is finished: its tokens."""
+        return self.canvas_length * BYTES_OF_TOKEN_ID
+
+    def prefill_bytes(self, num_tokens: int, num_chunks: int = 1) -> int:
+        """To the denoiser for one prompt: its KV, and its states once per chunk."""
+        return num_tokens * self.kv_bytes_per_token + num_chunks * self.state_bytes_per_context_row
+
+    @property
+    def formula(self) -> str:
+        """The same in words."""
+        return (
+            f"context -> denoiser: {self.kv_bytes_per_token:,} B x tokens + {self.state_bytes_per_context_row:,} B x "
+            f"rows per context forward; back: {BYTES_OF_TOKEN_ID} B per emitted token"
+        )
+
+    def seconds(self, num_bytes: float, link_Bps: float, assumed: Assumptions) -> float:
+        """Time of ``num_bytes`` in one message over a link."""
+        return assumed.message_s + num_bytes / (link_Bps * assumed.link_fraction)
+
+
+def links_of(gpu: Gpu) -> dict[str, float]:
+    """A GPU's links by name, one direction, bytes per second."""
+    return {"NVLink": gpu.nvlink_Bps, "PCIe": gpu.pcie_Bps}
