@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vllm_twotower.config import MAX_CANVAS_LENGTH
 from vllm_twotower.models.tensor_shapes import checkpoint_shapes
 from vllm_twotower.planning.canvas_passes import MEAN_PASSES, CanvasPasses
 from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
@@ -32,7 +33,6 @@ GPU_COUNTS = (1, 2, 4)
 BATCHES = (1, 8, 32, 64, 128)
 DEFAULT_TOKENS = 4096
 NUM_NAMES_SHOWN = 5
-COMMIT_QUORUM = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,10 @@ class InspectOptions:
         return (self.tokens_per_request or DEFAULT_TOKENS) + self.canvas_length
 
     def __post_init__(self) -> None:
-        if not 1 <= self.canvas_length <= 32:
-            raise ValueError(f"--canvas-length {self.canvas_length} is not allowed: use an integer from 1 to 32")
+        if not 1 <= self.canvas_length <= MAX_CANVAS_LENGTH:
+            raise ValueError(
+                f"--canvas-length {self.canvas_length} is not allowed: use an integer from 1 to {MAX_CANVAS_LENGTH}"
+            )
         if not 1 <= self.passes_per_canvas <= self.canvas_length:
             raise ValueError(
                 f"--passes-per-canvas {self.passes_per_canvas} is not allowed: use a number from 1 to the canvas "
@@ -215,7 +217,6 @@ def _assumptions(options: InspectOptions) -> Report:
     return {
         "passes_per_canvas": options.passes_per_canvas,
         "canvas_length": options.canvas_length,
-        "commit_quorum": COMMIT_QUORUM,
         **vars(options.assumed),
     }
 
@@ -263,13 +264,12 @@ def _throughput(towers: Towers, options: InspectOptions) -> list[Report]:
 
 def _estimates(times: dict[Placement, StepTimes], batch: int) -> dict[str, float]:
     """Tokens per second of those placements that hold the batch."""
-    policy = lambda: StepPolicy(COMMIT_QUORUM)
     found: dict[str, float] = {}
     if Placement.AR in times:
         found["ar"] = ar_tokens_per_s(times[Placement.AR], batch)
     if Placement.COLOCATED in times:
-        found["colocated"] = diffusion_tokens_per_s(times[Placement.COLOCATED], batch, policy)
+        found["colocated"] = diffusion_tokens_per_s(times[Placement.COLOCATED], batch, StepPolicy)
     if Placement.SPLIT in times:
-        found["split"] = diffusion_tokens_per_s(times[Placement.SPLIT], batch, policy)
+        found["split"] = diffusion_tokens_per_s(times[Placement.SPLIT], batch, StepPolicy)
         found["split_overlapped"] = overlapped_split_tokens_per_s(times[Placement.SPLIT], batch)
     return found
