@@ -98,6 +98,7 @@ def test_vllms_throughput_benchmark_runs():
     assert "Throughput:" in run_benchmark("throughput", DEMO_MODEL, *sizes)
 
 
+@pytest.mark.slow
 def test_vllms_latency_benchmark_runs(tiny_mlp, tmp_path):
     """It draws token ids up to 10,000, so it needs a larger vocabulary than the demo model's."""
     (tmp_path / "config.json").write_text(json.dumps({**tiny_mlp.config, "vocab_size": 10_240}))

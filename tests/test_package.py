@@ -24,11 +24,8 @@ def test_public_names():
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
-        ("vllm_twotower.core", ["torch", "vllm", "triton"]),
-        ("vllm_twotower.config", ["torch", "vllm", "triton"]),
-        ("vllm_twotower.registration", ["torch", "vllm", "triton"]),
-        ("vllm_twotower.compat", ["torch", "vllm", "triton"]),
-        ("vllm_twotower.cli", ["torch", "vllm", "triton"]),
+        ("vllm_twotower.core, vllm_twotower.config, vllm_twotower.registration", ["torch", "vllm", "triton"]),
+        ("vllm_twotower.compat, vllm_twotower.cli, vllm_twotower.startup_rules", ["torch", "vllm", "triton"]),
         ("vllm_twotower.inspection", ["torch", "vllm", "triton"]),
         ("vllm_twotower.decoding.reference", ["vllm", "triton"]),
         ("vllm_twotower.decoding.unmask", ["vllm", "triton"]),

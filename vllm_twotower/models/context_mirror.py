@@ -33,9 +33,12 @@ class MirroredAttention(nn.Module):
 
 
 class MirroredMamba(MambaMixer2):
-    """A context Mamba layer's state cache; the base class's own constructor would make its weights."""
+    """A context Mamba layer's state cache."""
 
-    def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
+    @classmethod
+    def of(cls, config: Any, vllm_config: VllmConfig, prefix: str) -> "MirroredMamba":
+        """Make one without the base class's constructor, which would make weights."""
+        self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.tp_size = get_tensor_model_parallel_world_size()
         self.num_heads, self.head_dim = config.mamba_num_heads, config.mamba_head_dim
@@ -47,6 +50,7 @@ class MirroredMamba(MambaMixer2):
         self.model_config, self.cache_config = vllm_config.model_config, vllm_config.cache_config
         self.prefix = prefix
         vllm_config.compilation_config.static_forward_context[prefix] = self
+        return self
 
 
 class MirroredLayer(nn.Module):
@@ -54,7 +58,7 @@ class MirroredLayer(nn.Module):
 
     def __init__(self, kind: str, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        mixers = {"*": MirroredAttention, "M": MirroredMamba}
+        mixers = {"*": MirroredAttention, "M": MirroredMamba.of}
         self.mixer = mixers[kind](config, vllm_config, f"{prefix}.mixer") if kind in mixers else None
 
 
