@@ -3,6 +3,7 @@
 Imports neither torch nor vLLM: the front end, the scheduler and the workers all read settings through here.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -24,6 +25,12 @@ MAX_STEPS_LIMIT = 1024
 
 PLACEMENTS = ("auto", "colocated", "split")
 
+AUTO = "auto"
+"""``commit_quorum``: finished canvases wait for each other as long as that pays."""
+
+FLAT, MEASURED = "flat", "measured"
+STEP_COST_KINDS = ("denoise", "commit")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -38,9 +45,14 @@ class EngineOptions:
     confidence_threshold: float = 0.8
     """Gamma; the default of the request's ``diffusion_confidence_threshold``."""
 
-    commit_quorum: float = 0.4
-    """Finished canvases wait until they are this fraction of the mask-diffusion requests, then are committed
-    together."""
+    commit_quorum: float | str = AUTO
+    """Finished canvases wait until they are this fraction of the mask-diffusion requests, then are committed together;
+    ``auto``: as long as waiting pays."""
+
+    step_costs: str | Mapping[str, Any] = FLAT
+    """What ``commit_quorum=auto`` takes steps to cost: ``flat`` (every step the same; deterministic), ``measured`` (by
+    this engine, as it runs), or points such as ``{"denoise": [[1, 9.0], [64, 15.5]], "commit": [[1, 9.0], [64,
+    15.9]]}``, requests and milliseconds."""
 
     passes_per_step: int = 1
     """Denoise passes inside one engine step; more share its host work, fewer let requests join and leave sooner."""
@@ -54,7 +66,9 @@ class EngineOptions:
         _check_int(where, "canvas_length", self.canvas_length, 1, MAX_CANVAS_LENGTH)
         _check_int(where, "max_steps", self.max_steps, 1, MAX_STEPS_LIMIT)
         _check_threshold(where, "confidence_threshold", self.confidence_threshold)
-        _check_fraction(where, "commit_quorum", self.commit_quorum)
+        if self.commit_quorum != AUTO:
+            _check_fraction(where, "commit_quorum", self.commit_quorum)
+        _check_step_costs(where, self.step_costs)
         _check_int(where, "passes_per_step", self.passes_per_step, 1, MAX_STEPS_LIMIT)
         if self.tower_placement not in PLACEMENTS:
             raise ValueError(
@@ -197,4 +211,32 @@ def _check_threshold(where: str, name: str, value: Any) -> None:
 
 def _check_fraction(where: str, name: str, value: Any) -> None:
     if not _is_number(value) or not math.isfinite(value) or not 0 <= value <= 1:
-        raise ValueError(_refusal(where, name, value, "a number from 0 (commit at once) to 1 (wait for all)"))
+        raise ValueError(
+            _refusal(where, name, value, f"{AUTO}, or a number from 0 (commit at once) to 1 (wait for all)")
+        )
+
+
+def _check_step_costs(where: str, value: Any) -> None:
+    if value in (FLAT, MEASURED):
+        return
+    if not isinstance(value, Mapping) or set(value) != set(STEP_COST_KINDS) or not all(map(_is_curve, value.values())):
+        raise ValueError(
+            _refusal(
+                where,
+                "step_costs",
+                value,
+                f'{FLAT}, {MEASURED}, or {{"denoise": [[requests, ms], ...], "commit": [[requests, ms], ...]}} with '
+                "rising requests from 1 and times above 0",
+            )
+        )
+
+
+def _is_curve(points: Any) -> bool:
+    """Whether these are pairs of requests, rising from 1, and times above 0."""
+    if not isinstance(points, list | tuple) or not points:
+        return False
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_number, pair)) for pair in points):
+        return False
+    requests, times = zip(*points, strict=True)
+    rising = all(low < high for low, high in itertools.pairwise(requests))
+    return rising and requests[0] >= 1 and all(0 < time < math.inf for time in times)

@@ -32,7 +32,6 @@ GPU_COUNTS = (1, 2, 4)
 BATCHES = (1, 8, 32, 64, 128)
 DEFAULT_TOKENS = 4096
 NUM_NAMES_SHOWN = 5
-COMMIT_QUORUM = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +214,6 @@ def _assumptions(options: InspectOptions) -> Report:
     return {
         "passes_per_canvas": options.passes_per_canvas,
         "canvas_length": options.canvas_length,
-        "commit_quorum": COMMIT_QUORUM,
         **vars(options.assumed),
     }
 
@@ -263,13 +261,12 @@ def _throughput(towers: Towers, options: InspectOptions) -> list[Report]:
 
 def _estimates(times: dict[Placement, StepTimes], batch: int) -> dict[str, float]:
     """Tokens per second of those placements that hold the batch."""
-    policy = lambda: StepPolicy(COMMIT_QUORUM)
     found: dict[str, float] = {}
     if Placement.AR in times:
         found["ar"] = ar_tokens_per_s(times[Placement.AR], batch)
     if Placement.COLOCATED in times:
-        found["colocated"] = diffusion_tokens_per_s(times[Placement.COLOCATED], batch, policy)
+        found["colocated"] = diffusion_tokens_per_s(times[Placement.COLOCATED], batch, StepPolicy)
     if Placement.SPLIT in times:
-        found["split"] = diffusion_tokens_per_s(times[Placement.SPLIT], batch, policy)
+        found["split"] = diffusion_tokens_per_s(times[Placement.SPLIT], batch, StepPolicy)
         found["split_overlapped"] = overlapped_split_tokens_per_s(times[Placement.SPLIT], batch)
     return found

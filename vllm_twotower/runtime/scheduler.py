@@ -9,6 +9,7 @@ canvases, the least recently served first; denoising computes nothing (``num_com
 noisy is ever hashed.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -20,6 +21,7 @@ from vllm_twotower.config import CONFIG_KEY, EngineOptions, RequestOptions
 from vllm_twotower.core import MASK_TOKEN_ID, Mode, StepKind
 from vllm_twotower.runtime.policy import RunnableRows, StepPolicy
 from vllm_twotower.runtime.stat_loggers import StepCounts
+from vllm_twotower.runtime.step_costs import MeasuredCosts, StepCosts
 
 
 class BlockCommitScheduler(Scheduler):
@@ -33,7 +35,8 @@ class BlockCommitScheduler(Scheduler):
         options = EngineOptions.from_additional_config(self.vllm_config.additional_config.get(CONFIG_KEY))
         assert options is not None, "the config hook sets this scheduler with diffusion on only"
         self.options = options
-        self.policy_of_steps = StepPolicy(options.commit_quorum)
+        self.step_costs = StepCosts.from_option(options.step_costs)
+        self.policy_of_steps = StepPolicy(options.commit_quorum, self.step_costs)
         # A canvas may end exactly at max_model_len: upstream must not keep a slot free for a token sampled after it.
         self.num_sampled_tokens_per_step = 0
         self._request_options: dict[str, RequestOptions] = {}
@@ -52,18 +55,27 @@ class BlockCommitScheduler(Scheduler):
         """Schedule one step of one kind; a context step that finds nothing to do becomes a denoise step in the same
         call."""
         denoisable = [r for r in self.running if self._is_denoisable(r)]
-        if self.policy_of_steps.choose(self._runnable_rows()) is StepKind.CONTEXT:
+        rows = self._runnable_rows()
+        if self.policy_of_steps.choose(rows) is StepKind.CONTEXT:
             output = self._schedule_context(denoisable, args, kwargs)
             if output.total_num_scheduled_tokens or not denoisable:
-                self.policy_of_steps.ran(StepKind.CONTEXT)
+                self.policy_of_steps.ran(StepKind.CONTEXT, rows)
+                self._time_step(StepKind.CONTEXT, output, are_typical=not (rows.urgent or rows.admissible))
                 return output
             # Nothing was admissible (no KV blocks, a grammar still compiling). Denoise instead of spinning, and let
             # that step carry what the empty one had to tell the workers.
             self.finished_req_ids |= output.finished_req_ids
             self.reset_preempted_req_ids |= output.preempted_req_ids or set()
         output = self._schedule_denoise(args, kwargs)
-        self.policy_of_steps.ran(StepKind.DENOISE)
+        self.policy_of_steps.ran(StepKind.DENOISE, replace(rows, canvases=len(self._denoising)))
+        self._time_step(StepKind.DENOISE, output, are_typical=True)
         return output
+
+    def _time_step(self, kind: StepKind, output: SchedulerOutput, are_typical: bool) -> None:
+        """Time the step until its results are back; prompts and AR rows say nothing about commits."""
+        num_rows = len(output.num_scheduled_tokens)
+        if isinstance(self.step_costs, MeasuredCosts) and are_typical and num_rows:
+            self.step_costs.step_started(kind, num_rows)
 
     def _runnable_rows(self) -> RunnableRows:
         commits = canvases = urgent = 0
@@ -180,6 +192,8 @@ class BlockCommitScheduler(Scheduler):
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """As upstream's, except that prompt logprobs wait for the request's first tokens, and passes are counted."""
+        if isinstance(self.step_costs, MeasuredCosts):
+            self.step_costs.step_ended()
         self._hold_prompt_logprobs(model_runner_output)
         self._count(scheduler_output, model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
