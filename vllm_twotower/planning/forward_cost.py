@@ -48,7 +48,7 @@ def context_step(rows: int, tokens: int, context_length: int) -> Forward:
     return Forward(rows=rows, tokens=tokens, context_length=context_length, logit_rows=0, states=2)
 
 
-def expected_experts(num_experts: int, per_token: int, tokens: int) -> float:
+def expected_experts(num_experts: int, per_token: int, tokens: float) -> float:
     """Distinct experts that at least one of ``tokens`` tokens chooses: E (1 - (1 - k / E)^tokens).
 
     Independent, uniform choices; real tokens of one text agree more often, so a pass over few rows touches fewer.
@@ -112,7 +112,8 @@ class Machine:
         """Bytes and FLOPs of one forward of one tower on these GPUs."""
         facts, n = sizes.facts, self.num_gpus
         of = lambda part: sizes.bytes_of(part, self.precision)
-        touched = expected_experts(facts.n_routed_experts, facts.num_experts_per_tok, forward.tokens)
+        independent = forward.rows + (forward.tokens - forward.rows) * self.assumed.independent_share
+        touched = expected_experts(facts.n_routed_experts, facts.num_experts_per_tok, independent)
         kv_bytes = facts.kv_bytes_per_token * (forward.rows * forward.context_length + forward.tokens)
         state_bytes = facts.mamba_bytes_per_request * forward.rows * forward.states
         fp8_flops, other_flops = _flops(sizes, forward)

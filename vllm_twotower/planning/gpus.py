@@ -75,6 +75,9 @@ class Assumptions:
     """Share of a link's peak that messages of megabytes reach."""
     message_s: float = 10e-6
     """Time of one message or all-reduce that carries next to nothing."""
+    independent_share: float = 1.0
+    """Share of a row's further tokens that choose experts independently of its first; tokens of one text, and masked
+    positions most of all, agree more often than chance."""
     host_s: float = 0.0
     """Host time per engine step that nothing hides."""
     gpu_memory_utilization: float = 0.92

@@ -1,0 +1,337 @@
+"""Roofline of the 30B-A3B model: AR decoding against mask diffusion over batch size, placement, GPU and precision.
+
+    python benchmarks/roofline.py             # tables to the terminal
+    python benchmarks/roofline.py --write     # docs/roofline.md's tables, docs/roofline.png, results/roofline.json
+
+An estimate by bytes and FLOPs (vllm_twotower/planning/), no measurement: no GPU is touched, nothing is loaded. --write
+needs matplotlib (the `bench` extra).
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from vllm_twotower.planning.canvas_passes import CanvasPasses, masked_fraction
+from vllm_twotower.planning.forward_cost import (
+    Machine,
+    ar_step,
+    context_step,
+    denoise_pass,
+    expected_experts,
+)
+from vllm_twotower.planning.gpus import B200, GPUS, H100, H200, Assumptions, Gpu
+from vllm_twotower.planning.model_facts import ModelFacts
+from vllm_twotower.planning.placement import Placement, Towers, fit
+from vllm_twotower.planning.throughput import (
+    StepTimes,
+    Workload,
+    ar_tokens_per_s,
+    diffusion_tokens_per_s,
+    overlapped_split_tokens_per_s,
+    perfect_tokens_per_s,
+)
+from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes
+from vllm_twotower.runtime.policy import StepPolicy
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "benchmarks" / "models" / "30b-a3b" / "config.json"
+PAGE = ROOT / "docs" / "roofline.md"
+PICTURE = ROOT / "docs" / "roofline.png"
+RESULT = ROOT / "benchmarks" / "results" / "roofline.json"
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BREAKDOWN_BATCHES = (1, 8, 64, 256)
+PASSES = (2.0, 3.0, 4.0, 5.9, 8.0)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """GPUs, placement and precision."""
+
+    gpu: Gpu
+    num_gpus: int
+    placement: Placement
+    precision: Precision
+
+    @property
+    def name(self) -> str:
+        place = "" if self.num_gpus == 1 else " colocated" if self.placement is Placement.COLOCATED else " split"
+        return f"{self.num_gpus} x {self.gpu.name} {self.precision}{place}"
+
+
+SETUPS = tuple(
+    Setup(gpu, num_gpus, placement, precision)
+    for gpu in (H100, H200, B200)
+    for num_gpus, placement in ((1, Placement.COLOCATED), (2, Placement.COLOCATED), (2, Placement.SPLIT))
+    for precision in Precision
+    if not (gpu is H100 and num_gpus == 1 and precision is Precision.BF16)  # both towers do not fit
+)
+REFERENCE = Setup(H100, 2, Placement.COLOCATED, Precision.BF16)
+"""The GPUs of the published figures."""
+
+
+def read_towers(path: pathlib.Path = CONFIG) -> Towers:
+    facts = ModelFacts.from_config(json.loads(path.read_text(encoding="utf-8")), str(path))
+    return {tower: TowerSizes.of(facts, tower) for tower in Tower}
+
+
+def step_times(towers: Towers, setup: Setup, load: Workload, assumed: Assumptions, ar: bool = False) -> StepTimes:
+    """Prices of a set-up's steps, or of AR decoding on the same GPUs."""
+    return StepTimes(
+        towers=towers,
+        gpu=setup.gpu,
+        num_gpus=setup.num_gpus,
+        placement=Placement.AR if ar else setup.placement,
+        precision=setup.precision,
+        workload=load,
+        assumed=assumed,
+    )
+
+
+def speed_up(towers: Towers, setup: Setup, batch: int, load: Workload, assumed: Assumptions) -> float:
+    """Tokens per second of mask diffusion over those of AR, same GPUs, same batch."""
+    rate = diffusion_tokens_per_s(step_times(towers, setup, load, assumed), batch, StepPolicy)
+    return rate / ar_tokens_per_s(step_times(towers, setup, load, assumed, ar=True), batch)
+
+
+# ---- the parts of the study ------------------------------------------------------------------------------------------
+
+
+def breakdown(towers: Towers, load: Workload, assumed: Assumptions) -> list[dict]:
+    """One forward on one H200 in BF16, term by term."""
+    machine = Machine(gpu=H200, assumed=assumed)
+    width, length = load.canvas_length, load.context_length
+    rows = []
+    for batch in BREAKDOWN_BATCHES:
+        tokens = batch * width
+        for name, tower, shape in (
+            ("AR step", Tower.CONTEXT, ar_step(batch, length)),
+            ("denoise pass", Tower.DENOISER, denoise_pass(batch, length, width, masked_fraction(load.passes.expected))),
+            ("commit", Tower.CONTEXT, context_step(batch, tokens, length)),
+        ):
+            facts, cost = towers[tower].facts, machine.cost(towers[tower], shape)
+            memory, compute = machine.memory_s(cost), machine.compute_s(cost)
+            rows.append(
+                {
+                    "forward": name,
+                    "batch": batch,
+                    "tokens": shape.tokens,
+                    "experts": expected_experts(facts.n_routed_experts, facts.num_experts_per_tok, shape.tokens),
+                    "dense_gb": cost.dense_bytes / 1e9,
+                    "experts_gb": cost.expert_bytes / 1e9,
+                    "head_gb": (cost.head_bytes + cost.logit_bytes) / 1e9,
+                    "kv_gb": cost.kv_bytes / 1e9,
+                    "states_gb": cost.state_bytes / 1e9,
+                    "total_gb": cost.num_bytes / 1e9,
+                    "tflop": cost.flops / 1e12,
+                    "memory_ms": memory * 1e3,
+                    "compute_ms": compute * 1e3,
+                }
+            )
+    return rows
+
+
+def sweep(towers: Towers, load: Workload, assumed: Assumptions) -> list[dict]:
+    """Every set-up over the batch sizes that fit."""
+    rows = []
+    for setup in SETUPS:
+        ours, theirs = step_times(towers, setup, load, assumed), step_times(towers, setup, load, assumed, ar=True)
+        tokens = load.context_length + load.canvas_length
+        room = fit(towers, setup.gpu, setup.num_gpus, setup.placement, setup.precision, tokens, assumed).num_requests
+        for batch in BATCHES:
+            row = {"setup": setup.name, "gpu": setup.gpu.name, "num_gpus": setup.num_gpus,
+                   "placement": setup.placement, "precision": setup.precision, "batch": batch,
+                   "fits": batch <= room, "ar": ar_tokens_per_s(theirs, batch)}  # fmt: skip
+            row["diffusion"] = diffusion_tokens_per_s(ours, batch, StepPolicy)
+            row["perfect"] = perfect_tokens_per_s(ours, batch)
+            row["speed_up"] = row["diffusion"] / row["ar"]
+            if setup.placement is Placement.SPLIT:
+                row["overlapped"] = overlapped_split_tokens_per_s(ours, batch)
+            rows.append(row)
+    return rows
+
+
+def crossovers(towers: Towers, load: Workload, assumed: Assumptions) -> list[dict]:
+    """For each set-up and mean number of passes, the ranges of batch sizes at which mask diffusion beats AR."""
+    rows = []
+    for setup in SETUPS:
+        for mean in PASSES:
+            easier = replace(load, passes=CanvasPasses(mean=mean, max_steps=load.canvas_length))
+            wins = lambda batch, s=setup, e=easier: speed_up(towers, s, batch, e, assumed) >= 1
+            rows.append({"setup": setup.name, "passes": mean, "wins": winning_ranges(wins)})
+    return rows
+
+
+def winning_ranges(wins: Callable[[int], bool]) -> list[tuple[int, int]]:
+    """Ranges of batch sizes from 1 to 256 where ``wins``; looks between neighbours in BATCHES where they differ."""
+    outcome = {batch: wins(batch) for batch in BATCHES}
+    for low, high in itertools.pairwise(BATCHES):
+        if outcome[low] == outcome[high]:
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            outcome[middle] = wins(middle)
+            low, high = (middle, high) if outcome[middle] == outcome[low] else (low, middle)
+    probed = sorted(outcome)
+    starts = [b for i, b in enumerate(probed) if outcome[b] and (i == 0 or not outcome[probed[i - 1]])]
+    ends = [b for i, b in enumerate(probed) if outcome[b] and (i == len(probed) - 1 or not outcome[probed[i + 1]])]
+    return list(zip(starts, ends, strict=True))
+
+
+def policies(towers: Towers, load: Workload, assumed: Assumptions) -> list[dict]:
+    """Speed-up over AR of step policies on the reference set-up."""
+    ours = step_times(towers, REFERENCE, load, assumed)
+    theirs = step_times(towers, REFERENCE, load, assumed, ar=True)
+    rows = []
+    for batch in BATCHES:
+        ar = ar_tokens_per_s(theirs, batch)
+        row: dict = {"batch": batch}
+        for name, quorum in (("lockstep", 1.0), ("commit at once", 0.0), ("quorum 0.4", 0.4), ("auto", "auto")):
+            row[name] = diffusion_tokens_per_s(ours, batch, lambda q=quorum: StepPolicy(q)) / ar
+        rows.append({**row, "all shared": perfect_tokens_per_s(ours, batch) / ar})
+    return rows
+
+
+def sensitivity(towers: Towers, load: Workload, assumed: Assumptions) -> list[dict]:
+    """What each assumption moves, on the reference set-up."""
+    longer = lambda n: replace(load, context_length=n)
+    passes = lambda mean: replace(load, passes=CanvasPasses(mean=mean, max_steps=load.canvas_length))
+    cases: list[tuple[str, Workload, Assumptions, Setup]] = [
+        ("as above", load, assumed, REFERENCE),
+        ("3 passes per canvas (lower threshold, better training)", passes(3.0), assumed, REFERENCE),
+        ("8 passes per canvas (higher threshold, harder text)", passes(8.0), assumed, REFERENCE),
+        ("256 tokens of context", longer(256), assumed, REFERENCE),
+        ("32,768 tokens of context", longer(32_768), assumed, REFERENCE),
+        ("FP8 weights", load, assumed, replace(REFERENCE, precision=Precision.FP8)),
+        (
+            "half of a canvas's tokens choose the experts of others",
+            load,
+            replace(assumed, independent_share=0.5),
+            REFERENCE,
+        ),
+        ("2 ms of host time per step", load, replace(assumed, host_s=2e-3), REFERENCE),
+        ("memory at 70% of its peak", load, replace(assumed, memory_fraction=0.7), REFERENCE),
+        ("products at 30% of their peak", load, replace(assumed, compute_fraction=0.3), REFERENCE),
+        ("products at 70% of their peak", load, replace(assumed, compute_fraction=0.7), REFERENCE),
+        ("30 us per all-reduce", load, replace(assumed, message_s=30e-6), REFERENCE),
+    ]
+    return [
+        {"case": name, **{str(b): speed_up(towers, setup, b, work, given) for b in (1, 8, 32, 64, 128)}}
+        for name, work, given, setup in cases
+    ]
+
+
+def study(towers: Towers, load: Workload, assumed: Assumptions) -> dict:
+    """The whole of it, as plain data."""
+    return {
+        "workload": {"context_length": load.context_length, "canvas_length": load.canvas_length,
+                     "passes_per_canvas": load.passes.expected},
+        "assumptions": vars(assumed),
+        "gpus": {name: vars(gpu) for name, gpu in GPUS.items()},
+        "breakdown": breakdown(towers, load, assumed),
+        "sweep": sweep(towers, load, assumed),
+        "crossovers": crossovers(towers, load, assumed),
+        "policies": policies(towers, load, assumed),
+        "sensitivity": sensitivity(towers, load, assumed),
+    }  # fmt: skip
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def tables(result: dict) -> dict[str, str]:
+    """Markdown tables by the name of their place in docs/roofline.md."""
+    return {
+        "breakdown": _breakdown_table(result["breakdown"]),
+        "speed-up": _sweep_table(result["sweep"], lambda r: f"{r['speed_up']:.2f}"),
+        "tokens": _sweep_table(result["sweep"], lambda r: f"{r['diffusion']:,.0f}", ar=True),
+        "overlapped": _sweep_table(
+            [r for r in result["sweep"] if "overlapped" in r], lambda r: f"{r['overlapped'] / r['ar']:.2f}"
+        ),
+        "crossovers": _crossover_table(result["crossovers"]),
+        "policies": _plain_table(result["policies"]),
+        "sensitivity": _plain_table(result["sensitivity"]),
+    }
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _plain_table(rows: list[dict]) -> str:
+    shown = [
+        [v if isinstance(v, str) else f"{v}" if isinstance(v, int) else f"{v:.2f}" for v in r.values()] for r in rows
+    ]
+    return _markdown(list(rows[0]), shown)
+
+
+def _breakdown_table(rows: list[dict]) -> str:
+    header = ["forward", "batch", "tokens", "experts of 128", "dense", "experts", "head, logits", "KV", "states",
+              "GB in all", "TFLOP", "memory ms", "compute ms"]  # fmt: skip
+    gb = ("dense_gb", "experts_gb", "head_gb", "kv_gb", "states_gb", "total_gb")
+    shown = [
+        [r["forward"], f"{r['batch']}", f"{r['tokens']:,}", f"{r['experts']:.0f}", *(f"{r[name]:.2f}" for name in gb),
+         f"{r['tflop']:.2f}", f"{r['memory_ms']:.1f}", f"{r['compute_ms']:.1f}"]
+        for r in rows
+    ]  # fmt: skip
+    return _markdown(header, shown)
+
+
+def _sweep_table(rows: list[dict], cell, ar: bool = False) -> str:
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        if ar and row["placement"] == Placement.COLOCATED:
+            name = f"AR, {row['num_gpus']} x {row['gpu']} {row['precision']}"
+            lines.setdefault(name, []).append(f"{row['ar']:,.0f}")
+        lines.setdefault(row["setup"], []).append(cell(row) if row["fits"] else "-")
+    return _markdown(["batch", *map(str, BATCHES)], [[name, *cells] for name, cells in lines.items()])
+
+
+def _crossover_table(rows: list[dict]) -> str:
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        ranges = [
+            f"{low} up" if high == BATCHES[-1] else f"{low}-{high}" if high > low else f"{low}"
+            for low, high in row["wins"]
+        ]
+        lines.setdefault(row["setup"], []).append(", ".join(ranges) or "AR wins")
+    return _markdown(["passes per canvas", *map(str, PASSES)], [[name, *cells] for name, cells in lines.items()])
+
+
+def fill_page(text: str, by_name: dict[str, str]) -> str:
+    """Put each table between its pair of marks; every mark must be there."""
+    for name, table in by_name.items():
+        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text, count = marks.subn(lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text)
+        if count != 1:
+            raise ValueError(f"{PAGE.name} needs one pair of marks <!-- {name} --> <!-- /{name} -->, it has {count}")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write docs/roofline.md, docs/roofline.png and the JSON")
+    parser.add_argument("--config", type=pathlib.Path, default=CONFIG, help="config.json of another two-tower model")
+    parser.add_argument("--context-length", type=int, default=2048)
+    parser.add_argument("--passes-per-canvas", type=float, default=5.9)
+    args = parser.parse_args()
+    load = Workload(context_length=args.context_length, passes=CanvasPasses(mean=args.passes_per_canvas))
+    result = study(read_towers(args.config), load, Assumptions())
+    for name, table in tables(result).items():
+        print(f"{name}\n{table}\n")
+    if args.write:
+        from roofline_plot import draw
+
+        PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), tables(result)), encoding="utf-8")
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        draw(result, PICTURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The byte-counting model: its terms against hand counts, and the page in docs against what it gives today."""
+
+import json
+import pathlib
+import random
+
+import pytest
+from test_loading import REAL_CONFIG
+
+from vllm_twotower.planning.canvas_passes import THIRD_PARTY_COUNTS, CanvasPasses
+from vllm_twotower.planning.forward_cost import Machine, ar_step, context_step, denoise_pass, expected_experts
+from vllm_twotower.planning.gpus import H100, H200, Assumptions
+from vllm_twotower.planning.model_facts import ModelFacts
+from vllm_twotower.planning.placement import Placement
+from vllm_twotower.planning.throughput import (
+    StepTimes,
+    Workload,
+    diffusion_tokens_per_s,
+    overlapped_split_tokens_per_s,
+    perfect_tokens_per_s,
+)
+from vllm_twotower.planning.tower_sizes import Part, Precision, Tower, TowerSizes
+from vllm_twotower.runtime.policy import StepPolicy
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+REAL = ModelFacts.from_config(REAL_CONFIG)
+TOWERS = {tower: TowerSizes.of(REAL, tower) for tower in Tower}
+CONTEXT = TOWERS[Tower.CONTEXT]
+
+
+@pytest.fixture
+def roofline(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import roofline as module
+
+    return module
+
+
+def times(gpu=H100, num_gpus=2, placement=Placement.COLOCATED, **load):
+    return StepTimes(
+        towers=TOWERS,
+        gpu=gpu,
+        num_gpus=num_gpus,
+        placement=placement,
+        precision=Precision.BF16,
+        workload=Workload(**load),
+    )
+
+
+@pytest.mark.parametrize(("num_experts", "per_token", "tokens"), [(128, 6, 16), (128, 6, 1), (8, 2, 5), (6, 2, 40)])
+def test_distinct_experts_are_those_that_independent_tokens_touch(num_experts, per_token, tokens):
+    source, trials = random.Random(0), 2000
+    touched = 0
+    for _ in range(trials):
+        touched += len({e for _ in range(tokens) for e in source.sample(range(num_experts), per_token)})
+    assert expected_experts(num_experts, per_token, tokens) == pytest.approx(touched / trials, rel=0.02)
+    assert expected_experts(0, 0, tokens) == 0
+
+
+def test_a_full_pass_reads_the_towers_weights():
+    """All experts touched: what is read is what is resident, without embeddings and the tabulated time embedding."""
+    cost = Machine(gpu=H200).cost(TOWERS[Tower.DENOISER], denoise_pass(4000, 0, 16, 1.0))
+    sizes = TOWERS[Tower.DENOISER]
+    unread = sizes.bytes_of(Part.EMBEDDING) + sizes.bytes_of(Part.TIME)
+    weights = cost.dense_bytes + cost.expert_bytes + cost.head_bytes
+    assert weights == pytest.approx(sizes.resident_bytes() - unread)
+
+
+def test_the_terms_of_a_forward_by_hand():
+    machine, rows, length = Machine(gpu=H200), 4, 1000
+    step = machine.cost(CONTEXT, ar_step(rows, length))
+    assert step.kv_bytes == 6144 * (rows * length + rows)
+    assert step.state_bytes == 2 * rows * 49_082_368
+    assert step.head_bytes == 131072 * 2688 * 2
+    assert step.flops == pytest.approx(2 * 3.228e9 * rows, rel=0.05), "two per active weight, and attention and scan"
+    commit = machine.cost(CONTEXT, context_step(rows, rows * 16, length))
+    assert commit.head_bytes == commit.logit_bytes == 0
+    one_pass = machine.cost(TOWERS[Tower.DENOISER], denoise_pass(rows, length, 16, 0.5))
+    assert one_pass.state_bytes == commit.state_bytes / 2, "read, not written"
+    assert one_pass.logit_bytes == 32 * 131072 * 8
+
+
+def test_two_gpus_halve_what_is_sharded_and_pay_for_the_link():
+    one, two = Machine(gpu=H100), Machine(gpu=H100, num_gpus=2)
+    shape = denoise_pass(64, 2048, 16, 0.6)
+    assert two.cost(CONTEXT, shape).expert_bytes == one.cost(CONTEXT, shape).expert_bytes / 2
+    assert one.link_s(one.cost(CONTEXT, shape)) == 0
+    assert two.link_s(two.cost(CONTEXT, shape)) > 53 * Assumptions().message_s
+    assert two.seconds(CONTEXT, shape) > one.seconds(CONTEXT, shape) / 2
+
+
+def test_fp8_halves_experts_and_linears():
+    shape = denoise_pass(64, 2048, 16, 0.6)
+    bf16, fp8 = (Machine(gpu=H100, precision=p).cost(CONTEXT, shape) for p in Precision)
+    assert fp8.expert_bytes == bf16.expert_bytes / 2
+    assert fp8.head_bytes == bf16.head_bytes
+
+
+def test_passes_have_the_mean_asked_for_and_repeat():
+    passes = CanvasPasses(mean=5.9)
+    counts = [passes.of_request(r) for r in range(200)]
+    drawn = [c.next() for c in counts for _ in range(50)]
+    assert sum(drawn) / len(drawn) == pytest.approx(5.9, rel=0.02)
+    assert set(drawn) <= set(range(1, 17))
+    again = passes.of_request(7)
+    assert [again.next() for _ in range(50)] == drawn[7 * 50 : 8 * 50]
+    recorded = CanvasPasses(recorded=tuple(THIRD_PARTY_COUNTS))
+    assert recorded.expected == pytest.approx(5.25)
+    assert recorded.of_request(0).next() in THIRD_PARTY_COUNTS
+    with pytest.raises(ValueError, match="use a number from 1 to max_steps=16"):
+        CanvasPasses(mean=17)
+    with pytest.raises(ValueError, match="use integers from 1 to 16"):
+        CanvasPasses(recorded=(0,))
+
+
+def test_no_policy_beats_full_sharing_and_one_request_needs_none():
+    ours = times()
+    for batch in (8, 32):
+        assert diffusion_tokens_per_s(ours, batch, StepPolicy) < perfect_tokens_per_s(ours, batch)
+    assert diffusion_tokens_per_s(ours, 1, StepPolicy) == pytest.approx(perfect_tokens_per_s(ours, 1), rel=0.03)
+
+
+def test_overlapping_the_halves_helps_split_and_one_request_not_at_all():
+    split = times(placement=Placement.SPLIT)
+    assert overlapped_split_tokens_per_s(split, 32) > diffusion_tokens_per_s(split, 32, StepPolicy)
+    alone = overlapped_split_tokens_per_s(split, 1)
+    assert alone == pytest.approx(diffusion_tokens_per_s(split, 1, StepPolicy), rel=0.02)
+
+
+def test_winning_ranges(roofline):
+    assert roofline.winning_ranges(lambda b: 13 <= b <= 200) == [(13, 200)]
+    assert roofline.winning_ranges(lambda b: b < 3 or b > 90) == [(1, 2), (91, 256)]
+    assert roofline.winning_ranges(lambda b: False) == []
+
+
+def test_the_page_shows_what_the_model_gives_today(roofline):
+    """The tables in docs come from the committed JSON, and the JSON's cheap parts from today's code."""
+    result = json.loads(roofline.RESULT.read_text())
+    page = roofline.PAGE.read_text()
+    assert roofline.fill_page(page, roofline.tables(result)) == page, "run benchmarks/roofline.py --write"
+    towers, load, assumed = roofline.read_towers(), Workload(), Assumptions()
+    assert result["breakdown"] == roofline.breakdown(towers, load, assumed)
+    shown = next(r for r in result["sweep"] if r["setup"] == roofline.REFERENCE.name and r["batch"] == 64)
+    assert shown["speed_up"] == pytest.approx(roofline.speed_up(towers, roofline.REFERENCE, 64, load, assumed))
+    assert roofline.PICTURE.stat().st_size > 10_000
+    with pytest.raises(ValueError, match="one pair of marks"):
+        roofline.fill_page("", {"speed-up": "x"})
+
+
+def test_the_benchmarks_model_is_the_real_one(roofline):
+    config = json.loads(roofline.CONFIG.read_text())
+    assert {name: config[name] for name in REAL_CONFIG} == REAL_CONFIG
