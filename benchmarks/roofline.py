@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from vllm_twotower.core import StepKind
 from vllm_twotower.planning.canvas_passes import CanvasPasses, masked_fraction
 from vllm_twotower.planning.forward_cost import (
     Machine,
@@ -36,6 +37,7 @@ from vllm_twotower.planning.throughput import (
 )
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes
 from vllm_twotower.runtime.policy import StepPolicy
+from vllm_twotower.runtime.step_costs import StepCosts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "benchmarks" / "models" / "30b-a3b" / "config.json"
@@ -182,6 +184,12 @@ def winning_ranges(wins: Callable[[int], bool]) -> list[tuple[int, int]]:
     return list(zip(starts, ends, strict=True))
 
 
+def costs_of(times: StepTimes) -> StepCosts:
+    """The prices of steps as the table that ``commit_quorum=auto`` reads."""
+    denoise, commit = ([(b, price(b)) for b in BATCHES] for price in (times.denoise_s, times.commit_s))
+    return StepCosts({StepKind.DENOISE: denoise, StepKind.CONTEXT: commit})
+
+
 def policies(towers: Towers, load: Workload, assumed: Assumptions) -> list[dict]:
     """Speed-up over AR of step policies on the reference set-up."""
     ours = step_times(towers, REFERENCE, load, assumed)
@@ -191,7 +199,7 @@ def policies(towers: Towers, load: Workload, assumed: Assumptions) -> list[dict]
         ar = ar_tokens_per_s(theirs, batch)
         row: dict = {"batch": batch}
         for name, quorum in (("lockstep", 1.0), ("commit at once", 0.0), ("quorum 0.4", 0.4), ("auto", "auto")):
-            row[name] = diffusion_tokens_per_s(ours, batch, lambda q=quorum: StepPolicy(q)) / ar
+            row[name] = diffusion_tokens_per_s(ours, batch, lambda q=quorum: StepPolicy(q, costs_of(ours))) / ar
         rows.append({**row, "all shared": perfect_tokens_per_s(ours, batch) / ar})
     return rows
 

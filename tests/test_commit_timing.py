@@ -50,7 +50,7 @@ def test_it_is_due_before_everybody_is_idle(rows):
 
 
 def test_a_context_step_for_a_prompt_starts_a_new_cycle():
-    policy = StepPolicy()
+    policy = StepPolicy("auto")
     for _ in range(6):
         policy.ran(DENOISE, RunnableRows(commits=20, canvases=44, urgent=0, admissible=False))
     policy.ran(COMMIT, RunnableRows(commits=20, canvases=44, urgent=1, admissible=False))

@@ -41,7 +41,8 @@ def test_quorum_and_passes_per_step_do_not_change_tokens(tiny_moe, cases, commit
     ids=["measured", "table"],
 )
 def test_what_steps_cost_does_not_change_tokens(tiny_moe, cases, step_costs):
-    with engine(tiny_moe.path, {"step_costs": step_costs}, enable_prefix_caching=False) as e:
+    options = {"commit_quorum": "auto", "step_costs": step_costs}
+    with engine(tiny_moe.path, options, enable_prefix_caching=False) as e:
         check(e, cases)
         costs = e.scheduler.step_costs
         if step_costs == "measured":

@@ -133,7 +133,7 @@ def test_without_the_interpreter_a_cpu_says_what_to_type(make_config, monkeypatc
         ({"canvas_length": 0}, "canvas_length=0.*from 1 to 32"),
         ({"commit_quorum": 1.5}, "commit_quorum=1.5"),
         ({"commit_quorum": "some"}, "commit_quorum='some'.*auto, or a number from 0"),
-        ({"step_costs": "fast"}, "step_costs='fast' is not allowed: use flat, measured, or"),
+        ({"step_costs": "fast"}, "step_costs='fast' is not allowed: use measured, or"),
         ({"step_costs": {"denoise": [[1, 9.0]]}}, "step_costs="),
         ({"step_costs": {"denoise": [[2, 9.0], [1, 9.0]], "commit": [[1, 9.0]]}}, "rising requests from 1"),
         ({"step_costs": {"denoise": [[1, 0.0]], "commit": [[1, 9.0]]}}, "times above 0"),

@@ -28,7 +28,10 @@ PLACEMENTS = ("auto", "colocated", "split")
 AUTO = "auto"
 """``commit_quorum``: finished canvases wait for each other as long as that pays."""
 
-FLAT, MEASURED = "flat", "measured"
+DEFAULT_COMMIT_QUORUM = 0.4
+"""As good as any rule from 8 to 100 requests (benchmarks/results/policy.md), and a function of the requests alone."""
+
+MEASURED = "measured"
 STEP_COST_KINDS = ("denoise", "commit")
 
 
@@ -45,14 +48,14 @@ class EngineOptions:
     confidence_threshold: float = 0.8
     """Gamma; the default of the request's ``diffusion_confidence_threshold``."""
 
-    commit_quorum: float | str = AUTO
+    commit_quorum: float | str = DEFAULT_COMMIT_QUORUM
     """Finished canvases wait until they are this fraction of the mask-diffusion requests, then are committed together;
-    ``auto``: as long as waiting pays."""
+    ``auto``: as long as waiting pays, by what steps cost."""
 
-    step_costs: str | Mapping[str, Any] = FLAT
-    """What ``commit_quorum=auto`` takes steps to cost: ``flat`` (every step the same; deterministic), ``measured`` (by
-    this engine, as it runs), or points such as ``{"denoise": [[1, 9.0], [64, 15.5]], "commit": [[1, 9.0], [64,
-    15.9]]}``, requests and milliseconds."""
+    step_costs: str | Mapping[str, Any] = MEASURED
+    """What ``commit_quorum=auto`` takes steps to cost: ``measured`` (by this engine, as it runs; which step comes next
+    then depends on timing), or points of requests and milliseconds such as ``{"denoise": [[1, 9.0], [64, 15.5]],
+    "commit": [[1, 9.0], [64, 15.9]]}``."""
 
     passes_per_step: int = 1
     """Denoise passes inside one engine step; more share its host work, fewer let requests join and leave sooner."""
@@ -217,7 +220,7 @@ def _check_fraction(where: str, name: str, value: Any) -> None:
 
 
 def _check_step_costs(where: str, value: Any) -> None:
-    if value in (FLAT, MEASURED):
+    if value == MEASURED:
         return
     if not isinstance(value, Mapping) or set(value) != set(STEP_COST_KINDS) or not all(map(_is_curve, value.values())):
         raise ValueError(
@@ -225,7 +228,7 @@ def _check_step_costs(where: str, value: Any) -> None:
                 where,
                 "step_costs",
                 value,
-                f'{FLAT}, {MEASURED}, or {{"denoise": [[requests, ms], ...], "commit": [[requests, ms], ...]}} with '
+                f'{MEASURED}, or {{"denoise": [[requests, ms], ...], "commit": [[requests, ms], ...]}} with '
                 "rising requests from 1 and times above 0",
             )
         )

@@ -1,11 +1,14 @@
-"""When finished canvases are committed: at once, at a quorum, or when waiting stops paying.
+"""When finished canvases are committed: at a quorum, or when waiting stops paying.
 
 A commit reads a whole tower for however many canvases share it, so early commits waste forwards; canvases that wait
-idle waste passes. The default rule is the marginal value theorem (Charnov 1976: leave a patch when its rate of gain
-falls to the average rate). Over the cycle from one commit to the next, count the *useful* work, each row's pass at its
-share of a full pass and each committed canvas at its share of a full commit, per unit of time. Commit when one more
-pass would bring less per unit of time than the cycle as a whole brings if it ends now. There is nothing to tune: the
-costs of steps (``step_costs.py``) are all it knows, and the rate at which canvases finish it sees.
+idle waste passes. A quorum is the plain rule and the default.
+
+``auto`` is the marginal value theorem (Charnov 1976: leave a patch when its rate of gain falls to the average rate).
+Over the cycle from one commit to the next, count the *useful* work, each row's pass at its share of a full pass and
+each committed canvas at its share of a full commit, per unit of time. Commit when one more pass would bring less per
+unit of time than the cycle as a whole brings if it ends now. There is nothing to tune: the costs of steps
+(``step_costs.py``) are all it knows, and the rate at which canvases finish it sees. ``benchmarks/results/policy.md``
+compares the rules, and both with one that knows how many passes every canvas has left.
 """
 
 from typing import Protocol

@@ -2,8 +2,8 @@
 
 Every forward over 8 or more canvases reads nearly a whole tower, so forwards have to be shared. Committing each canvas
 the moment it is done makes every step pay for both towers; waiting for the slowest canvas wastes the fast ones.
-Finished canvases wait for each other as long as that pays (``commit_timing.py``), then are committed together; a
-context step that a prompt needs takes them along.
+Finished canvases wait for each other (``commit_timing.py``), then are committed together; a context step that a prompt
+needs takes them along.
 
 Invariants, pinned in ``tests/test_policy.py``: a kind of step with nothing to run is never chosen while the other has
 something; prompts and AR rows wait for one denoise step at most, whatever the timing; unfinished canvases wait for
@@ -13,7 +13,7 @@ every canvas ends within its T passes.
 
 from dataclasses import dataclass
 
-from vllm_twotower.config import AUTO
+from vllm_twotower.config import DEFAULT_COMMIT_QUORUM
 from vllm_twotower.core import StepKind
 from vllm_twotower.runtime.commit_timing import CommitTiming, MarginalValue, Quorum
 from vllm_twotower.runtime.step_costs import StepCosts
@@ -46,7 +46,7 @@ class StepPolicy:
 
     """
 
-    def __init__(self, commit_quorum: float | str = AUTO, costs: StepCosts | None = None) -> None:
+    def __init__(self, commit_quorum: float | str = DEFAULT_COMMIT_QUORUM, costs: StepCosts | None = None) -> None:
         self.costs = costs or StepCosts.flat()
         self.timing: CommitTiming = (
             MarginalValue(self.costs) if isinstance(commit_quorum, str) else Quorum(commit_quorum)

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from vllm_twotower.config import MEASURED
 from vllm_twotower.core import StepKind
 
 Points = Sequence[tuple[float, float]]
@@ -45,11 +44,9 @@ class StepCosts:
 
     @classmethod
     def from_option(cls, option: str | Mapping[str, Points]) -> "StepCosts":
-        """The engine option ``step_costs``: ``flat``, ``measured``, or a table by kind."""
-        if option == MEASURED:
-            return MeasuredCosts()
+        """The engine option ``step_costs``: ``measured``, or a table by kind."""
         if isinstance(option, str):
-            return cls.flat()
+            return MeasuredCosts()
         return cls({kind: option[name] for kind, name in OPTION_NAMES.items()})
 
     def cost(self, kind: StepKind, rows: float) -> float:
