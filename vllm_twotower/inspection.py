@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vllm_twotower.config import MAX_CANVAS_LENGTH
 from vllm_twotower.models.tensor_shapes import checkpoint_shapes
 from vllm_twotower.planning.canvas_passes import MEAN_PASSES, CanvasPasses
 from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
@@ -50,8 +51,10 @@ class InspectOptions:
         return (self.tokens_per_request or DEFAULT_TOKENS) + self.canvas_length
 
     def __post_init__(self) -> None:
-        if not 1 <= self.canvas_length <= 32:
-            raise ValueError(f"--canvas-length {self.canvas_length} is not allowed: use an integer from 1 to 32")
+        if not 1 <= self.canvas_length <= MAX_CANVAS_LENGTH:
+            raise ValueError(
+                f"--canvas-length {self.canvas_length} is not allowed: use an integer from 1 to {MAX_CANVAS_LENGTH}"
+            )
         if not 1 <= self.passes_per_canvas <= self.canvas_length:
             raise ValueError(
                 f"--passes-per-canvas {self.passes_per_canvas} is not allowed: use a number from 1 to the canvas "

@@ -45,7 +45,9 @@ class Fit:
     @property
     def num_requests(self) -> int:
         """Requests of the stated length that fit at once."""
-        return max(0, self.cache_bytes_per_gpu // self.bytes_per_request_per_gpu) if self.problem is None else 0
+        if self.problem is not None:
+            return 0
+        return max(0, self.cache_bytes_per_gpu // max(1, self.bytes_per_request_per_gpu))
 
 
 def fit(

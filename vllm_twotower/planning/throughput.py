@@ -6,7 +6,7 @@ Steady decoding only: no prompts arrive, and every request has the same context 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from vllm_twotower.core import StepKind
 from vllm_twotower.planning.canvas_passes import CanvasPasses, masked_fraction
@@ -19,12 +19,7 @@ from vllm_twotower.runtime.policy import RunnableRows, StepPolicy
 
 CANVASES_PER_ROW = 40
 MIN_CANVASES = 2000
-"""Length of a simulation; the first quarter is left out of the figures."""
-
-
-def _num_canvases(rows: int) -> int:
-    return max(rows * CANVASES_PER_ROW, MIN_CANVASES)
-
+"""Length of a simulation, whichever gives more; the first quarter is left out of the figures."""
 
 PolicyMaker = Callable[[], StepPolicy]
 
@@ -68,35 +63,32 @@ class StepTimes:
 
     def denoise_s(self, rows: int) -> float:
         """One denoise pass."""
-        return _cached_denoise_s(self, rows)
+        if rows not in self._denoise_s:
+            load = self.workload
+            masked = masked_fraction(load.passes.expected)
+            shape = denoise_pass(rows, load.context_length, load.canvas_length, masked)
+            self._denoise_s[rows] = self.machine.seconds(self.towers[Tower.DENOISER], shape)
+        return self._denoise_s[rows]
 
     def commit_s(self, rows: int) -> float:
         """One commit of ``rows`` finished canvases."""
-        return _cached_commit_s(self, rows)
+        if rows not in self._commit_s:
+            load = self.workload
+            shape = context_step(rows, rows * load.canvas_length, load.context_length)
+            seconds = self.machine.seconds(self.towers[Tower.CONTEXT], shape)
+            if self.placement is Placement.SPLIT:
+                share = self.traffic.bytes_per_canvas * rows / self.machine.num_gpus
+                seconds += self.traffic.seconds(share, self.gpu.nvlink_Bps, self.assumed)
+            self._commit_s[rows] = seconds
+        return self._commit_s[rows]
 
-    def __hash__(self) -> int:
-        return id(self)
+    @cached_property
+    def _denoise_s(self) -> dict[int, float]:
+        return {}
 
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-
-@lru_cache(maxsize=1 << 16)
-def _cached_denoise_s(times: StepTimes, rows: int) -> float:
-    load = times.workload
-    shape = denoise_pass(rows, load.context_length, load.canvas_length, masked_fraction(load.passes.expected))
-    return times.machine.seconds(times.towers[Tower.DENOISER], shape)
-
-
-@lru_cache(maxsize=1 << 16)
-def _cached_commit_s(times: StepTimes, rows: int) -> float:
-    load = times.workload
-    shape = context_step(rows, rows * load.canvas_length, load.context_length)
-    seconds = times.machine.seconds(times.towers[Tower.CONTEXT], shape)
-    if times.placement is Placement.SPLIT:
-        share = times.traffic.bytes_per_canvas * rows / times.machine.num_gpus
-        seconds += times.traffic.seconds(share, times.gpu.nvlink_Bps, times.assumed)
-    return seconds
+    @cached_property
+    def _commit_s(self) -> dict[int, float]:
+        return {}
 
 
 def ar_tokens_per_s(times: StepTimes, rows: int) -> float:
@@ -119,6 +111,10 @@ def diffusion_tokens_per_s(times: StepTimes, rows: int, policy: PolicyMaker, see
     started, before = simulation.now_s, simulation.num_canvases
     simulation.run_until(end)
     return (simulation.num_canvases - before) * times.workload.canvas_length / (simulation.now_s - started)
+
+
+def _num_canvases(rows: int) -> int:
+    return max(rows * CANVASES_PER_ROW, MIN_CANVASES)
 
 
 class _Simulation:
