@@ -205,6 +205,12 @@ def test_bad_settings_are_a_400_and_the_next_request_is_fine(client, xargs, mess
     assert complete(client, max_tokens=16).choices[0].text == before
 
 
+def test_a_prompt_of_one_token_is_a_400_in_mock_ar(client):
+    with pytest.raises(openai.BadRequestError, match="send 2 tokens or more"):
+        complete(client, prompt=[5], xargs={"diffusion_mode": "mock_ar"})
+    assert complete(client, prompt=[5], max_tokens=4).usage.prompt_tokens == 1
+
+
 def test_what_kills_stock_vllm_is_a_400(client):
     with pytest.raises(openai.BadRequestError, match="stop token ids"):
         client.completions.create(
