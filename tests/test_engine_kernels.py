@@ -63,7 +63,7 @@ def test_all_modes_with_kernels_on_and_off_in_one_engine(tiny_moe, launched, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "indices"), [("tiny_moe", range(10, 50, 6)), ("tiny_mlp", range(0, 50, 7))])
+@pytest.mark.parametrize(("name", "indices"), [("tiny_moe", range(10, 50, 12)), ("tiny_mlp", range(7, 50, 14))])
 def test_goldens_with_kernels_on(name, indices, request, launched, monkeypatch):
     golden = request.getfixturevalue(name)
     cases = [golden.cases(16)[i] for i in indices]
@@ -75,4 +75,4 @@ def test_goldens_with_kernels_on(name, indices, request, launched, monkeypatch):
         )
         assert [list(o.outputs[0].token_ids) for o in outputs] == [c["output"] for c in cases]
         assert diffusion_stats(e.llm)["denoise_passes"] == sum(c["nfe"] for c in cases)
-    assert launched == KERNELS
+    assert launched == KERNELS - {"_draw_piece"}, "the goldens are greedy"
