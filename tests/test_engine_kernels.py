@@ -40,10 +40,10 @@ def launched(monkeypatch):
 
 
 def test_all_modes_with_kernels_on_and_off_in_one_engine(tiny_moe, launched, monkeypatch):
-    case = tiny_moe.cases(16)[16]  # its first canvas crosses a KV block
-    golden = golden_params({"params": {**case["params"], "max_new_tokens": 32}})
+    case = tiny_moe.cases(16)[16]  # its canvas crosses a KV block
+    golden = golden_params({"params": {**case["params"], "max_new_tokens": 16}})
     drawn = diffusion_params(temperature=0.8, seed=5, max_tokens=16, max_steps=2, ignore_eos=True, detokenize=False)
-    mock_ar = diffusion_params(mode="mock_ar", temperature=0.0, max_tokens=3, ignore_eos=True, detokenize=False)
+    mock_ar = diffusion_params(mode="mock_ar", temperature=0.0, max_tokens=2, ignore_eos=True, detokenize=False)
     prompts = [case["prompt"], case["prompt"][:20], tiny_moe.mock_ar[0]["prompt"]]
     # a small cache: for every kernel the interpreter copies the whole allocation that a tensor lies in
     with engine(tiny_moe.path, {"passes_per_step": 16}, kv_cache_memory_bytes=16 << 20) as e:
@@ -58,12 +58,12 @@ def test_all_modes_with_kernels_on_and_off_in_one_engine(tiny_moe, launched, mon
         assert not launched
     assert tokens["triton"] == tokens["reference"]
     assert passes["triton"] == passes["reference"]
-    assert tokens["triton"][0] == case["output"][:32]
-    assert tokens["triton"][2] == tiny_moe.mock_ar[0]["output"][:3]
+    assert tokens["triton"][0] == case["output"][:16]
+    assert tokens["triton"][2] == tiny_moe.mock_ar[0]["output"][:2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "indices"), [("tiny_moe", range(10, 50, 6)), ("tiny_mlp", range(0, 50, 7))])
+@pytest.mark.parametrize(("name", "indices"), [("tiny_moe", range(10, 50, 12)), ("tiny_mlp", range(7, 50, 14))])
 def test_goldens_with_kernels_on(name, indices, request, launched, monkeypatch):
     golden = request.getfixturevalue(name)
     cases = [golden.cases(16)[i] for i in indices]
@@ -75,4 +75,4 @@ def test_goldens_with_kernels_on(name, indices, request, launched, monkeypatch):
         )
         assert [list(o.outputs[0].token_ids) for o in outputs] == [c["output"] for c in cases]
         assert diffusion_stats(e.llm)["denoise_passes"] == sum(c["nfe"] for c in cases)
-    assert launched == KERNELS
+    assert launched == KERNELS - {"_draw_piece"}, "the goldens are greedy"

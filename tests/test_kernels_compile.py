@@ -27,6 +27,19 @@ def test_every_kernel_compiles_without_spills(arch):
     assert kernels(run.stdout) == kernels(TABLE.read_text()) == jitted(), "run benchmarks/compile_ops.py again"
 
 
+@pytest.mark.slow
+def test_every_kernel_compiles_at_odd_sizes():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), "--arch", "90", "--odd"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 def kernels(table):
     """Names in a table's second column."""
     return set(re.findall(r"^\|[^|]+\| `(\w+)` \|", table, re.MULTILINE))

@@ -195,8 +195,11 @@ def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None
     columns = min(COLUMNS_PER_PIECE, max(BLOCK, triton.next_power_of_2(vocab_size)))
     num_pieces = triton.cdiv(vocab_size, columns)
     device = logits_NV.device
-    peak_NC, total_NC, score_NC = torch.empty(3, num_rows, num_pieces, dtype=torch.float32, device=device)
-    token_NC, drawn_NC = torch.empty(2, num_rows, num_pieces, dtype=torch.int32, device=device)
+    # an allocation each: Triton compiles another kernel for a pointer that is not aligned, as a slice's may be
+    peak_NC, total_NC, score_NC = (
+        torch.empty(num_rows, num_pieces, dtype=torch.float32, device=device) for _ in range(3)
+    )
+    token_NC, drawn_NC = (torch.empty(num_rows, num_pieces, dtype=torch.int32, device=device) for _ in range(2))
     sizes = (logits_NV.stride(0), vocab_size, mask_token_id)
     blocks = {"COLUMNS": columns, "num_warps": PIECE_WARPS}
     launch(_read_piece, (num_rows, num_pieces), logits_NV, peak_NC, token_NC, total_NC, *sizes, **blocks)
@@ -219,7 +222,7 @@ def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None
             num_warps=4,
         )
     token_N = torch.empty(num_rows, dtype=torch.int64, device=device)
-    confidence_N, log_total_N = torch.empty(2, num_rows, dtype=torch.float32, device=device)
+    confidence_N, log_total_N = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2))
     launch(
         _join_pieces,
         (num_rows,),

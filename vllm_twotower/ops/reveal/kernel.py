@@ -85,7 +85,8 @@ def reveal(
     settings = (rules.width_R, rules.threshold_R, rules.max_steps_R)
     out_RS = torch.empty_like(token_RS, memory_format=torch.contiguous_format)
     out_masked_RS = torch.empty(num_rows, width, dtype=torch.bool, device=token_RS.device)
-    num_masked_R, level_R, out_pass_index_R = torch.empty(3, num_rows, dtype=torch.int64, device=token_RS.device)
+    # an allocation each: Triton compiles another kernel for a pointer that is not aligned, as a slice's may be
+    num_masked_R, level_R, out_pass_index_R = (torch.empty_like(pass_index_R) for _ in range(3))
     launch(
         _reveal,
         (num_rows,),

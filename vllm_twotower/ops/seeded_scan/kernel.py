@@ -15,8 +15,8 @@ from vllm_twotower.ops.checks import check_unit_strides
 from vllm_twotower.ops.launch import launch
 from vllm_twotower.ops.seeded_scan.reference import check_conv, check_scan
 
-CONV_CHANNELS = 128
-"""Channels per program of the convolution."""
+CONV_TILE = 1024
+"""Positions times channels per program of the convolution: 8 per thread, each with an address for every tap."""
 
 SCAN_HEAD_DIM = 32
 """Columns of a head per program of the scan: half a head of the real model, 16 KiB of its state."""
@@ -236,10 +236,12 @@ def seeded_conv(
     check_conv(x_RWC, weight_CK, bias_C, cache_BKC, slot_R)
     check_unit_strides(x_RWC=x_RWC)
     num_rows, width, channels = x_RWC.shape
+    block_w = triton.next_power_of_2(width)
+    block_c = min(256, CONV_TILE // block_w)
     out_RWC = torch.empty(num_rows, width, channels, dtype=x_RWC.dtype, device=x_RWC.device)
     launch(
         _seeded_conv,
-        (num_rows, triton.cdiv(channels, CONV_CHANNELS)),
+        (num_rows, triton.cdiv(channels, block_c)),
         x_RWC,
         weight_CK.contiguous(),
         bias_C,
@@ -251,8 +253,8 @@ def seeded_conv(
         *x_RWC.stride()[:2],
         *cache_BKC.stride(),
         TAPS=weight_CK.shape[1],
-        BLOCK_W=triton.next_power_of_2(width),
-        BLOCK_C=CONV_CHANNELS,
+        BLOCK_W=block_w,
+        BLOCK_C=block_c,
         num_warps=4,
     )
     return out_RWC

@@ -1,0 +1,87 @@
+"""Every op at sizes the real model does not have: what ``compile_ops.py --odd`` compiles.
+
+One-wide canvases (mock-AR, the edge of ``max_model_len``), one head, sizes that are no power of two, every dtype, both
+layouts of vLLM's convolution cache. Triton compiles another kernel for a size of 1 and one for sizes that 16 does not
+divide.
+"""
+
+import torch
+
+from vllm_twotower.ops.adaln import kernel as adaln
+from vllm_twotower.ops.adaln.reference import Modulation
+from vllm_twotower.ops.canvas_sample import kernel as canvas_sample
+from vllm_twotower.ops.canvas_sample.reference import Draw
+from vllm_twotower.ops.reveal import kernel as reveal
+from vllm_twotower.ops.reveal.reference import CanvasRules
+from vllm_twotower.ops.seeded_scan import kernel as seeded_scan
+
+
+def _floats(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*sizes, dtype=dtype, device="meta")
+
+
+def _indices(*sizes: int) -> torch.Tensor:
+    return _floats(*sizes, dtype=torch.int64)
+
+
+def sample(dtype: torch.dtype) -> None:
+    for vocab in (4, 512, 131_072):
+        canvas_sample.canvas_sample(_floats(2, vocab, dtype=dtype), 1)
+        draw = Draw(_floats(2), *(_indices(2) for _ in range(3)))
+        canvas_sample.canvas_sample(_floats(2, vocab, dtype=dtype), 3, draw)
+
+
+def modulate(dtype: torch.dtype) -> None:
+    for hidden, tokens in ((1, 1), (64, 7), (2688, 1)):
+        vectors = (_floats(5, 3, hidden, dtype=dtype), _floats(3, hidden, dtype=dtype))
+        modulation = Modulation(*vectors, _indices(3), _indices(tokens))
+        x = _floats(tokens, hidden, dtype=dtype)
+        adaln.modulate_norm(x, _floats(hidden), 1e-5, modulation)
+        adaln.norm_modulate(x, _floats(hidden, dtype=dtype), 1e-5, modulation)
+        adaln.gate_add(x, x, modulation)
+
+
+def scan(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    for width in (1, 7, 32):
+        for heads, head_dim, groups, state in ((1, 5, 1, 3), (4, 32, 2, 32), (8, 64, 8, 128)):
+            projection = _floats(1, width, groups, state, dtype=dtype)
+            seeded_scan.seeded_scan(
+                _floats(1, width, heads, head_dim, dtype=dtype),
+                _floats(1, width, heads, dtype=dtype),
+                _floats(heads),
+                projection,
+                projection,
+                _floats(heads, dtype=dtype),
+                _floats(heads, dtype=dtype),
+                _floats(3, heads, head_dim, state, dtype=state_dtype),
+                _indices(1),
+                dtype,
+            )
+
+
+def convolve(dtype: torch.dtype) -> None:
+    for width in (1, 7, 32):
+        for channels in (6, 256):
+            x, filters = _floats(1, width, channels, dtype=dtype), _floats(channels, 4, dtype=dtype)
+            seeded_scan.seeded_conv(x, filters, None, _floats(3, 3, channels, dtype=dtype), _indices(1))
+            channels_first = _floats(3, channels, 3, dtype=dtype).transpose(1, 2)
+            seeded_scan.seeded_conv(x, filters, filters[:, 0].contiguous(), channels_first, _indices(1))
+
+
+def reveal_canvases() -> None:
+    for width in (1, 5, 32):
+        canvas, row = _indices(3, width), _indices(3)
+        rules = CanvasRules(row, _floats(3), row)
+        reveal.reveal(canvas, canvas, _floats(3, width), _floats(3, width, dtype=torch.bool), row, rules)
+
+
+def run_all() -> None:
+    """Launch everything; to be called while launches are recorded."""
+    for dtype, state_dtype in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+        sample(dtype)
+        modulate(dtype)
+        scan(dtype, state_dtype)
+        convolve(dtype)
+    sample(torch.float16)
+    scan(torch.float16, torch.bfloat16)
+    reveal_canvases()
