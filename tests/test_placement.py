@@ -93,14 +93,15 @@ def test_all_goldens_on_two_ranks(name, diffusion, request):
     "settings",
     [
         {"enable_prefix_caching": False},
-        {"max_num_batched_tokens": 50},
+        {"max_num_batched_tokens": 50, "max_num_seqs": 16},
         {"num_gpu_blocks_override": 14},
     ],
     ids=["no prefix caching", "50 tokens a step", "preemption"],
 )
 @pytest.mark.parametrize("diffusion", [SPLIT, COLOCATED], ids=["split", "colocated"])
 def test_two_ranks_under_pressure(tiny_moe, diffusion, settings):
-    run(tiny_moe, diffusion, SOME, **settings)
+    answer = run(tiny_moe, diffusion, SOME, **settings)
+    assert (answer["num_preemptions"] > 0) == ("num_gpu_blocks_override" in settings)
 
 
 @pytest.mark.parametrize(
