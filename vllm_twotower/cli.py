@@ -33,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="write text with the small trained model that ships with the package")
+    demo.add_argument("--prompt", action="append", help="your own instead of those built in; repeatable")
     demo.add_argument("--max-tokens", type=int, default=64)
     demo.set_defaults(run=_demo)
 
@@ -80,7 +81,7 @@ def _demo(args: argparse.Namespace) -> int:
         title = ", ".join([mode, *(f"{name} {value}" for name, value in settings.items())])
         print(f"\n=== {title}")
         params = diffusion_params(mode=mode, temperature=0.0, max_tokens=args.max_tokens, **settings)
-        runs.append(write_live(llm, list(DEMO_PROMPTS), params, title))
+        runs.append(write_live(llm, args.prompt or list(DEMO_PROMPTS), params, title))
     print()
     print_table(runs)
     return 0

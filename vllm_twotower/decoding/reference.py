@@ -24,6 +24,8 @@ class MaskDiffusion:
     temperature: float = 0.0
     seed: int = 0
     mask_token_id: int = MASK_TOKEN_ID
+    eos_token_id: int | None = None
+    """A canvas that contains it is the last."""
     rules: LogitsRules = field(default_factory=LogitsRules)
 
 
@@ -62,6 +64,8 @@ def generate_mask_diffusion(
         commit(canvas)
         tokens += canvas
         canvases.append(tuple(snapshots))
+        if settings.eos_token_id in canvas:
+            break
     return DecodingResult(tuple(tokens), sum(len(c) for c in canvases), tuple(canvases))
 
 

@@ -1,0 +1,84 @@
+"""The demo model's training code: its fast towers are the plain towers, its questions are held out and mostly not
+template."""
+
+import pathlib
+import random
+
+import pytest
+import torch
+from demo import layers
+from demo.batches import Batch, Row
+from demo.config import CANVAS, MODEL
+from demo.initial import context_weights, denoiser_weights
+from demo.item import Item, fixed
+from demo.tasks import FAMILIES, instances
+from demo.towers import TrainingTowers
+from tokenizers import Tokenizer
+
+from vllm_twotower.cli import DEMO_MODEL
+from vllm_twotower.decoding.plain_towers import DENOISER, ContextCache, PlainTwoTower, TowerShape
+
+SMALL = {**MODEL, "vocab_size": 64, "hidden_size": 32, "mamba_head_dim": 8, "head_dim": 8, "ssm_state_size": 8}
+
+
+@pytest.fixture
+def weights():
+    torch.manual_seed(0)
+    shape = TowerShape.from_config(SMALL)
+    weights = context_weights(shape)
+    weights.update(denoiser_weights(weights, shape))
+    for name, tensor in weights.items():
+        if name.startswith((DENOISER, "t_block", "scale")):
+            tensor += torch.randn_like(tensor) * 0.05
+    return weights
+
+
+def test_training_towers_equal_the_plain_towers(weights, monkeypatch):
+    """Rows padded on the left, canvases of different rows at once, against one prompt at a time without padding."""
+    monkeypatch.setattr(layers, "EXACT", True)
+    shape = TowerShape.from_config(SMALL)
+    training, plain = TrainingTowers(weights, shape), PlainTwoTower(weights, shape)
+    rng = random.Random(0)
+    rows = [Row("lookup", [rng.randrange(4, 64) for _ in range(n)], [rng.randrange(4, 64)] * 40) for n in (5, 21, 32)]
+    batch = Batch.of(rows, 6)
+    hidden, states = training.context(batch.tokens_BL, batch.valid_BL)
+    at = batch.first_canvas_B + 1
+    canvas = torch.where(torch.rand(3, CANVAS) < 0.5, 3, batch.tokens_BL[:, :CANVAS])
+    level = torch.tensor([0.2, 0.5, 1.0])
+    denoised, _ = training.denoiser(canvas, level, torch.arange(3), at, batch.valid_BL, states)
+    for i, row in enumerate(rows):
+        start, end = int(batch.valid_BL[i].int().argmax()), int(at[i]) * CANVAS
+        cache = ContextCache()
+        expected = plain.extend_context(batch.tokens_BL[i : i + 1, start:end], cache)
+        assert start == -len(row.prompt) % CANVAS
+        torch.testing.assert_close(hidden[i : i + 1, start:end], expected, rtol=1e-4, atol=1e-5)
+        expected = plain.denoise(canvas[i : i + 1], level[i : i + 1], cache)
+        torch.testing.assert_close(denoised[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_questions_are_held_out_and_answers_are_mostly_not_template(family):
+    def some(seed: int, held_out: bool) -> list[Item]:
+        return [item for _, item in zip(range(150), instances(family, seed, held_out), strict=False)]
+
+    held_out = some(1, True)
+    assert not {item.prompt for item in held_out} & {item.prompt for seed in range(5) for item in some(seed, False)}
+    assert len({item.prompt for item in held_out}) == 150
+    tokenizer = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
+    num_fixed = num_tokens = 0
+    for item in held_out:
+        assert item.prompt.endswith("\nAnswer:")
+        for a, b in tokenizer.encode(item.answer, add_special_tokens=False).offsets:
+            num_tokens += 1
+            num_fixed += any(start <= a and b <= end for start, end in item.fixed_spans)
+    assert num_fixed <= num_tokens / 3, num_fixed / num_tokens
+
+
+def test_fixed_text_is_found_where_it_was_marked():
+    item = Item.make("x", "?", f"a{fixed(': ')}{fixed('=')}b{fixed('!')}")
+    assert (item.answer, item.fixed_spans) == ("a: =b!", ((1, 4), (5, 6)))
+
+
+def test_files_are_small():
+    for path in (pathlib.Path(__file__).parents[1] / "tools" / "demo").rglob("*.py"):
+        assert path.read_text(encoding="utf-8").count("\n") <= 500

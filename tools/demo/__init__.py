@@ -1,0 +1,1 @@
+"""The demo model's training: tasks and text, tokenizer, towers that train fast, the loop, the checkpoint."""
