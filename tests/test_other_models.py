@@ -62,7 +62,7 @@ def generate(path, **environment):
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
-@pytest.mark.parametrize("write", [write_llama, write_nemotron_h])
+@pytest.mark.parametrize("write", [pytest.param(write_llama, marks=pytest.mark.slow), write_nemotron_h])
 def test_another_model_is_untouched(write, tmp_path):
     write(tmp_path)
     with_plugin = generate(tmp_path)

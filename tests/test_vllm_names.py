@@ -63,29 +63,25 @@ def test_a_tiny_wheel_lacks_names(tmp_path: pathlib.Path) -> None:
     )
 
 
+# One of each verb and check; the others with `make test-slow`.
+RENAMED = [
+    ("vllm/model_executor/models/config.py", "MODELS_CONFIG_MAP", "CONFIGS", "MODELS_CONFIG_MAP is missing"),
+    ("vllm/v1/core/sched/scheduler.py", "def _free_request(", "def _drop(", "Scheduler._free_request is missing"),
+    ("vllm/v1/worker/gpu/attn_utils.py", "causal", "mask", "build_attn_metadata(causal=) is missing"),
+    ("vllm/v1/worker/gpu/model_runner.py", "custom_sampler", "hook", "GPUModelRunner no longer reads custom_sampler"),
+]
+MORE_RENAMED = [
+    ("vllm/v1/core/sched/scheduler.py", "max_num_active_reqs", "limit", "Scheduler.max_num_active_reqs is missing"),
+    ("vllm/v1/worker/gpu/input_batch.py", "prefill_len_np", "prefill_np", "InputBatch.prefill_len_np is missing"),
+    ("vllm/v1/worker/gpu/sample/output.py", "num_nans:", "num_infs:", "SamplerOutput no longer takes num_nans"),
+    ("vllm/config/cache.py", "use_replayssm", "replay", "CacheConfig.use_replayssm is missing"),
+    ("vllm/v1/worker/gpu/model_states/mamba_hybrid.py", "slot_mappings:", "slots:", "prepare_attn takes ("),
+]
+
+
 @pytest.mark.parametrize(
     ("path", "old", "new", "expected"),
-    [
-        ("vllm/model_executor/models/config.py", "MODELS_CONFIG_MAP", "CONFIGS", "MODELS_CONFIG_MAP is missing"),
-        ("vllm/v1/core/sched/scheduler.py", "def _free_request(", "def _drop(", "Scheduler._free_request is missing"),
-        (
-            "vllm/v1/core/sched/scheduler.py",
-            "max_num_active_reqs",
-            "limit",
-            "Scheduler.max_num_active_reqs is missing",
-        ),
-        ("vllm/v1/worker/gpu/input_batch.py", "prefill_len_np", "prefill_np", "InputBatch.prefill_len_np is missing"),
-        ("vllm/v1/worker/gpu/attn_utils.py", "causal", "mask", "build_attn_metadata(causal=) is missing"),
-        (
-            "vllm/v1/worker/gpu/model_runner.py",
-            "custom_sampler",
-            "sampler_hook",
-            "GPUModelRunner no longer reads custom_sampler",
-        ),
-        ("vllm/v1/worker/gpu/sample/output.py", "num_nans:", "num_infs:", "SamplerOutput no longer takes num_nans"),
-        ("vllm/config/cache.py", "use_replayssm", "replay", "CacheConfig.use_replayssm is missing"),
-        ("vllm/v1/worker/gpu/model_states/mamba_hybrid.py", "slot_mappings:", "slots:", "prepare_attn takes ("),
-    ],
+    [*RENAMED, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_RENAMED)],
 )
 def test_a_renamed_name_is_named_with_its_user(
     tmp_path: pathlib.Path, installed: dict[str, str], path: str, old: str, new: str, expected: str
