@@ -95,8 +95,9 @@ def test_all_goldens_on_two_ranks(name, diffusion, request):
         {"enable_prefix_caching": False},
         {"max_num_batched_tokens": 50, "max_num_seqs": 16},
         {"num_gpu_blocks_override": 14},
+        {"enforce_eager": False},
     ],
-    ids=["no prefix caching", "50 tokens a step", "preemption"],
+    ids=["no prefix caching", "50 tokens a step", "preemption", "compiled and profiled, as users start it"],
 )
 @pytest.mark.parametrize("diffusion", [SPLIT, COLOCATED], ids=["split", "colocated"])
 def test_two_ranks_under_pressure(tiny_moe, diffusion, settings):

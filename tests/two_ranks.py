@@ -46,12 +46,12 @@ def main() -> None:
     from vllm_twotower import diffusion_stats
 
     folder, job = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
-    settings = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_memory_bytes": 64 << 20} | job.get("engine", {})
+    small = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
+    settings = small | job["engine"]
     llm = LLM(
         str(folder),
         skip_tokenizer_init=True,
         dtype="float32",
-        enforce_eager=True,
         disable_log_stats=False,
         tensor_parallel_size=2,
         additional_config={"diffusion": job["diffusion"]},

@@ -117,10 +117,11 @@ class NemotronHTwoTowerForCausalLM(NemotronHForCausalLM):
             return hidden
         if self.placement.has_context:
             hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-        if context_step is not None:
+        if get_forward_context().attn_metadata is None:  # a profile run: there are no caches yet
+            if self.denoiser is not None:
+                self._profile_denoiser(positions.device)
+        elif context_step is not None:
             context_step.hand_over() if self.placement.has_context else context_step.take_over()
-        if self.denoiser is not None and get_forward_context().attn_metadata is None:
-            self._profile_denoiser(positions.device)
         return hidden
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -149,7 +150,7 @@ class NemotronHTwoTowerForCausalLM(NemotronHForCausalLM):
         return empty.expand(positions.shape[0], self.config.hidden_size)
 
     def _profile_denoiser(self, device: torch.device) -> None:
-        """Run the denoiser at its widest, so that vLLM's memory profile covers it; there are no caches yet."""
+        """Run the denoiser at its widest, so that vLLM's memory profile covers it."""
         assert self.denoiser is not None
         assert self.options is not None
         width = self.options.canvas_length
