@@ -7,8 +7,11 @@ import torch
 import vllm.v1.worker.cpu.shm  # noqa: F401 - what a CPU worker does to torch and to the runner's buffers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.v1.worker import mamba_utils
 from vllm.v1.worker.gpu import input_batch
 from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.model_states import mamba_hybrid
+from vllm.v1.worker.gpu.sample import gumbel
 from vllm.v1.worker.utils import KVBlockZeroer
 
 from vllm_twotower import compat
@@ -145,6 +148,75 @@ def test_update_after_sampling(seed, counting, located):
 
     written = ["num_computed_tokens", "last_sampled_tokens", "all_token_ids", "total_len"]
     run_both(input_batch.post_update, plain.post_update, arguments, *written, *["output_bin_counts"] * counting)
+
+
+@few
+@given(seeds)
+def test_what_was_sampled(seed):
+    b = Batch(seed)
+    cu_num_logits = torch.arange(b.num_reqs + 1, dtype=torch.int32)
+
+    def arguments():
+        return {
+            "num_sampled": torch.ones(b.num_reqs, dtype=torch.int32),
+            "seq_lens": b.seq_lens,
+            "cu_num_logits": cu_num_logits,
+            "idx_mapping": b.idx_mapping,
+            "prefill_len": b.prefill_len,
+        }
+
+    kernel, ours = input_batch.get_num_sampled_and_rejected, plain.get_num_sampled_and_rejected
+    (expected, got) = (function(**arguments()) for function in (kernel, ours))
+    assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
+
+
+@few
+@given(seeds)
+def test_temperatures_and_greedy_tokens(seed):
+    b = Batch(seed)
+    logits = torch.randn(b.num_reqs, VOCAB, generator=b.generator).round(decimals=1)  # ties, at times
+    temperature = torch.tensor([0.0, 1.0, 0.5, 0.0, 2.0, 0.7])
+    divided = [logits.clone(), logits.clone()]
+    gumbel.apply_temperature(divided[0], b.idx_mapping, temperature)
+    plain.apply_temperature(divided[1], b.idx_mapping, temperature)
+    assert torch.equal(*divided)
+    greedy, state = torch.zeros(SLOTS), torch.zeros(SLOTS, dtype=torch.int64)
+    drawn = gumbel.gumbel_sample(logits, b.idx_mapping, greedy, state, state[: b.num_reqs], False, False)
+    assert torch.equal(plain.greedy_tokens(logits, b.idx_mapping, greedy), drawn)
+    assert plain.greedy_tokens(logits, b.idx_mapping, torch.ones(SLOTS)) is None
+
+
+@few
+@given(seeds)
+def test_mamba_blocks_advance(seed):
+    b, written = Batch(seed), []
+    state_idx, accepted = integers(b.generator, -1, 3, SLOTS), integers(b.generator, 1, 4, SLOTS)
+    for kernel in (mamba_utils.preprocess_mamba_align_fused_kernel, plain.Launcher(plain.advance_mamba_blocks)):
+        own = [state_idx.clone(), accepted.clone(), *(torch.full((SLOTS,), -7, dtype=torch.int32) for _ in "ab")]
+        arguments = (b.idx_mapping, own[0], b.num_computed, b.query_start_loc, *own[1:], b.num_reqs)
+        kernel[(1,)](*arguments, BLOCK_SIZE=256, MAMBA_BLOCK_SIZE=8)
+        written.append(own)
+    assert all(torch.equal(x, y) for x, y in zip(*written, strict=True))
+
+
+@few
+@given(seeds)
+def test_accepted_tokens(seed):
+    b, written = Batch(seed), []
+    rows = b.idx_mapping.clone()
+    rows[0] = -1
+    num_sampled = integers(b.generator, 0, 5, b.num_reqs)
+    for kernel in (original_scatter(), plain.Launcher(plain.scatter_num_accepted)):
+        accepted = torch.full((SLOTS,), -7, dtype=torch.int32)
+        kernel[(b.num_reqs,)](rows, num_sampled, accepted)
+        written.append(accepted)
+    assert torch.equal(*written)
+
+
+def original_scatter():
+    """vLLM's kernel, whether or not another test has replaced it in its module."""
+    found = mamba_hybrid._scatter_num_accepted_kernel
+    return getattr(found, "__wrapped__", found)
 
 
 def kernels_of(owner: type, name: str):

@@ -392,6 +392,9 @@ def use_torch_for_runner_kernels() -> None:
     kernel, which is launched only for rows that copy. Can go when Triton compiles for CPUs.
     """
     import vllm.v1.worker.gpu.model_runner as model_runner
+    import vllm.v1.worker.gpu.model_states.mamba_hybrid as mamba_hybrid
+    import vllm.v1.worker.gpu.sample.sampler as sampler
+    import vllm.v1.worker.gpu.sample.states as states
     from vllm.v1.worker.gpu.block_table import BlockTables
     from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter, StagedWriteTensor
     from vllm.v1.worker.mamba_utils import MambaSpecDecodeGPUContext
@@ -399,7 +402,7 @@ def use_torch_for_runner_kernels() -> None:
 
     from vllm_twotower.runtime import plain_kernels as plain
 
-    def replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    def replace(owner: Any, name: str, replacement: Any) -> None:
         launcher = getattr(owner, name)
         if not hasattr(launcher, "__wrapped__"):
             setattr(owner, name, functools.wraps(launcher)(replacement))
@@ -413,6 +416,17 @@ def use_torch_for_runner_kernels() -> None:
     replace(StagedWriteTensor, "apply_write", plain.apply_write)
     replace(FusedStagedWriter, "apply", plain.apply_all_writes)
     replace(KVBlockZeroer, "zero_block_ids", plain.zero_block_ids)
+    replace(states, "apply_temperature", plain.apply_temperature)
+    replace(sampler, "get_num_sampled_and_rejected", plain.get_num_sampled_and_rejected)
+    replace(mamba_hybrid, "preprocess_mamba_align_fused_kernel", plain.Launcher(plain.advance_mamba_blocks))
+    replace(mamba_hybrid, "_scatter_num_accepted_kernel", plain.Launcher(plain.scatter_num_accepted))
+    draw = sampler.gumbel_sample
+
+    def gumbel_sample(logits: Any, rows: Any, temperature: Any, *args: Any, **kwargs: Any) -> Any:
+        greedy = plain.greedy_tokens(logits, rows, temperature)
+        return draw(logits, rows, temperature, *args, **kwargs) if greedy is None else greedy
+
+    replace(sampler, "gumbel_sample", gumbel_sample)
     copy_before = MambaSpecDecodeGPUContext.run_fused_precopy
     copy_after = MambaSpecDecodeGPUContext.run_fused_postprocess_align
 

@@ -7,6 +7,7 @@ kernels. Shapes: R rows of the batch, N scheduled tokens, Q request slots, G cac
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -199,6 +200,76 @@ def apply_all_writes(self: Any, tensors: Any, output_ptrs: torch.Tensor, output_
     """What was staged for several tensors, into them (``FusedStagedWriter.apply``)."""
     for tensor in tensors:
         apply_write(tensor)
+
+
+def apply_temperature(logits: torch.Tensor, expanded_idx_mapping: torch.Tensor, temperature: torch.Tensor) -> None:
+    """Divide logits [N, V] in place by each row's temperature, greedy rows not (``gumbel.apply_temperature``)."""
+    divisor = temperature[expanded_idx_mapping].float()
+    logits /= divisor.where(divisor != 0, 1.0)[:, None]
+
+
+def greedy_tokens(
+    logits: torch.Tensor, expanded_idx_mapping: torch.Tensor, temperature: torch.Tensor
+) -> torch.Tensor | None:
+    """Tokens int64 [N] where every row is greedy, else None: drawing keeps its kernel (``gumbel.gumbel_sample``)."""
+    return None if temperature[expanded_idx_mapping].any() else logits.float().max(dim=-1).indices
+
+
+def get_num_sampled_and_rejected(
+    num_sampled: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_num_logits: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    prefill_len: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows still in prefill have sampled nothing (``input_batch.get_num_sampled_and_rejected``)."""
+    num_reqs = idx_mapping.shape[0]
+    in_prefill = seq_lens[:num_reqs] < prefill_len[idx_mapping]
+    num_sampled[:num_reqs].masked_fill_(in_prefill, 0)
+    rejected = cu_num_logits[: num_reqs + 1].diff() - num_sampled[:num_reqs]
+    num_rejected = torch.empty_like(num_sampled)
+    num_rejected[:num_reqs] = rejected.masked_fill(in_prefill, 0)
+    return num_sampled, num_rejected
+
+
+class Launcher:
+    """Stands in for a Triton kernel: ``Launcher(function)[grid](...)`` calls the function, whatever the grid."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.function
+
+
+def advance_mamba_blocks(
+    idx_mapping: torch.Tensor,
+    state_idx: torch.Tensor,
+    num_computed_tokens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    num_accepted_tokens: torch.Tensor,
+    src_col: torch.Tensor,
+    src_off: torch.Tensor,
+    num_reqs: int,
+    BLOCK_SIZE: int,
+    MAMBA_BLOCK_SIZE: int,
+) -> None:
+    """Where each row's state is and goes (``mamba_utils.preprocess_mamba_align_fused_kernel``)."""
+    slot = idx_mapping[:num_reqs].long()
+    before = state_idx[slot]
+    src_col[slot] = before
+    src_off[slot] = (num_accepted_tokens[slot] - 1).clamp(min=0).to(src_off.dtype)
+    end = num_computed_tokens[slot] + query_start_loc[: num_reqs + 1].diff()
+    after = ((end + MAMBA_BLOCK_SIZE - 1) // MAMBA_BLOCK_SIZE - 1).to(state_idx.dtype)
+    state_idx[slot] = after
+    num_accepted_tokens[slot[(before >= 0) & (before != after)]] = 1
+
+
+def scatter_num_accepted(idx_mapping: torch.Tensor, num_sampled: torch.Tensor, num_accepted: torch.Tensor) -> None:
+    """Accepted tokens of each real row, at least one (``mamba_hybrid._scatter_num_accepted_kernel``)."""
+    real = idx_mapping >= 0
+    accepted = num_sampled[: len(idx_mapping)][real].clamp(min=1)
+    num_accepted[idx_mapping[real].long()] = accepted.to(num_accepted.dtype)
 
 
 def rows_that_change_block(state_idx: torch.Tensor, src_col: torch.Tensor, idx_mapping: torch.Tensor) -> torch.Tensor:
