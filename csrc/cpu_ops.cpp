@@ -52,36 +52,44 @@ inline float dot(const float* a, const float* b, int64_t n) {
 }
 
 // A block of kRows x kColumns sums at a time, which stays in registers.
-constexpr int64_t kRows = 4, kLanes = 16, kVectors = 2, kColumns = kLanes * kVectors;
+constexpr int64_t kRows = 4, kLanes = 16, kColumns = 2 * kLanes;
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 
-// rows[i][0..depth) times matrix[depth][columns], element by element into write(i, column, sum).
+inline __attribute__((always_inline)) Lanes load(const float* from) {
+    Lanes lanes;
+    std::memcpy(&lanes, from, sizeof lanes);
+    return lanes;
+}
+
+// rows[i][0..depth) times matrix[depth][columns]; write(i, column, sums, count) gets count sums of neighbours.
 template <class Write>
 inline __attribute__((always_inline)) void products(const float* const* rows, int64_t count, const float* matrix,
                                                     int64_t depth, int64_t columns, Write write) {
+    float sums[kRows][kColumns];
     for (int64_t first = 0; first < count; first += kRows) {
         const int64_t block = std::min(kRows, count - first);
-        const float* row[kRows];
-        for (int64_t i = 0; i < kRows; ++i) row[i] = rows[first + std::min(i, block - 1)];
+        const float *row0 = rows[first], *row1 = rows[first + std::min<int64_t>(1, block - 1)];
+        const float *row2 = rows[first + std::min<int64_t>(2, block - 1)], *row3 = rows[first + block - 1];
         int64_t column = 0;
         for (; column + kColumns <= columns; column += kColumns) {
-            Lanes sum[kRows][kVectors] = {};
+            Lanes a0 = {}, a1 = {}, b0 = {}, b1 = {}, c0 = {}, c1 = {}, d0 = {}, d1 = {};
             for (int64_t k = 0; k < depth; ++k) {
-                Lanes m[kVectors];
-                std::memcpy(m, matrix + k * columns + column, sizeof m);
-#pragma GCC unroll 4
-                for (int64_t i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-                    for (int64_t v = 0; v < kVectors; ++v) sum[i][v] += row[i][k] * m[v];
+                const Lanes m0 = load(matrix + k * columns + column), m1 = load(matrix + k * columns + column + kLanes);
+                a0 += row0[k] * m0, a1 += row0[k] * m1;
+                b0 += row1[k] * m0, b1 += row1[k] * m1;
+                c0 += row2[k] * m0, c1 += row2[k] * m1;
+                d0 += row3[k] * m0, d1 += row3[k] * m1;
             }
-            for (int64_t i = 0; i < block; ++i)
-                for (int64_t j = 0; j < kColumns; ++j) write(first + i, column + j, sum[i][j / kLanes][j % kLanes]);
+            const Lanes all[kRows][2] = {{a0, a1}, {b0, b1}, {c0, c1}, {d0, d1}};
+            std::memcpy(sums, all, sizeof sums);
+            for (int64_t i = 0; i < block; ++i) write(first + i, column, sums[i], kColumns);
         }
+        const float* row[kRows] = {row0, row1, row2, row3};
         for (; column < columns; ++column)
             for (int64_t i = 0; i < block; ++i) {
-                float sum = 0.0f;
-                for (int64_t k = 0; k < depth; ++k) sum += row[i][k] * matrix[k * columns + column];
-                write(first + i, column, sum);
+                sums[0][0] = 0.0f;
+                for (int64_t k = 0; k < depth; ++k) sums[0][0] += row[i][k] * matrix[k * columns + column];
+                write(first + i, column, sums[0], 1);
             }
     }
 }
@@ -311,14 +319,23 @@ FOR_EVERY_CPU static void mix_tokens(float* out_TD, const float* x_TD, const Rou
         const Use* use = uses[e].data();
         std::vector<const float*> rows(count);
         for (int64_t i = 0; i < count; ++i) rows[i] = x_TD + use[i].token * hidden;
-        products(rows.data(), count, up_EDI + e * hidden * width, hidden, width, [&](int64_t i, int64_t j, float sum) {
-            const float positive = sum < 0.0f ? 0.0f : sum;  // not std::max, which would turn NaN into 0
-            inner[i * width + j] = positive * positive;
-        });
+        const auto square = [&](int64_t i, int64_t column, const float* sums, int64_t n) {
+            float* to = inner.data() + i * width + column;
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j) {
+                const float positive = sums[j] < 0.0f ? 0.0f : sums[j];  // not std::max, which would turn NaN into 0
+                to[j] = positive * positive;
+            }
+        };
+        products(rows.data(), count, up_EDI + e * hidden * width, hidden, width, square);
         for (int64_t i = 0; i < count; ++i) rows[i] = inner.data() + i * width;
-        products(rows.data(), count, down_EID + e * width * hidden, width, hidden, [&](int64_t i, int64_t d, float sum) {
-            out_TD[use[i].token * hidden + d] += use[i].weight * sum;
-        });
+        const auto add = [&](int64_t i, int64_t column, const float* sums, int64_t n) {
+            float* to = out_TD + use[i].token * hidden + column;
+            const float weight = use[i].weight;
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j) to[j] += weight * sums[j];
+        };
+        products(rows.data(), count, down_EID + e * width * hidden, width, hidden, add);
     }
 }
 
