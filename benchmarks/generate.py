@@ -303,8 +303,9 @@ def report(rows: list[dict[str, Any]], environment: dict[str, Any], args: Any) -
     settings["model"] = args.model.name
     content = {"environment": environment, "arguments": settings, "rows": rows}
     (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-    lines += ["| " + " | ".join("" if v is None else str(v) for v in row.values()) + " |" for row in rows]
+    from run import table
+
+    lines = table(rows)
     (out / f"{name}.md").write_text("\n".join(lines) + "\n")
     draw(rows, out / f"{name}.png")
 

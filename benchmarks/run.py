@@ -1,6 +1,7 @@
 """Timings on the machine this runs on, after the tests that make them worth something.
 
-``python benchmarks/run.py generate`` times whole generations (``generate.py``).
+``python benchmarks/run.py generate`` times whole generations (``generate.py``), ``python benchmarks/run.py cpp`` the
+C++ ops (``cpp_ops.py``).
 
 ``python benchmarks/run.py ops`` times the ops. On a GPU their tests run natively first, then each kernel is compared
 with its reference at the timed shapes; a red test or a difference prints no figure and exits 1. Both forms are timed
@@ -136,9 +137,7 @@ def ops(args: argparse.Namespace) -> None:
             print(f"{case.name}: moves {case.floor_bytes >> 20} MiB, not timed on a CPU", file=sys.stderr)
             continue
         rows += measure(case)
-    print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    print("\n".join(table(rows)))
     if args.skip_tests or args.only:
         print("a part, or tests skipped: nothing written", file=sys.stderr)
         return
@@ -155,6 +154,27 @@ def generate(args: argparse.Namespace) -> None:
         generation.report(rows, environment(), args)
 
 
+def cpp(args: argparse.Namespace) -> None:
+    import cpp_ops
+
+    if not args.skip_tests:
+        require_green(cpp_ops.TESTS)
+    rows = cpp_ops.measure()
+    lines = table(rows)
+    print("\n".join(lines))
+    if not args.skip_tests:
+        found = environment()
+        about = f"Commit {found['commit'][:9]}, torch {found['torch']}, {found['threads']} threads, fastest calls."
+        text = "\n".join(["# C++ ops beside their references", "", about, "", *lines]) + "\n"
+        (ROOT / "benchmarks" / "results" / "cpp-ops.md").write_text(text)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown."""
+    head = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    return head + ["| " + " | ".join("" if v is None else str(v) for v in row.values()) + " |" for row in rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -162,6 +182,9 @@ def main() -> None:
     timing.add_argument("--only", help="cases whose name contains this; writes no file")
     timing.add_argument("--skip-tests", action="store_true", help="for work on this script; writes no file")
     timing.set_defaults(run=ops)
+    compiled = commands.add_parser("cpp", help="time the ops in C++ beside their references")
+    compiled.add_argument("--skip-tests", action="store_true", help="for work on this script; writes no file")
+    compiled.set_defaults(run=cpp)
     generating = commands.add_parser("generate", help="time whole generations, and what they are compared with")
     generation.add_arguments(generating)
     generating.set_defaults(run=generate)

@@ -225,9 +225,15 @@ struct ScanInputs {
     const int64_t* slot_R;
 };
 
+// One product per row and head: position t weighs the state's columns by c_t, decayed, and the inputs s <= t by
+// (c_t b_s) decay(t, s) dt_s, and its own by the skip weight besides.
 FOR_EVERY_CPU static void scan_rows(float* out_RWHP, const ScanInputs* in, int64_t width, int64_t heads,
                                     int64_t head_dim, int64_t groups, int64_t state_size, int64_t begin, int64_t end) {
-    std::vector<float> step(width), log_decay(width), scores(width * width);
+    const int64_t depth = state_size + width;
+    std::vector<float> step(width), log_decay(width), scores(width * width), weights(width * depth);
+    std::vector<float> values(depth * head_dim);
+    std::vector<const float*> weight_rows(width);
+    for (int64_t t = 0; t < width; ++t) weight_rows[t] = weights.data() + t * depth;
     for (int64_t r = begin; r < end; ++r) {
         const float *x = in->x + r * in->x_row, *dt = in->dt + r * in->dt_row;
         const float *b = in->b + r * in->b_row, *c = in->c + r * in->c_row;
@@ -244,20 +250,27 @@ FOR_EVERY_CPU static void scan_rows(float* out_RWHP, const ScanInputs* in, int64
                     for (int64_t s = 0; s <= t; ++s)
                         scores[t * width + s] =
                             dot(c + t * in->c_position + group, b + s * in->b_position + group, state_size);
-            const float* state = in->state_BHPN + in->slot_R[r] * in->state_slot + h * head_dim * state_size;
             for (int64_t t = 0; t < width; ++t) {
-                float* out = out_RWHP + ((r * width + t) * heads + h) * head_dim;
-                const float *c_t = c + t * in->c_position + group, *x_t = x + t * in->x_position + h * head_dim;
-                const float carried = std::exp(log_decay[t]), skip = in->skip_H[h];
-                for (int64_t p = 0; p < head_dim; ++p)
-                    out[p] = carried * dot(c_t, state + p * state_size, state_size) + skip * x_t[p];
-                for (int64_t s = 0; s <= t; ++s) {
-                    const float weight = scores[t * width + s] * std::exp(log_decay[t] - log_decay[s]) * step[s];
-                    const float* x_s = x + s * in->x_position + h * head_dim;
+                float *carried = weights.data() + t * depth, *inside = carried + state_size;
+                const float* c_t = c + t * in->c_position + group;
+                const float decay = std::exp(log_decay[t]), now = log_decay[t];
 #pragma omp simd
-                    for (int64_t p = 0; p < head_dim; ++p) out[p] += weight * x_s[p];
-                }
+                for (int64_t n = 0; n < state_size; ++n) carried[n] = decay * c_t[n];
+#pragma omp simd
+                for (int64_t s = 0; s <= t; ++s)
+                    inside[s] = scores[t * width + s] * fast_exp(now - log_decay[s]) * step[s];
+                inside[t] += in->skip_H[h];
+                std::fill(inside + t + 1, inside + width, 0.0f);
             }
+            const float* state = in->state_BHPN + in->slot_R[r] * in->state_slot + h * head_dim * state_size;
+            for (int64_t n = 0; n < state_size; ++n)
+                for (int64_t p = 0; p < head_dim; ++p) values[n * head_dim + p] = state[p * state_size + n];
+            for (int64_t w = 0; w < width; ++w)
+                std::copy_n(x + w * in->x_position + h * head_dim, head_dim, &values[(state_size + w) * head_dim]);
+            const auto store = [&](int64_t t, int64_t column, const float* sums, int64_t n) {
+                std::copy_n(sums, n, out_RWHP + ((r * width + t) * heads + h) * head_dim + column);
+            };
+            products(weight_rows.data(), width, values.data(), depth, head_dim, store);
         }
     }
 }

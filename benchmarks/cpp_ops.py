@@ -1,0 +1,100 @@
+"""The ops in C++ beside their references, fp32 at the demo model's shapes: ``python benchmarks/run.py cpp``.
+
+Both forms in one run, on the same inputs and threads, fastest of many calls (the machines this runs on are shared).
+What the C++ forms are for is in ``csrc/README.md``.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from vllm_twotower.cli import DEMO_MODEL
+from vllm_twotower.ops.adaln import cpp as adaln_cpp
+from vllm_twotower.ops.adaln import reference as adaln_reference
+from vllm_twotower.ops.adaln.reference import Modulation
+from vllm_twotower.ops.canvas_sample import cpp as sample_cpp
+from vllm_twotower.ops.canvas_sample import reference as sample_reference
+from vllm_twotower.ops.mixture_of_experts import cpp as experts_cpp
+from vllm_twotower.ops.mixture_of_experts import reference as experts_reference
+from vllm_twotower.ops.mixture_of_experts.reference import Routing
+from vllm_twotower.ops.seeded_scan import cpp as scan_cpp
+from vllm_twotower.ops.seeded_scan import reference as scan_reference
+
+WIDTH, LEVELS = 16, 152
+TESTS = [f"tests/test_op_{op}.py" for op in ("adaln", "canvas_sample", "mixture_of_experts", "seeded_scan")]
+
+
+def cases(rows: int) -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], tuple[Any, ...]]]:
+    """Name, C++ form, reference, arguments."""
+    c = json.loads((DEMO_MODEL / "config.json").read_text())
+    tokens, hidden = rows * WIDTH, c["hidden_size"]
+    heads, head_dim, groups, state = (c[k] for k in ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size"))
+    channels = heads * head_dim + 2 * groups * state
+    x, weight, slots = torch.randn(tokens, hidden), torch.randn(hidden), torch.arange(rows)
+    row = slots.repeat_interleave(WIDTH)
+    modulation = Modulation(torch.randn(LEVELS, 3, hidden), torch.randn(3, hidden), slots % LEVELS, row)
+    yield "modulate_norm", adaln_cpp.modulate_norm, adaln_reference.modulate_norm, (x, weight, 1e-5, modulation)
+    yield "gate_add", adaln_cpp.gate_add, adaln_reference.gate_add, (x, torch.randn_like(x), modulation)
+    conv = (
+        torch.randn(rows, WIDTH, channels),
+        torch.randn(channels, 4),
+        torch.randn(channels),
+        torch.randn(rows, 3, channels),
+        slots,
+    )
+    yield "seeded_conv", scan_cpp.seeded_conv, scan_reference.seeded_conv, conv
+    scan = (
+        torch.randn(rows, WIDTH, heads, head_dim),
+        torch.randn(rows, WIDTH, heads),
+        -torch.rand(heads),
+        torch.randn(rows, WIDTH, groups, state),
+        torch.randn(rows, WIDTH, groups, state),
+        torch.randn(heads),
+        torch.randn(heads),
+        torch.randn(rows, heads, head_dim, state),
+        slots,
+    )
+    yield "seeded_scan", scan_cpp.seeded_scan, scan_reference.seeded_scan, scan
+    experts, width = c["n_routed_experts"], c["moe_intermediate_size"]
+    routing = Routing(torch.randn(experts, hidden), torch.zeros(experts), c["num_experts_per_tok"], True, 1.0)
+    mixture = (x, routing, torch.randn(experts, hidden, width), torch.randn(experts, width, hidden))
+    yield (
+        "mixture_of_experts",
+        experts_cpp.mixture_of_experts,
+        experts_reference.mixture_of_experts,
+        mixture,
+    )
+    logits = (torch.randn(tokens, c["vocab_size"]), 3)
+    yield "canvas_sample, greedy", sample_cpp.canvas_sample, sample_reference.canvas_sample, logits
+
+
+def microseconds(function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float = 0.5) -> float:
+    """Of the fastest call."""
+    fastest, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        function(*arguments)
+        fastest = min(fastest, time.perf_counter() - started)
+    return fastest * 1e6
+
+
+def measure() -> list[dict[str, Any]]:
+    """One row per op and number of canvases."""
+    torch.manual_seed(0)
+    rows = []
+    for num_canvases in (1, 8):
+        for name, cpp, reference, arguments in cases(num_canvases):
+            fast, plain = microseconds(cpp, arguments), microseconds(reference, arguments)
+            rows.append(
+                {
+                    "op": name,
+                    "canvases": num_canvases,
+                    "cpp_us": round(fast, 1),
+                    "reference_us": round(plain, 1),
+                    "ratio": round(plain / fast, 1),
+                }
+            )
+    return rows
