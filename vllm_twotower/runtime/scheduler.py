@@ -9,6 +9,7 @@ canvases, the least recently served first; denoising computes nothing (``num_com
 noisy is ever hashed.
 """
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,8 @@ from vllm_twotower.core import MASK_TOKEN_ID, Mode, StepKind
 from vllm_twotower.runtime.policy import RunnableRows, StepPolicy
 from vllm_twotower.runtime.stat_loggers import StepCounts
 from vllm_twotower.runtime.step_costs import MeasuredCosts, StepCosts
+
+logger = logging.getLogger("vllm.twotower")
 
 
 class BlockCommitScheduler(Scheduler):
@@ -191,11 +194,12 @@ class BlockCommitScheduler(Scheduler):
                 self.requests[req_id].num_computed_tokens -= num_tokens
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
-        """As upstream's, except that prompt logprobs wait for the request's first tokens, and passes are counted."""
+        """As upstream's, except that prompt logprobs wait for the request's first tokens, passes are counted, and NaN
+        logits end a request."""
         if isinstance(self.step_costs, MeasuredCosts):
             self.step_costs.step_ended()
-        self._hold_prompt_logprobs(model_runner_output)
         self._count(scheduler_output, model_runner_output)
+        self._hold_prompt_logprobs(model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _hold_prompt_logprobs(self, result: Any) -> None:
@@ -215,13 +219,32 @@ class BlockCommitScheduler(Scheduler):
     def _count(self, scheduler_output: SchedulerOutput, result: Any) -> None:
         if not self._denoising:
             self._counts.context_passes += len(scheduler_output.num_scheduled_tokens)
+            self._end_broken(compat.nan_rows(result), result)
             return
-        for req_id, (num_passes, canvas_passes) in compat.take_pass_report(result).items():
+        passes, broken = compat.take_pass_report(result)
+        self._end_broken(broken, result)
+        for req_id, (num_passes, canvas_passes) in passes.items():
             self._counts.denoise_passes += num_passes
             self._counts.committed_tokens += len(result.sampled_token_ids[result.req_id_to_index[req_id]])
             if canvas_passes:
                 self._counts.canvases += 1
                 self._counts.passes_per_canvas.append(canvas_passes)
+
+    def _end_broken(self, req_ids: list[str], result: Any) -> None:
+        """End requests whose logits held a NaN; what was sampled from them is dropped."""
+        for req_id in req_ids:
+            request = self.requests.get(req_id)
+            row = result.req_id_to_index[req_id]
+            is_context_row = not self._denoising
+            if request is None or (is_context_row and self._options_of(request).mode is not Mode.AR):
+                continue
+            logger.error(
+                "request %s ended with an error: its logits hold NaN, from broken weights, or from sampling parameters "
+                "that allow no token",
+                req_id,
+            )
+            result.sampled_token_ids[row] = []
+            compat.end_with_error(self, req_id)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """Upstream's statistics of the step, and ours since the last."""
