@@ -1,7 +1,7 @@
 """Random mixes of requests, drawn from a seed: who asks for what, who comes when, who goes early.
 
 ``play`` runs a mix through an engine, request by request as they arrive, and measures how long each waited between two
-of its own steps. The same code makes the small runs of ``make test`` and the long ones of ``make soak``.
+of its own steps. The same code makes the small runs of ``make test`` and the long ones of ``make mixes``.
 """
 
 import contextlib

@@ -62,15 +62,17 @@ def name_environment_variable(name: str) -> None:
 
 
 def wrap_engine_args(architecture: str) -> None:
-    """Give every command built on vLLM's engine arguments a ``--diffusion`` flag; idempotent.
+    """Give every command built on vLLM's engine arguments a ``--diffusion`` flag, and check our checkpoints before
+    anything is started; idempotent.
 
     Wraps ``EngineArgs.add_cli_args``, ``from_cli_args`` and ``create_engine_config``. Officially only a platform plugin
     can change the parser (``Platform.pre_register_and_update``). All three do nothing more than upstream's unless the
-    flag is given. Can go when a general plugin can add an option.
+    flag is given or the model is a two-tower folder. Can go when a general plugin can add an option.
     """
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_twotower import cli_flag
+    from vllm_twotower.checkpoint_checks import check_checkpoint
 
     if getattr(EngineArgs, "_twotower_flag", False):
         return
@@ -91,6 +93,7 @@ def wrap_engine_args(architecture: str) -> None:
 
     @functools.wraps(create_engine_config)
     def create_engine_config_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check_checkpoint(self)
         config = create_engine_config(self, *args, **kwargs)
         cli_flag.check_architecture(self, config.model_config.architecture, architecture)
         return config
