@@ -49,6 +49,8 @@ class Played:
     """Whether it was aborted before it ended."""
     longest_wait: int
     """Engine steps between two steps of one request, at most."""
+    longest_queue: int
+    """Engine steps from a request's arrival to its first step, at most."""
     num_steps: int
 
 
@@ -137,7 +139,7 @@ def play(e: Engine, mix: list[MixedRequest], max_steps: int = 800) -> Played:
     tokens: dict[int, list[int]] = {}
     aborted: set[int] = set()
     added = 0
-    with _waits(e) as waits:
+    with _waits(e) as (waits, queued):
         for step in range(max_steps):
             while added < len(mix) and (mix[added].arrives <= step or not core.has_unfinished_requests()):
                 core.add_request(str(added), {"prompt_token_ids": mix[added].prompt}, mix[added].params())
@@ -159,6 +161,7 @@ def play(e: Engine, mix: list[MixedRequest], max_steps: int = 800) -> Played:
         [tokens[i] for i in range(len(mix))],
         [i in aborted for i in range(len(mix))],
         max(waits.values(), default=0),
+        max(queued.values(), default=0),
         step,
     )
 
@@ -168,22 +171,26 @@ def _so_far(e: Engine, request_id: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def _waits(e: Engine) -> Iterator[dict[str, int]]:
-    """The longest distance between two steps of each request, in engine steps; 1 for one that is in every step."""
-    schedule, longest, last, count = e.scheduler.schedule, {}, {}, 0
+def _waits(e: Engine) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    """The longest distance between two steps of each request, in engine steps, 1 for one that is in every step; and
+    the distance of its first step from its arrival."""
+    schedule, longest, queued, arrived, last, count = e.scheduler.schedule, {}, {}, {}, {}, 0
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
+        for req_id in e.scheduler.requests:
+            arrived.setdefault(req_id, count)
         output = schedule(*args, **kwargs)
         count += 1
         for req_id in output.num_scheduled_tokens:
+            queued.setdefault(req_id, count - arrived[req_id])
             longest[req_id] = max(longest.get(req_id, 0), count - last.get(req_id, count))
             last[req_id] = count
         return output
 
     e.scheduler.schedule = watched
     try:
-        yield longest
+        yield longest, queued
     finally:
         e.scheduler.schedule = schedule
 

@@ -5,9 +5,11 @@ The tokens are those of NVIDIA's reference (goldens), or those that the request 
 """
 
 import itertools
+import math
 
 import pytest
 from engine_harness import engine, golden_params
+from request_mixes import MixedRequest, play
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_twotower import diffusion_params
@@ -182,3 +184,38 @@ def test_less_than_a_canvas_is_refused_at_start(tiny_moe, setting, value):
     )
     with pytest.raises(ValueError, match=rf"{setting}={value}.* or more"):
         args.create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("budget", "commit_quorum"), [(CANVAS, 1), pytest.param(2 * CANVAS + 1, 1, marks=pytest.mark.slow), (CANVAS, 0)]
+)
+def test_a_budget_of_one_canvas_leaves_nobody_waiting(tiny_moe, budget, commit_quorum):
+    """Six requests take turns, and a seventh with a long prompt comes in the middle.
+
+    A turn is a denoise step, the commit that its canvas waits for, and a step for the newcomer; a canvas takes one
+    denoise step here, so nobody waits for more than everybody's turn.
+    """
+    cases = tiny_moe.cases(CANVAS)[:7]
+    mix = [MixedRequest(c["prompt"], request_settings(c), 0 if i < 6 else 20, None) for i, c in enumerate(cases)]
+    options = {"passes_per_step": 16, "commit_quorum": commit_quorum}
+    room = {"max_num_batched_tokens": budget, "max_num_seqs": 8, "enable_prefix_caching": False}
+    with engine(tiny_moe.path, options, **room) as e:
+        played = play(e, mix)
+    assert played.tokens == [c["output"] for c in cases]
+    turns = math.ceil(len(mix) / (budget // CANVAS))
+    print(f"longest wait {played.longest_wait}, in the queue {played.longest_queue}, {turns} turns")
+    assert played.longest_wait <= 3 * turns
+    assert played.longest_queue <= 3 * turns
+
+
+def request_settings(case):
+    """A golden case as ``diffusion_params`` takes it."""
+    p = case["params"]
+    return {
+        "mode": "mask_diffusion",
+        "temperature": 0.0,
+        "max_tokens": p["max_new_tokens"],
+        "confidence_threshold": p["confidence_threshold"],
+        "max_steps": p["steps_per_block"],
+        "ignore_eos": True,
+    }

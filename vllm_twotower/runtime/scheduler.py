@@ -51,6 +51,8 @@ class BlockCommitScheduler(Scheduler):
         # A context step admitted nobody although there was a free place (no KV blocks, say): until something changes,
         # the queue is no reason for another one.
         self._queue_is_stuck = False
+        # Commits took all of the last context step's budget, and somebody else got nothing.
+        self._commits_step_aside = False
 
     # ---- choosing a step ---------------------------------------------------------------------------------------------
 
@@ -115,18 +117,49 @@ class BlockCommitScheduler(Scheduler):
     # ---- the two kinds -----------------------------------------------------------------------------------------------
 
     def _schedule_context(self, hidden: list[Request], args: Any, kwargs: Any) -> SchedulerOutput:
+        """Commits, prompts and AR rows. Commits that the budget does not hold take turns, the longest finished first;
+        where they left nothing for somebody else, they step aside once."""
         self._denoising = frozenset()
+        commits = [r for r in self.running if not self._is_denoisable(r) and self._is_commit(r)]
+        hidden = [*hidden, *(commits if self._commits_step_aside else self._late_commits(commits))]
         output = self._schedule_without(hidden, self.max_num_active_reqs, args, kwargs)
-        if not output.scheduled_new_reqs and not output.scheduled_cached_reqs.resumed_req_ids:
-            self._queue_is_stuck = True
+        nobody_came = not output.scheduled_new_reqs and not output.scheduled_cached_reqs.resumed_req_ids
+        self._commits_step_aside = self._commits_took_all(output, commits, hidden, nobody_came)
+        self._queue_is_stuck |= nobody_came and not self._commits_step_aside
         return output
+
+    def _late_commits(self, commits: list[Request]) -> list[Request]:
+        """Those of the commits that this step's budget does not hold."""
+        budget, late = self._budget(), []
+        for request in sorted(commits, key=lambda r: self._last_denoised.get(r.request_id, 0)):
+            left = request.num_tokens - request.num_computed_tokens
+            if left > budget:
+                late.append(request)
+            else:
+                budget -= left
+        return late
+
+    def _commits_took_all(
+        self, output: SchedulerOutput, commits: list[Request], hidden: list[Request], nobody_came: bool
+    ) -> bool:
+        """Whether commits used up a context step's budget, and a prompt, an AR row or the queue got nothing."""
+        scheduled = output.num_scheduled_tokens
+        if output.total_num_scheduled_tokens < self._budget() or not any(r.request_id in scheduled for r in commits):
+            return False
+        served = scheduled.keys() | {r.request_id for r in hidden}
+        queue_waits = bool(self.waiting or self.kv_holding_waiting) and len(self.running) < self.max_num_active_reqs
+        return (nobody_came and queue_waits) or any(r.request_id not in served for r in self.running)
+
+    def _budget(self) -> int:
+        """Tokens of one step."""
+        return min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens)
 
     def _schedule_denoise(self, args: Any, kwargs: Any) -> SchedulerOutput:
         """Whole canvases only, as many as the budget holds, the least recently served first; nobody is admitted."""
         waiting_longest_first = sorted(
             (r for r in self.running if self._is_denoisable(r)), key=lambda r: self._last_denoised.get(r.request_id, 0)
         )
-        budget = min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens)
+        budget = self._budget()
         rows: list[Request] = []
         for request in waiting_longest_first:
             width = self._canvas_width(request)
