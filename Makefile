@@ -11,7 +11,7 @@ endif
 export VLLM_NO_USAGE_STATS := 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-slow check docs bench bench-vllm lm-eval quality clean
+.PHONY: setup demo test test-slow mixes check docs bench bench-vllm lm-eval quality clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,12 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest
+
+# random mixes of requests for as long as you like: `make mixes TWOTOWER_MIXES=5000 TWOTOWER_FIRST_MIX=7000`
+mixes: export TWOTOWER_MIXES ?= 1000
+mixes: export TWOTOWER_FIRST_MIX ?= 1000
+mixes: setup
+	$(BIN)/python -m pytest -m slow -s tests/test_batch_invariance.py tests/test_cache_pressure.py
 
 check: setup
 	$(BIN)/ruff check .

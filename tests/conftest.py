@@ -7,6 +7,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it overrides every engine's kv_cache_memory_bytes
 
 import json
 import pathlib

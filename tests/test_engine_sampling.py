@@ -104,6 +104,31 @@ def test_bad_words_need_a_tokenizer_and_forbid_their_last_token():
         assert "," not in without
 
 
+def test_stop_strings_inside_and_across_canvases():
+    """On the demo model, which has a tokenizer."""
+    from vllm_twotower.cli import DEMO_MODEL
+
+    greedy = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True}
+
+    def text(e, **more):
+        (output,) = e.llm.generate(["And God said,"], diffusion_params(**greedy, **more), use_tqdm=False)
+        return output.outputs[0]
+
+    with engine(DEMO_MODEL, {"passes_per_step": 16}, skip_tokenizer_init=False, max_num_seqs=8) as e:
+        whole = text(e)
+        tokenizer = e.llm.get_tokenizer()
+        border = len(tokenizer.decode(list(whole.token_ids)[:16]))
+        for start in (border - 5, border - 1, border, border + 4):
+            stop = whole.text[start : start + 6]
+            end = whole.text.index(stop)
+            stopped = text(e, stop=["nothing like this", stop])
+            assert (stopped.text, stopped.finish_reason) == (whole.text[:end], "stop"), stop
+            kept = text(e, stop=[stop], include_stop_str_in_output=True)
+            assert kept.text == whole.text[: end + len(stop)]
+        across = whole.text[border - 3 : border + 3]
+        assert text(e, stop=[across], min_tokens=39).text.startswith(whole.text[:border]), "not before min_tokens"
+
+
 @pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
 def test_logprobs_are_those_of_the_pass_that_revealed_each_token(tiny_mlp, model, prompt, mode):
     """Against a replay of the reference's canvases: same token, untempered, the mask id excluded."""

@@ -1,6 +1,8 @@
 """Laws of denoising on random canvases, and the batched functions against the plain reference."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ def canvases(draw):
     rows, width = draw(st.integers(1, 4)), draw(st.integers(1, 9))
     seed = draw(st.integers(0, 2**31))
     scale = draw(st.sampled_from([0.0, 1.0, 8.0]))  # 0: all ties
+    mask_logit = draw(st.sampled_from([0.0, 30.0]))  # 30: the denoiser would say "still masked" everywhere
     options = [
         MaskDiffusion(
             canvas_length=width,
@@ -34,13 +37,18 @@ def canvases(draw):
 
     def logits(row, step):
         generator = torch.Generator().manual_seed(seed * 1000 + row * 50 + step)
-        return torch.randn(width, VOCAB, generator=generator) * scale
+        values = torch.randn(width, VOCAB, generator=generator) * scale
+        values[:, MASK] += mask_logit
+        return values
 
     return options, width, logits
 
 
-def run_batch(options, width, logits, order=None):
-    """Denoise all rows together with the functions the engine uses; returns canvases after every pass."""
+def run_batch(options, width, logits, order=None, elsewhere=(0, 0.0)):
+    """Denoise all rows together with the functions the engine uses; returns canvases after every pass.
+
+    ``elsewhere`` is the proposal and confidence that positions already revealed are given.
+    """
     rows = order or range(len(options))
     o = [options[r] for r in rows]
     canvas = torch.full((len(o), width), MASK)
@@ -55,23 +63,41 @@ def run_batch(options, width, logits, order=None):
         seed = torch.tensor([x.seed for x in o])[row]
         noise = gumbel_noise(seed, 1 + column, passes[row], VOCAB)
         token, sure = propose(flat, MASK, torch.tensor([x.temperature for x in o])[row], noise)
-        proposal, confidence = torch.zeros_like(canvas), torch.zeros(canvas.shape)
+        proposal, confidence = torch.full_like(canvas, elsewhere[0]), torch.full(canvas.shape, elsewhere[1])
         proposal[row, column], confidence[row, column] = token, sure
         k = num_to_reveal(confidence, masked, threshold, passes, max_steps)
         canvas = reveal(canvas, proposal, confidence, masked, k)
         passes = passes + masked.any(dim=1)
         history.append(canvas)
-        assert (((history[-2] == MASK).sum(1) - (canvas == MASK).sum(1)) == k).all()
+        check_reveals(history[-2], canvas, confidence, o, passes - masked.any(dim=1).long())
     return history, passes
 
 
-def run_reference(option, row, logits):
+def check_reveals(before, after, confidence, options, pass_index):
+    """A pass of each row reveals the rule's number of positions: the surest, among equals the lowest."""
+    for row, option in enumerate(options):
+        masked = (before[row] == MASK).nonzero().squeeze(1).tolist()
+        revealed = [i for i in masked if int(after[row, i]) != MASK]
+        if not masked:
+            continue
+        sure = {i: float(confidence[row, i]) for i in masked}
+        # the threshold as the engine holds it, in fp32
+        num_sure = sum(c > float(torch.tensor(option.confidence_threshold)) for c in sure.values())
+        num_due = math.ceil(len(masked) / (option.max_steps - int(pass_index[row])))
+        assert 1 <= len(revealed) == max(1, num_sure, num_due)
+        assert revealed == sorted(sorted(masked, key=lambda i: (-sure[i], i))[: len(revealed)])
+
+
+def run_reference(option, row, logits, elsewhere=None):
     step = -1
 
     def denoise(canvas, level):
         nonlocal step
         step += 1
-        return logits(row, step)
+        values = logits(row, step)
+        if elsewhere is not None:
+            values[torch.tensor(canvas) != MASK] = elsewhere
+        return values
 
     return generate_mask_diffusion([9], option.canvas_length, denoise, lambda _: None, option)
 
@@ -103,6 +129,31 @@ def test_laws(case):
             if (before[row] == MASK).any():
                 assert (after[row] == MASK).sum() < (before[row] == MASK).sum(), "every pass reveals"
     assert not (history[-1] == MASK).any(), "the mask is never emitted"
+
+
+@settings(max_examples=15, deadline=None)
+@given(canvases())
+def test_logits_of_revealed_positions_are_not_looked_at(case):
+    options, width, logits = case
+    plain, plain_passes = run_batch(options, width, logits)
+    for elsewhere in ((MASK, math.inf), (5, 1.0), (7, math.nan)):
+        history, passes = run_batch(options, width, logits, elsewhere=elsewhere)
+        assert [h.tolist() for h in history] == [h.tolist() for h in plain]
+        assert passes.tolist() == plain_passes.tolist()
+    for row, option in enumerate(options):
+        for elsewhere in (math.nan, math.inf, 1e30):
+            result = run_reference(option, row, logits, elsewhere)
+            assert plain[-1][row].tolist() == list(result.token_ids)
+
+
+@settings(max_examples=30, deadline=None)
+@given(canvases())
+def test_threshold_1_and_enough_passes_reveal_one_token_per_pass(case):
+    options, width, logits = case
+    options = [replace(o, confidence_threshold=1.0, max_steps=width + o.max_steps - 1) for o in options]
+    history, passes = run_batch(options, width, logits)
+    assert passes.tolist() == [width] * len(options)
+    assert [(h == MASK).sum(1).tolist() for h in history] == [[n] * len(options) for n in range(width, -1, -1)]
 
 
 @settings(max_examples=30, deadline=None)

@@ -58,6 +58,7 @@ RELIED_ON = {
             model_executor.layers.mamba.mamba_mixer2:MambaMixer2 get_kv_cache_spec ssm_state_size
             v1.kv_cache_interface:MambaSpec num_prefill_checkpoint_blocks prefill_checkpoint_alignment
             v1.outputs:ModelRunnerOutput prompt_logprobs_dict prompt_token_id_logprobs_dict
+            v1.core.sched.scheduler:Scheduler grammar_compile_error_reqs
             config:VllmConfig model_config config:ModelConfig architecture""",
     "models/twotower.py": """
         reads v1.worker.gpu.model_states:resolve_model_state_cls get_model_state_cls

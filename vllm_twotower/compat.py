@@ -62,15 +62,17 @@ def name_environment_variable(name: str) -> None:
 
 
 def wrap_engine_args(architecture: str) -> None:
-    """Give every command built on vLLM's engine arguments a ``--diffusion`` flag; idempotent.
+    """Give every command built on vLLM's engine arguments a ``--diffusion`` flag, and check our checkpoints before
+    anything is started; idempotent.
 
     Wraps ``EngineArgs.add_cli_args``, ``from_cli_args`` and ``create_engine_config``. Officially only a platform plugin
     can change the parser (``Platform.pre_register_and_update``). All three do nothing more than upstream's unless the
-    flag is given. Can go when a general plugin can add an option.
+    flag is given or the model is a two-tower folder. Can go when a general plugin can add an option.
     """
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_twotower import cli_flag
+    from vllm_twotower.checkpoint_checks import check_checkpoint
 
     if getattr(EngineArgs, "_twotower_flag", False):
         return
@@ -91,6 +93,7 @@ def wrap_engine_args(architecture: str) -> None:
 
     @functools.wraps(create_engine_config)
     def create_engine_config_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check_checkpoint(self)
         config = create_engine_config(self, *args, **kwargs)
         cli_flag.check_architecture(self, config.model_config.architecture, architecture)
         return config
@@ -254,8 +257,9 @@ def extend_stat_loggers(architecture: str) -> None:
 PASSES_BITS = 16
 
 
-def pass_report(num_passes: list[int], canvas_passes: list[int], device: Any) -> Any:
-    """Denoise passes of each row as the one integer per row that a sampler's output can carry to the scheduler.
+def pass_report(num_passes: list[int], canvas_passes: list[int], broken: list[bool], device: Any) -> Any:
+    """Denoise passes of each row, and whether it is broken, as the one integer per row that a sampler's output can
+    carry to the scheduler.
 
     ``SamplerOutput`` and ``ModelRunnerOutput`` have fixed fields; ``num_nans`` is the only one per row that reaches the
     scheduler as it is, and it is unused in a denoise step. Can go when a model state can attach its own statistics.
@@ -263,26 +267,49 @@ def pass_report(num_passes: list[int], canvas_passes: list[int], device: Any) ->
     Args:
         num_passes: passes of this step, per row.
         canvas_passes: passes of the whole canvas for a row whose canvas is finished, else 0.
+        broken: whether the row's logits held a NaN.
         device: of the result.
 
     Returns:
-        int32 [R], or None where vLLM was told to raise on any NaN count.
+        int32 [R], negative for a broken row. Where vLLM was told to raise on any NaN count, 1 for a broken row, None
+        if there is none.
 
     """
     import torch
     import vllm.envs as envs
 
     if envs.VLLM_RAISE_ON_LOGIT_NANS:
-        return None
-    packed = [done << PASSES_BITS | now for now, done in zip(num_passes, canvas_passes, strict=True)]
+        return torch.tensor(broken, dtype=torch.int32, device=device) if any(broken) else None
+    rows = zip(num_passes, canvas_passes, broken, strict=True)
+    packed = [(done << PASSES_BITS | now) * (-1 if bad else 1) for now, done, bad in rows]
     return torch.tensor(packed, dtype=torch.int32, device=device)
 
 
-def take_pass_report(result: Any) -> dict[str, tuple[int, int]]:
-    """Undo ``pass_report`` on a ``ModelRunnerOutput``: request id -> (passes of this step, of the finished canvas)."""
-    packed, result.num_nans_in_logits = result.num_nans_in_logits, None
+def take_pass_report(result: Any) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """Undo ``pass_report`` on a ``ModelRunnerOutput``.
+
+    Returns:
+        Request id -> (passes of this step, of the finished canvas), and the ids of broken rows.
+
+    """
+    packed, result.num_nans_in_logits = result.num_nans_in_logits or {}, None
     mask = (1 << PASSES_BITS) - 1
-    return {req_id: (value & mask, value >> PASSES_BITS) for req_id, value in (packed or {}).items()}
+    passes = {req_id: (abs(value) & mask, abs(value) >> PASSES_BITS) for req_id, value in packed.items()}
+    return passes, [req_id for req_id, value in packed.items() if value < 0]
+
+
+def nan_rows(result: Any) -> list[str]:
+    """Ids of the rows of a context step whose logits held a NaN, as far as somebody counted."""
+    return [req_id for req_id, count in (result.num_nans_in_logits or {}).items() if count > 0]
+
+
+def end_with_error(scheduler: Any, req_id: str) -> None:
+    """Let the coming ``Scheduler.update_from_output`` finish a request with ``finish_reason="error"``, over HTTP a 500.
+
+    ``grammar_compile_error_reqs`` is where upstream collects the requests it ends so, whatever their grammar. Can go
+    when a sampler can end a request.
+    """
+    scheduler.grammar_compile_error_reqs.add(req_id)
 
 
 def pass_over_once(request: Any, current_step: int) -> None:

@@ -30,6 +30,7 @@ def check_request(request: Any, vllm_config: Any) -> None:
     if params is None:
         return
     check_worker_limits(params)
+    check_token_ids(request.prompt_token_ids or (), vllm_config.model_config.get_vocab_size())
     options = EngineOptions.from_additional_config(vllm_config.additional_config.get(CONFIG_KEY))
     if options is not None:
         mode = RequestOptions.from_extra_args(params.extra_args, options).mode
@@ -55,6 +56,13 @@ def check_worker_limits(params: Any) -> None:
     last_seed = (params.seed or 0) + params.n - 1  # every sample of a prompt gets the next seed
     if not -SEED_LIMIT <= (params.seed or 0) <= last_seed < SEED_LIMIT:
         raise ValueError(f"seed={params.seed} with n={params.n} does not fit in 64 bits: use a smaller seed")
+
+
+def check_token_ids(token_ids: Any, vocab_size: int) -> None:
+    """Refuse ids that no embedding has; vLLM asks its tokenizer, and without one (``skip_tokenizer_init``) nobody."""
+    for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"token id {token_id} is out of vocabulary: use ids from 0 to {vocab_size - 1}")
 
 
 def check_beam_search(extra_args: Any, vllm_config: Any) -> None:

@@ -3,7 +3,7 @@
 Imports neither torch nor vLLM, so that ``vllm-twotower inspect`` can count a checkpoint before anything is loaded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 CONTEXT_PREFIXES = ("context_tower.", "context_lm_head.")
@@ -39,6 +39,23 @@ def checkpoint_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     for index in range(len(config.hybrid_override_pattern)):
         shapes[f"scale_shift_tables.{index}"] = (3, hidden)
     return shapes
+
+
+def check_tensor(
+    name: str, shape: Sequence[int], dtype: Any, is_float: bool, expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Check one tensor of ``checkpoint_shapes``.
+
+    Raises:
+        ValueError: it has another shape, or numbers that are no weights.
+
+    """
+    if tuple(shape) != expected[name]:
+        raise ValueError(
+            f"checkpoint tensor {name} has shape {list(shape)}, but config.json asks for {list(expected[name])}"
+        )
+    if not is_float:
+        raise ValueError(f"checkpoint tensor {name} holds {dtype}: weights have to be floating point")
 
 
 def _mixer_shapes(kind: str, config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:

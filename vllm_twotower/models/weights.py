@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_twotower.models.tensor_shapes import CONTEXT_PREFIXES, checkpoint_shapes
+from vllm_twotower.models.tensor_shapes import CONTEXT_PREFIXES, check_tensor, checkpoint_shapes
 
 NUM_NAMES_SHOWN = 8
 
@@ -48,7 +48,7 @@ def checked(
         with_context: False to leave out the context tower.
 
     Raises:
-        ValueError: after the last tensor (at the first of wrong shape): what is missing, unknown or misshapen, by name.
+        ValueError: after the last tensor (at the first of wrong shape or dtype): what is missing or unknown, by name.
 
     """
     expected = checkpoint_shapes(config)
@@ -60,11 +60,7 @@ def checked(
             continue
         if name not in needed:
             continue
-        if tuple(tensor.shape) != expected[name]:
-            raise ValueError(
-                f"checkpoint tensor {name} has shape {list(tensor.shape)}, "
-                f"but config.json asks for {list(expected[name])}"
-            )
+        check_tensor(name, tensor.shape, tensor.dtype, tensor.is_floating_point(), expected)
         seen.add(name)
         yield name, tensor
     problems = []

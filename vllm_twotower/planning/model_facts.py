@@ -63,6 +63,7 @@ class ModelFacts:
         given = {"dtype": config.get("torch_dtype"), **config}
         values = _DEFAULTS | {name: given[name] for name in names if given.get(name) is not None}
         _check(values, where, names)
+        _check_fixed(config, where)
         return cls(**values)
 
     @property
@@ -127,8 +128,39 @@ def _check(values: Mapping[str, Any], where: str, names: list[str]) -> None:
         value, low = values[name], 0 if name in _DEFAULTS else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"{where}: {name}={value!r} is not allowed: use an integer from {low}")
+    for whole, part in (("num_attention_heads", "num_key_value_heads"), ("mamba_num_heads", "n_groups")):
+        if values[whole] % values[part]:
+            raise ValueError(
+                f"{where}: {whole}={values[whole]} is not allowed: use a multiple of {part}={values[part]}"
+            )
+    if values["mask_token_id"] >= values["vocab_size"]:
+        raise ValueError(
+            f"{where}: mask_token_id={values['mask_token_id']} is not allowed: use an id below "
+            f"vocab_size={values['vocab_size']}"
+        )
     if "E" in pattern and not 0 < values["num_experts_per_tok"] <= values["n_routed_experts"]:
         raise ValueError(
             f"{where}: num_experts_per_tok={values['num_experts_per_tok']} is not allowed: use an integer from 1 to "
             f"n_routed_experts={values['n_routed_experts']}"
         )
+
+
+_FIXED = {
+    "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False,
+    "mlp_bias": False, "mamba_proj_bias": False,
+}  # fmt: skip
+"""Fields that say what both towers are in any case."""
+
+
+def _check_fixed(config: Mapping[str, Any], where: str) -> None:
+    for name, only in _FIXED.items():
+        if config.get(name, only) != only:
+            raise ValueError(f"{where}: {name}={config[name]!r} is not allowed: a two-tower model has {only!r}")
+    num_layers, pattern = config.get("num_hidden_layers"), config["hybrid_override_pattern"]
+    if num_layers is not None and num_layers != len(pattern):
+        raise ValueError(
+            f"{where}: num_hidden_layers={num_layers!r} is not allowed: hybrid_override_pattern has {len(pattern)}"
+        )
+    epsilon = config.get("layer_norm_epsilon", 1e-5)
+    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+        raise ValueError(f"{where}: layer_norm_epsilon={epsilon!r} is not allowed: use a number between 0 and 1")

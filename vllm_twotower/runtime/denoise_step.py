@@ -35,6 +35,8 @@ class DenoiseOutcome:
     """int64 [R], passes run over each canvas so far."""
     finished: list[bool]
     """Per row: nothing is masked any more."""
+    broken: list[bool]
+    """Per row: a confidence of this step was NaN, so the canvas means nothing and its request has to end."""
     num_passes: list[int]
     """Per row: passes run in this step while the canvas was unfinished."""
     num_forwards: int
@@ -89,20 +91,25 @@ class DenoiseStep:
         """Run the passes and leave the result in ``outcome``; without a denoiser, its rank's result."""
         canvases = None
         if denoiser is not None:
-            pass_index_R = self._run_passes(denoiser, context_layers)
-            canvases = torch.cat([self._token_RS, pass_index_R[:, None]], dim=1)
+            pass_index_R, broken_R = self._run_passes(denoiser, context_layers)
+            # a broken row has run a pass: the sign is free, and costs the link nothing
+            signed_R = torch.where(broken_R, -pass_index_R, pass_index_R)
+            canvases = torch.cat([self._token_RS, signed_R[:, None]], dim=1)
         if self.link is not None:
             num_rows, width = self.rows.token_RS.shape
             canvases = self.link.share_canvases(canvases, (num_rows, width + 1))
         assert canvases is not None, "a rank without a denoiser has a link"
-        token_RS, pass_index_R = canvases[:, :-1], canvases[:, -1]
+        token_RS, signed_R = canvases[:, :-1], canvases[:, -1]
+        pass_index_R, broken = signed_R.abs(), (signed_R < 0).tolist()
         num_passes = (pass_index_R - self.rows.pass_index_R).tolist()
         finished_R = ~self._masked(token_RS).any(dim=1)
-        self.outcome = DenoiseOutcome(token_RS, pass_index_R, finished_R.tolist(), num_passes, max(num_passes))
+        self.outcome = DenoiseOutcome(token_RS, pass_index_R, finished_R.tolist(), broken, num_passes, max(num_passes))
 
-    def _run_passes(self, denoiser: DenoiserTower, context_layers: nn.ModuleList) -> torch.Tensor:
-        """Run the passes on ``_token_RS``; returns the pass counts after them, int64 [R]."""
+    def _run_passes(self, denoiser: DenoiserTower, context_layers: nn.ModuleList) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the passes on ``_token_RS``; returns the pass counts after them, int64 [R], and what is broken, bool
+        [R]."""
         pass_index_R = self.rows.pass_index_R
+        broken_R = torch.zeros_like(pass_index_R, dtype=torch.bool)
         rules = CanvasRules(self.width_R, self.rows.threshold_R, self.rows.max_steps_R)
         masked_RS = self._masked(self._token_RS)
         level_R = level_index(masked_RS.sum(dim=1), self.width_R)
@@ -116,11 +123,12 @@ class DenoiseStep:
             token_T = self._token_RS[self.layout.row_T, self.layout.column_T]
             hidden_TD = denoiser(token_T, level_R, self.layout, context_layers)
             proposal_RS, confidence_RS = self._propose(denoiser, hidden_TD, wanted_RS, pass_index_R)
+            broken_R |= confidence_RS.isnan().any(dim=1)  # 0 where nothing is wanted
             after = reveal(self._token_RS, proposal_RS, confidence_RS, masked_RS, pass_index_R, rules)
             self._token_RS = torch.where(mock_ar_RS, proposal_RS, after.token_RS)
             pass_index_R = after.pass_index_R + mock_ar_RS.any(dim=1)
             masked_RS, level_R = after.masked_RS, after.level_R
-        return pass_index_R
+        return pass_index_R, broken_R
 
     def _masked(self, token_RS: torch.Tensor) -> torch.Tensor:
         """Undecided positions; the last token of a mock-AR row may be the mask id, as any token of a prompt."""

@@ -8,7 +8,8 @@ needs takes them along.
 Invariants, pinned in ``tests/test_policy.py``: a kind of step with nothing to run is never chosen while the other has
 something; prompts and AR rows wait for one denoise step at most, whatever the timing; unfinished canvases wait for
 ``MAX_CONTEXT_STEPS`` context steps at most. A finished canvas waits no longer than its slowest neighbour takes, and
-every canvas ends within its T passes.
+every canvas ends within its T passes. Where a step's budget does not hold everybody, these are turns and not steps: the
+scheduler serves canvases and commits in the order in which they have waited, and lets commits step aside for others.
 """
 
 from dataclasses import dataclass

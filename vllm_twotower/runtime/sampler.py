@@ -7,6 +7,7 @@ What it tells the runner, per row:
 | AR | vLLM's | vLLM's |
 | denoised, context step | 0: the prompt or the commit emits nothing | 0 |
 | denoised, denoise step | the canvas's width if finished, else 0 | the width: nothing was computed |
+| broken: NaN logits | 0: the scheduler ends the request with an error | as above |
 
 A mock-AR row is a finished canvas of width 1. Both counts of a denoise row are its scheduled width, never S: the
 runner's token table ends at ``max_model_len``.
@@ -55,6 +56,8 @@ class CanvasSampler:
             self._count_context_step(batch, is_diffusion)
         if not all(is_diffusion):
             output = self._sample(logits, batch, is_real=any(o is not None for o in options))
+            if output.num_nans is None:
+                output.num_nans = logits.isnan().sum(dim=-1, dtype=torch.int32)
             if any(is_diffusion):
                 emits_nothing_R = torch.tensor(is_diffusion, device=output.num_sampled.device)
                 output.num_sampled = output.num_sampled.masked_fill(emits_nothing_R, 0)
@@ -96,7 +99,8 @@ class CanvasSampler:
         self.state.canvases.scatter(batch.idx_mapping[:num_reqs], outcome.token_RS, outcome.pass_index_R)
         prefill_len = self.base.req_states.prefill_len
         emitted = []
-        for slot, width, finished in zip(batch.idx_mapping_np, widths, outcome.finished, strict=False):
+        done = [finished and not broken for finished, broken in zip(outcome.finished, outcome.broken, strict=True)]
+        for slot, width, finished in zip(batch.idx_mapping_np, widths, done, strict=False):
             emitted.append(width if finished else 0)
             if finished:
                 # the emitted tokens are what the next context step computes, like an extension of the prompt
@@ -108,12 +112,12 @@ class CanvasSampler:
         slots = [int(slot) for slot in batch.idx_mapping_np[:num_reqs]]
         canvas_passes = [
             passes if finished and mode is Mode.MASK_DIFFUSION else 0
-            for passes, finished, mode in zip(outcome.pass_index_R.tolist(), outcome.finished, modes, strict=True)
+            for passes, finished, mode in zip(outcome.pass_index_R.tolist(), done, modes, strict=True)
         ]
         return SamplerOutput(
             outcome.token_RS,
             self._logprobs(slots, emitted),
-            compat.pass_report(outcome.num_passes, canvas_passes, outcome.token_RS.device),
+            compat.pass_report(outcome.num_passes, canvas_passes, outcome.broken, device),
             torch.tensor(emitted, dtype=torch.int32, device=device),
             torch.tensor(widths, dtype=torch.int32, device=device),
         )

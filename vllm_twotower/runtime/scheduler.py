@@ -9,6 +9,7 @@ canvases, the least recently served first; denoising computes nothing (``num_com
 noisy is ever hashed.
 """
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,8 @@ from vllm_twotower.core import MASK_TOKEN_ID, Mode, StepKind
 from vllm_twotower.runtime.policy import RunnableRows, StepPolicy
 from vllm_twotower.runtime.stat_loggers import StepCounts
 from vllm_twotower.runtime.step_costs import MeasuredCosts, StepCosts
+
+logger = logging.getLogger("vllm.twotower")
 
 
 class BlockCommitScheduler(Scheduler):
@@ -48,6 +51,8 @@ class BlockCommitScheduler(Scheduler):
         # A context step admitted nobody although there was a free place (no KV blocks, say): until something changes,
         # the queue is no reason for another one.
         self._queue_is_stuck = False
+        # Commits took all of the last context step's budget, and somebody else got nothing.
+        self._commits_step_aside = False
 
     # ---- choosing a step ---------------------------------------------------------------------------------------------
 
@@ -112,18 +117,49 @@ class BlockCommitScheduler(Scheduler):
     # ---- the two kinds -----------------------------------------------------------------------------------------------
 
     def _schedule_context(self, hidden: list[Request], args: Any, kwargs: Any) -> SchedulerOutput:
+        """Commits, prompts and AR rows. Commits that the budget does not hold take turns, the longest finished first;
+        where they left nothing for somebody else, they step aside once."""
         self._denoising = frozenset()
+        commits = [r for r in self.running if not self._is_denoisable(r) and self._is_commit(r)]
+        hidden = [*hidden, *(commits if self._commits_step_aside else self._late_commits(commits))]
         output = self._schedule_without(hidden, self.max_num_active_reqs, args, kwargs)
-        if not output.scheduled_new_reqs and not output.scheduled_cached_reqs.resumed_req_ids:
-            self._queue_is_stuck = True
+        nobody_came = not output.scheduled_new_reqs and not output.scheduled_cached_reqs.resumed_req_ids
+        self._commits_step_aside = self._commits_took_all(output, commits, hidden, nobody_came)
+        self._queue_is_stuck |= nobody_came and not self._commits_step_aside
         return output
+
+    def _late_commits(self, commits: list[Request]) -> list[Request]:
+        """Those of the commits that this step's budget does not hold."""
+        budget, late = self._budget(), []
+        for request in sorted(commits, key=lambda r: self._last_denoised.get(r.request_id, 0)):
+            left = request.num_tokens - request.num_computed_tokens
+            if left > budget:
+                late.append(request)
+            else:
+                budget -= left
+        return late
+
+    def _commits_took_all(
+        self, output: SchedulerOutput, commits: list[Request], hidden: list[Request], nobody_came: bool
+    ) -> bool:
+        """Whether commits used up a context step's budget, and a prompt, an AR row or the queue got nothing."""
+        scheduled = output.num_scheduled_tokens
+        if output.total_num_scheduled_tokens < self._budget() or not any(r.request_id in scheduled for r in commits):
+            return False
+        served = scheduled.keys() | {r.request_id for r in hidden}
+        queue_waits = bool(self.waiting or self.kv_holding_waiting) and len(self.running) < self.max_num_active_reqs
+        return (nobody_came and queue_waits) or any(r.request_id not in served for r in self.running)
+
+    def _budget(self) -> int:
+        """Tokens of one step."""
+        return min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens)
 
     def _schedule_denoise(self, args: Any, kwargs: Any) -> SchedulerOutput:
         """Whole canvases only, as many as the budget holds, the least recently served first; nobody is admitted."""
         waiting_longest_first = sorted(
             (r for r in self.running if self._is_denoisable(r)), key=lambda r: self._last_denoised.get(r.request_id, 0)
         )
-        budget = min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens)
+        budget = self._budget()
         rows: list[Request] = []
         for request in waiting_longest_first:
             width = self._canvas_width(request)
@@ -191,11 +227,12 @@ class BlockCommitScheduler(Scheduler):
                 self.requests[req_id].num_computed_tokens -= num_tokens
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
-        """As upstream's, except that prompt logprobs wait for the request's first tokens, and passes are counted."""
+        """As upstream's, except that prompt logprobs wait for the request's first tokens, passes are counted, and NaN
+        logits end a request."""
         if isinstance(self.step_costs, MeasuredCosts):
             self.step_costs.step_ended()
-        self._hold_prompt_logprobs(model_runner_output)
         self._count(scheduler_output, model_runner_output)
+        self._hold_prompt_logprobs(model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _hold_prompt_logprobs(self, result: Any) -> None:
@@ -215,13 +252,32 @@ class BlockCommitScheduler(Scheduler):
     def _count(self, scheduler_output: SchedulerOutput, result: Any) -> None:
         if not self._denoising:
             self._counts.context_passes += len(scheduler_output.num_scheduled_tokens)
+            self._end_broken(compat.nan_rows(result), result)
             return
-        for req_id, (num_passes, canvas_passes) in compat.take_pass_report(result).items():
+        passes, broken = compat.take_pass_report(result)
+        self._end_broken(broken, result)
+        for req_id, (num_passes, canvas_passes) in passes.items():
             self._counts.denoise_passes += num_passes
             self._counts.committed_tokens += len(result.sampled_token_ids[result.req_id_to_index[req_id]])
             if canvas_passes:
                 self._counts.canvases += 1
                 self._counts.passes_per_canvas.append(canvas_passes)
+
+    def _end_broken(self, req_ids: list[str], result: Any) -> None:
+        """End requests whose logits held a NaN; what was sampled from them is dropped."""
+        for req_id in req_ids:
+            request = self.requests.get(req_id)
+            row = result.req_id_to_index[req_id]
+            is_context_row = not self._denoising
+            if request is None or (is_context_row and self._options_of(request).mode is not Mode.AR):
+                continue
+            logger.error(
+                "request %s ended with an error: its logits hold NaN, from broken weights, or from sampling parameters "
+                "that allow no token",
+                req_id,
+            )
+            result.sampled_token_ids[row] = []
+            compat.end_with_error(self, req_id)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """Upstream's statistics of the step, and ours since the last."""
