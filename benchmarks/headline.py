@@ -94,19 +94,29 @@ def measure(args: argparse.Namespace, arm: str, folder: pathlib.Path) -> list[di
     conversations = [[{"from": "human", "value": p}, {"from": "gpt", "value": p}] for p in prompts_of(args)]
     data.write_text(json.dumps([{"conversations": c} for c in conversations]))
     log = folder / f"{arm}.log"
-    with vllm_server(args.model, *serve_options(args, arm), log=log, cwd=ROOT, start_seconds=args.start_seconds) as url:
-        for concurrency in args.concurrency:
-            result = folder / f"{arm}-{concurrency}.json"
-            before = counters(url)
-            command = [*client_command(args, data, concurrency, result), "--base-url", url]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-            if done.returncode or not result.exists():
-                raise SystemExit(f"{shlex.join(command)} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
-            after = counters(url)
-            counted = {name: after[name] - before.get(name, 0.0) for name in after}
-            rows.append(row(arm, concurrency, json.loads(result.read_text()), counted, args))
-            print("| " + " | ".join(str(rows[-1][c]) for c in COLUMNS if c in rows[-1]) + " |", flush=True)
+    try:
+        with vllm_server(
+            args.model, *serve_options(args, arm), log=log, cwd=ROOT, start_seconds=args.start_seconds
+        ) as url:
+            for concurrency in args.concurrency:
+                rows.append(measure_one(args, arm, concurrency, data, url))
+                print("| " + " | ".join(str(rows[-1][c]) for c in COLUMNS if c in rows[-1]) + " |", flush=True)
+    except OSError as problem:
+        raise SystemExit(f"{arm}: {problem}; the end of its server's log:\n{log.read_text()[-4000:]}") from problem
     return rows
+
+
+def measure_one(args: argparse.Namespace, arm: str, concurrency: int, data: pathlib.Path, url: str) -> dict[str, Any]:
+    """One run of the client."""
+    result = data.with_name(f"{arm}-{concurrency}.json")
+    before = counters(url)
+    command = [*client_command(args, data, concurrency, result), "--base-url", url]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode or not result.exists():
+        raise SystemExit(f"{shlex.join(command)} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
+    after = counters(url)
+    counted = {name: after[name] - before.get(name, 0.0) for name in after}
+    return row(arm, concurrency, json.loads(result.read_text()), counted, args)
 
 
 def row(

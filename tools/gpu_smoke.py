@@ -44,7 +44,7 @@ def part(name: str, args: argparse.Namespace) -> dict[str, Any]:
     from smoke_parts import goldens, timing
 
     functions: dict[str, Callable[[], dict[str, Any]]] = {
-        "goldens_fp32": functools.partial(goldens.run, args, "float32", None if args.dry_run else "TRITON_ATTN"),
+        "goldens_fp32": functools.partial(goldens.run, args, "float32", "CPU_ATTN" if args.dry_run else "TRITON_ATTN"),
         "goldens_bf16": functools.partial(goldens.run, args, "bfloat16", "FLASH_ATTN"),
         "timing_eager": functools.partial(timing.run, args, eager=True),
         "timing_graphs": functools.partial(timing.run, args, eager=False),

@@ -10,22 +10,21 @@ GOLDENS = pathlib.Path(__file__).resolve().parents[2] / "tests" / "goldens"
 CANVAS_LENGTH = 16
 
 
-def run(args: Any, dtype: str, backend: str | None) -> dict[str, Any]:
+def run(args: Any, dtype: str, backend: str) -> dict[str, Any]:
     """Both golden checkpoints; ``args.cases`` limits the cases of each."""
     return {name: one(GOLDENS / name, args, dtype, backend) for name in ("tiny-mlp", "tiny-moe")[: args.checkpoints]}
 
 
-def one(folder: pathlib.Path, args: Any, dtype: str, backend: str | None) -> dict[str, Any]:
+def one(folder: pathlib.Path, args: Any, dtype: str, backend: str) -> dict[str, Any]:
     import torch
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     from vllm_twotower import diffusion_params, diffusion_stats
 
     cases = json.loads((folder / "expected.json").read_text())["mask_diffusion"]
     cases = [c for c in cases if c["params"]["block_size"] == CANVAS_LENGTH][: args.cases]
     settings = {"dtype": dtype, "max_model_len": 512, "max_num_seqs": 64, "enforce_eager": True}
-    settings |= {"kv_cache_memory_bytes": 128 << 20}
-    if backend is not None:
-        settings["attention_backend"] = backend
+    settings |= {"kv_cache_memory_bytes": 128 << 20, "attention_backend": AttentionBackendEnum[backend]}
     with engine(folder, additional_config={"diffusion": {"canvas_length": CANVAS_LENGTH}}, **settings) as llm:
         chosen = backends_of(llm)
         requests = [
