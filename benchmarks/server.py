@@ -19,7 +19,11 @@ STOP_SECONDS = 30
 
 @contextlib.contextmanager
 def vllm_server(
-    model: pathlib.Path | str, *options: str, log: pathlib.Path, cwd: pathlib.Path | None = None
+    model: pathlib.Path | str,
+    *options: str,
+    log: pathlib.Path,
+    cwd: pathlib.Path | None = None,
+    start_seconds: float = START_SECONDS,
 ) -> Iterator[str]:
     """Serve ``model`` on a free port of this machine and yield the server's address.
 
@@ -28,9 +32,10 @@ def vllm_server(
         options: its further arguments.
         log: file for the server's output.
         cwd: where the server is started; here by default.
+        start_seconds: how long it may take to come up.
 
     Raises:
-        RuntimeError: the server ended while starting or did not come up in three minutes; holds the end of its log.
+        RuntimeError: the server ended while starting or did not come up in time; holds the end of its log.
         subprocess.TimeoutExpired: the server did not stop within half a minute of SIGTERM; it was killed.
 
     """
@@ -44,7 +49,7 @@ def vllm_server(
         process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=cwd)
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until_healthy(url, process, log)
+        wait_until_healthy(url, process, log, start_seconds)
         yield url
     finally:
         process.send_signal(signal.SIGTERM)
@@ -55,9 +60,9 @@ def vllm_server(
             raise
 
 
-def wait_until_healthy(url: str, process: subprocess.Popen, log: pathlib.Path) -> None:
+def wait_until_healthy(url: str, process: subprocess.Popen, log: pathlib.Path, seconds: float = START_SECONDS) -> None:
     """Return once ``/health`` answers."""
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         try:
             urllib.request.urlopen(f"{url}/health", timeout=2)

@@ -9,6 +9,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it overrides every engine's kv_cache_memory_bytes
 
+import contextlib
 import json
 import pathlib
 
@@ -77,3 +78,26 @@ def bf16_rounds_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
         return rounded.view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.fixture
+def single_process_group():
+    """A process group of one, as a worker has it when it builds a model."""
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from vllm.utils.network_utils import get_distributed_init_method, get_open_port
+
+    @contextlib.contextmanager
+    def group(config):
+        method = get_distributed_init_method("127.0.0.1", get_open_port())
+        init_distributed_environment(1, 0, method, 0, backend="gloo")
+        initialize_model_parallel()
+        try:
+            yield
+        finally:
+            cleanup_dist_env_and_memory()
+
+    return group

@@ -116,30 +116,6 @@ def test_every_tensor_of_the_real_checkpoint_reaches_a_parameter(tmp_path, singl
     assert held == {tower: TowerSizes.of(facts, tower).resident_bytes() for tower in Tower}, "what inspect prints"
 
 
-@pytest.fixture
-def single_process_group():
-    import contextlib
-
-    from vllm.distributed import (
-        cleanup_dist_env_and_memory,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-    from vllm.utils.network_utils import get_distributed_init_method, get_open_port
-
-    @contextlib.contextmanager
-    def group(config):
-        method = get_distributed_init_method("127.0.0.1", get_open_port())
-        init_distributed_environment(1, 0, method, 0, backend="gloo")
-        initialize_model_parallel()
-        try:
-            yield
-        finally:
-            cleanup_dist_env_and_memory()
-
-    return group
-
-
 # ---- checkpoints that do not match -----------------------------------------------------------------------------------
 
 

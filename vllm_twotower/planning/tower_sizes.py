@@ -48,7 +48,7 @@ class Precision(StrEnum):
 
 FP8_PARTS = frozenset({Part.EXPERT, Part.LINEAR})
 """What ``--quantization fp8`` holds in one byte per weight. Routers, convolutions, norms, time conditioning, embeddings
-and heads stay; the scales, four bytes per matrix, are not counted."""
+and heads stay; the scales, four bytes per matrix, are not counted. ``tests/test_fp8.py`` holds this to vLLM."""
 
 SHARDED_PARTS = frozenset({Part.EXPERT, Part.LINEAR, Part.MIXER, Part.EMBEDDING, Part.HEAD})
 """What tensor parallelism divides; the rest is on every rank."""

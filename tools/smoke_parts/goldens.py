@@ -1,0 +1,65 @@
+"""The golden cases of NVIDIA's own code through the engine: equality in fp32, agreement of tokens otherwise."""
+
+import json
+import pathlib
+from typing import Any
+
+from smoke_parts.engine import backends_of, engine
+
+GOLDENS = pathlib.Path(__file__).resolve().parents[2] / "tests" / "goldens"
+CANVAS_LENGTH = 16
+
+
+def run(args: Any, dtype: str, backend: str) -> dict[str, Any]:
+    """Both golden checkpoints; ``args.cases`` limits the cases of each."""
+    return {name: one(GOLDENS / name, args, dtype, backend) for name in ("tiny-mlp", "tiny-moe")[: args.checkpoints]}
+
+
+def one(folder: pathlib.Path, args: Any, dtype: str, backend: str) -> dict[str, Any]:
+    import torch
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_twotower import diffusion_params, diffusion_stats
+
+    cases = json.loads((folder / "expected.json").read_text())["mask_diffusion"]
+    cases = [c for c in cases if c["params"]["block_size"] == CANVAS_LENGTH][: args.cases]
+    settings = {"dtype": dtype, "max_model_len": 512, "max_num_seqs": 64, "enforce_eager": True}
+    settings |= {"kv_cache_memory_bytes": 128 << 20, "attention_backend": AttentionBackendEnum[backend]}
+    with engine(folder, additional_config={"diffusion": {"canvas_length": CANVAS_LENGTH}}, **settings) as llm:
+        chosen = backends_of(llm)
+        requests = [
+            diffusion_params(
+                temperature=p["temperature"],
+                max_tokens=p["max_new_tokens"],
+                confidence_threshold=p["confidence_threshold"],
+                max_steps=p["steps_per_block"],
+                ignore_eos=True,
+                detokenize=False,
+            )
+            for p in (c["params"] for c in cases)
+        ]
+        outputs = llm.generate([{"prompt_token_ids": c["prompt"]} for c in cases], requests, use_tqdm=False)
+        passes = diffusion_stats(llm)["denoise_passes"]
+    written = [list(o.outputs[0].token_ids) for o in outputs]
+    return {
+        "dtype": dtype,
+        "attention_backends": chosen,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "denoise_passes": passes,
+        "denoise_passes_of_reference": sum(c["nfe"] for c in cases),
+        **compare([c["output"] for c in cases], written),
+    }
+
+
+def compare(expected: list[list[int]], written: list[list[int]]) -> dict[str, Any]:
+    """How much of what was expected was written; a first token that differs makes the rest of its text differ too."""
+    pairs = list(zip(expected, written, strict=True))
+    same = [[a == b for a, b in zip(e, w, strict=True)] for e, w in pairs]
+    return {
+        "cases": len(pairs),
+        "equal_cases": sum(map(all, same)),
+        "tokens": sum(map(len, same)),
+        "equal_tokens": sum(map(sum, same)),
+        "mean_equal_prefix": sum([*case, False].index(False) for case in same) / len(same),
+        "cases_that_differ": [index for index, case in enumerate(same) if not all(case)],
+    }
