@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+
+import psutil
 
 VLLM = pathlib.Path(sys.executable).with_name("vllm")
 START_SECONDS = 180
@@ -34,6 +37,16 @@ def vllm_server(
         subprocess.TimeoutExpired: the server did not stop within half a minute of SIGTERM; it was killed.
 
     """
+    with starting_server(model, *options, log=log, cwd=cwd) as (url, process):
+        wait_until_healthy(url, process, log)
+        yield url
+
+
+@contextlib.contextmanager
+def starting_server(
+    model: pathlib.Path | str, *options: str, log: pathlib.Path, cwd: pathlib.Path | None = None
+) -> Iterator[tuple[str, subprocess.Popen]]:
+    """``vllm_server`` that does not wait for the server to come up: its address to be, and its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -42,10 +55,8 @@ def vllm_server(
     command = [str(VLLM), "serve", str(model), "--port", str(port), *options]
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=cwd)
-    url = f"http://127.0.0.1:{port}"
     try:
-        wait_until_healthy(url, process, log)
-        yield url
+        yield f"http://127.0.0.1:{port}", process
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -65,3 +76,9 @@ def wait_until_healthy(url: str, process: subprocess.Popen, log: pathlib.Path) -
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
     raise RuntimeError("the server did not come up:\n" + log.read_text(errors="replace")[-4000:])
+
+
+def processes_of(log: pathlib.Path) -> list[psutil.Process]:
+    """A running server's processes, the front end first, by its log."""
+    front_end = psutil.Process(int(re.search(r"\(APIServer pid=(\d+)\)", log.read_text(errors="replace"))[1]))
+    return [front_end, *front_end.children(recursive=True)]

@@ -6,11 +6,12 @@ wheel. Imports nothing of vLLM before it is called.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import os
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -101,6 +102,32 @@ def wrap_engine_args(architecture: str) -> None:
     EngineArgs._twotower_flag = True
 
 
+def name_what_cannot_be_imported(architecture: str, model_class: str) -> None:
+    """Let the refusal of our architecture say which of vLLM's names is missing; idempotent.
+
+    Symptom: when a model class cannot be imported, vLLM logs the reason, in whichever process it is, and raises "failed
+    to be inspected. Please check the logs" (``registry.py``). Wraps ``_raise_for_unsupported``, which raises that. Can
+    go when it raises from the reason.
+    """
+    from vllm.model_executor.models.registry import _ModelRegistry
+
+    if getattr(_ModelRegistry, "_twotower_reason", False):
+        return
+    raise_for_unsupported = _ModelRegistry._raise_for_unsupported
+
+    @functools.wraps(raise_for_unsupported)
+    def raise_the_reason(self: Any, architectures: list[str]) -> None:
+        if architecture in architectures:
+            try:
+                importlib.import_module(model_class.partition(":")[0])
+            except (ImportError, AttributeError) as problem:
+                raise ValueError(f"vllm-twotower does not fit this vLLM: {problem}") from problem
+        raise_for_unsupported(self, architectures)
+
+    _ModelRegistry._raise_for_unsupported = raise_the_reason
+    _ModelRegistry._twotower_reason = True
+
+
 def replace_tensor_parallel_group(group_ranks: list[list[int]]) -> None:
     """Split this process's tensor-parallel group into the given ones; to be called by all its ranks alike.
 
@@ -143,7 +170,7 @@ def check_prompts(architecture: str, check: Callable[[Any, Any], None]) -> None:
     InputProcessor._twotower_check = True
 
 
-_BEAM_ID = re.compile(r"-beam-\d+$")
+_in_beam_search: contextvars.ContextVar[bool] = contextvars.ContextVar("twotower_in_beam_search", default=False)
 
 
 def let_beam_search_name_its_mode(architecture: str, check: Callable[[Any, Any], None]) -> None:
@@ -152,8 +179,9 @@ def let_beam_search_name_its_mode(architecture: str, check: Callable[[Any, Any],
     A beam is a request of one token that carries nothing of the user's request but its temperature, so a search over
     HTTP could not say ``diffusion_mode``. Wraps ``to_beam_search_params`` of both protocols, which drops
     ``vllm_xargs``, and ``InputProcessor.resolve_watermarking``, the one call that every search makes with its
-    parameters; online beams are known by their ids (``entrypoints/generate/beam_search/online.py``). Idempotent. Can
-    go when ``BeamSearchParams`` has ``extra_args``.
+    parameters (``entrypoints/generate/beam_search/online.py``). The tasks that a search starts for its beams inherit
+    its context, which says what they are; their ids do not, a client may choose any. Idempotent. Can go when
+    ``BeamSearchParams`` has ``extra_args``.
     """
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -186,12 +214,13 @@ def let_beam_search_name_its_mode(architecture: str, check: Callable[[Any, Any],
                 check(params.__dict__.get("twotower_extra_args"), self.vllm_config)
             except ValueError as problem:
                 raise VLLMValidationError(str(problem)) from problem
+            _in_beam_search.set(True)
         return resolve(self, params)
 
     @functools.wraps(process_inputs)
     def mark_beams_and_process(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         diffusion = self.vllm_config.additional_config.get(CONFIG_KEY)
-        if self.model_config.architecture == architecture and diffusion and _BEAM_ID.search(request_id):
+        if self.model_config.architecture == architecture and diffusion and _in_beam_search.get():
             params.extra_args = {"diffusion_mode": "ar", **(params.extra_args or {})}
         return process_inputs(self, request_id, prompt, params, *args, **kwargs)
 

@@ -33,6 +33,7 @@ def register_with_vllm() -> None:
         compat.name_environment_variable(KERNELS_VARIABLE)
         compat.add_config_hook(ARCHITECTURE, TwoTowerConfigHook)
         compat.wrap_engine_args(ARCHITECTURE)
+        compat.name_what_cannot_be_imported(ARCHITECTURE, MODEL_CLASS)
     except Exception as problem:  # another model must start whatever is wrong with us
         compat.record_problem(f"{type(problem).__name__}: {problem}")
 

@@ -6,7 +6,7 @@ Called through ``compat.check_prompts`` with vLLM's ``EngineCoreRequest``; a ``V
 
 from typing import Any
 
-from vllm_twotower.config import CONFIG_KEY, EngineOptions, RequestOptions
+from vllm_twotower.config import CONFIG_KEY, EngineOptions, RequestOptions, short
 from vllm_twotower.core import Mode
 
 MAX_BIASED_TOKENS = 1024
@@ -30,6 +30,7 @@ def check_request(request: Any, vllm_config: Any) -> None:
     if params is None:
         return
     check_worker_limits(params)
+    check_can_be_sent(request)
     options = EngineOptions.from_additional_config(vllm_config.additional_config.get(CONFIG_KEY))
     if options is not None:
         mode = RequestOptions.from_extra_args(params.extra_args, options).mode
@@ -55,6 +56,30 @@ def check_worker_limits(params: Any) -> None:
     last_seed = (params.seed or 0) + params.n - 1  # every sample of a prompt gets the next seed
     if not -SEED_LIMIT <= (params.seed or 0) <= last_seed < SEED_LIMIT:
         raise ValueError(f"seed={params.seed} with n={params.n} does not fit in 64 bits: use a smaller seed")
+
+
+def check_can_be_sent(request: Any) -> None:
+    """Refuse what vLLM 0.32 admits and then cannot encode for its engine process, which is a 500 without a message:
+    half of a surrogate pair in a text, an integer beyond 64 bits."""
+    from vllm.v1.serial_utils import MsgpackEncoder
+
+    encode = MsgpackEncoder().encode
+    try:
+        encode(request)
+    except (UnicodeEncodeError, OverflowError) as problem:
+        for owner in (request.sampling_params, request):
+            for name in owner.__struct_fields__:
+                _check_field(encode, name, getattr(owner, name), problem)
+
+
+def _check_field(encode: Any, name: str, value: Any, problem: Exception) -> None:
+    try:
+        encode(value)
+    except (UnicodeEncodeError, OverflowError):
+        raise ValueError(
+            f"{name}={short(value)} cannot be sent to the engine ({problem}): use well-formed Unicode and integers of "
+            "64 bits"
+        ) from problem
 
 
 def check_beam_search(extra_args: Any, vllm_config: Any) -> None:
