@@ -11,7 +11,7 @@ endif
 export VLLM_NO_USAGE_STATS := 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-slow check docs bench bench-vllm lm-eval quality clean
+.PHONY: setup demo test test-slow fuzz soak check docs bench bench-vllm lm-eval quality clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,17 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest
+
+# hostile HTTP requests; make fuzz COUNT=10000 SEED=7
+COUNT ?= 2000
+SEED ?= $(shell date +%s)
+fuzz: setup
+	FUZZ_REQUESTS=$(COUNT) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/test_fuzz.py -s --timeout 0
+
+# a server under full load; make soak MINUTES=3
+MINUTES ?= 30
+soak: setup
+	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) --write
 
 check: setup
 	$(BIN)/ruff check .

@@ -37,9 +37,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MODEL = "vllm_twotower/assets/demo"
 COMMAND = (
-    f"vllm serve {MODEL} --diffusion '{{\"passes_per_step\": 4}}' --served-model-name demo --dtype float32"
-    " --max-model-len 512 --max-num-seqs 16 --enforce-eager"
+    f"vllm serve {MODEL} --diffusion '{{\"passes_per_step\": 8}}' --served-model-name demo --dtype float32"
+    " --max-model-len 512 --max-num-seqs 16 --enforce-eager --kv-cache-memory-bytes 33554432"
 )
+"""The KV cache is small, so that the warm-up touches all of it: a page counts as memory from its first use on."""
 NUM_CLIENTS = 24
 MOST_PROBLEMS = 50
 """After these there is no point in going on."""
@@ -89,7 +90,10 @@ def watch_memory(processes: list[psutil.Process], record: Record, over: threadin
     started = time.monotonic()
     while not over.wait(1.0):
         rss = sum(p.memory_info().rss for p in processes if p.is_running())
-        record.rss_mib.append((time.monotonic() - started, rss / 2**20))
+        seconds = time.monotonic() - started
+        record.rss_mib.append((seconds, rss / 2**20))
+        if len(record.rss_mib) % 60 == 0:
+            print(f"{seconds / 60:.1f} minutes, {len(record.outcomes)} requests, {rss / 2**20:.0f} MiB", flush=True)
 
 
 def load(url: str, processes: list[psutil.Process], seconds: float, seed: int) -> Record:

@@ -59,7 +59,7 @@ def draw_request(rng: random.Random) -> Request:
     fate = rng.random()
     if fate < 0.08:
         change, refusal = rng.choice(BAD)
-        return Request(COMPLETIONS, {**draw_good(rng).body, "vllm_xargs": {}, **change}, refusal=refusal)
+        return Request(COMPLETIONS, {**draw_good(rng, COMPLETIONS).body, "vllm_xargs": {}, **change}, refusal=refusal)
     if fate < 0.17:
         good = draw_good(rng, COMPLETIONS)
         body = {**good.body, "max_tokens": 120, "ignore_eos": True, "n": 1, "stop": []}

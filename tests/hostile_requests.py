@@ -28,6 +28,8 @@ class Hostile:
     headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
     refusal: str | None = None
     """What the answer, a 400, has to say; None where any 4xx with a message and any correct 200 will do."""
+    closed: bool = False
+    """A path that nothing is served on; never a 200."""
     neutral: bool = False
     """What is odd about it has no say in the text: a 200 is answered as if it were not there."""
 
@@ -400,7 +402,7 @@ CLOSED += ["//v1/completions", "/v1/completions%00", "/v1/embeddings", "/pooling
 def closed_path(rng: random.Random) -> Hostile:
     path, verb = rng.choice(CLOSED), rng.choice(["POST", "GET"])
     body = as_json({"method": "diffusion_stats", "args": [True]})
-    return Hostile(f"{verb} {path}", path, body, method=verb)
+    return Hostile(f"{verb} {path}", path, body, method=verb, closed=True)
 
 
 BYTES: list[Kind] = [broken, not_an_object, deep, large, content_type, headers, method, closed_path]

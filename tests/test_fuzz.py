@@ -102,7 +102,7 @@ def problem(request: Hostile, answer: Answer, good_texts: dict[str, str]) -> str
         return None if told else f"not a 400 that names {request.refusal}"
     if answer.status in REFUSALS:
         return None if request.method == "HEAD" or has_message(answer) else "no message"
-    if answer.status == 200:
+    if answer.status == 200 and not request.closed:
         return wrong_answer(request, answer, good_texts)
     return None if known_defect(request, answer) else "neither an answer nor a refusal"
 
