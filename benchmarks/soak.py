@@ -38,9 +38,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 MODEL = "vllm_twotower/assets/demo"
 COMMAND = (
     f"vllm serve {MODEL} --diffusion '{{\"passes_per_step\": 8}}' --served-model-name demo --dtype float32"
-    " --max-model-len 512 --max-num-seqs 16 --enforce-eager --kv-cache-memory-bytes 33554432"
+    " --max-model-len 512 --max-num-seqs 16 --enforce-eager --kv-cache-memory-bytes 10485760"
 )
-"""The KV cache is small, so that the warm-up touches all of it: a page counts as memory from its first use on."""
+"""The KV cache is small: some requests are preempted, and the warm-up touches all of it (a page counts as memory from
+its first use on)."""
 NUM_CLIENTS = 24
 MOST_PROBLEMS = 50
 """After these there is no point in going on."""

@@ -228,6 +228,21 @@ def test_a_request_that_calls_itself_a_beam_is_decoded_as_asked(server, name):
     assert chat(server[0], **{"X-Request-Id": name}) == chat(server[0])
 
 
+def test_a_beam_search_leaves_no_mark_on_its_connection(server):
+    """What comes next on it is decoded as asked, not in the ``ar`` of the beams."""
+    expected = chat(server[0])
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(server[0]).netloc, timeout=ANSWER_SECONDS)
+
+    def ask(path, **more):
+        connection.request("POST", path, json.dumps({**base(path), **more}), {"Content-Type": "application/json"})
+        return json.load(connection.getresponse())["choices"]
+
+    search = {"prompt": ["And God said,", "And it came"], "n": 2, "max_tokens": 3, "use_beam_search": True}
+    assert len({c["text"] for c in ask(COMPLETIONS, **search, vllm_xargs={"diffusion_mode": "ar"})}) == 4
+    assert ask(CHAT)[0]["message"]["content"] == expected
+    connection.close()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("stop", ["\ud800"]), ("bad_words", ["\ud800"]), ("stream_interval", 10**40), ("request_id", "\ud800")],
