@@ -38,7 +38,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MODEL = "vllm_twotower/assets/demo"
 COMMAND = (
     f"vllm serve {MODEL} --diffusion '{{\"passes_per_step\": 8}}' --served-model-name demo --dtype float32"
-    " --max-model-len 512 --max-num-seqs 16 --enforce-eager --kv-cache-memory-bytes 10485760"
+    " --max-model-len 512 --max-num-seqs 16 --enforce-eager --num-gpu-blocks-override 48"
 )
 """The KV cache is small: some requests are preempted, and the warm-up touches all of it (a page counts as memory from
 its first use on)."""

@@ -62,7 +62,7 @@ def draw_request(rng: random.Random) -> Request:
         return Request(COMPLETIONS, {**draw_good(rng, COMPLETIONS).body, "vllm_xargs": {}, **change}, refusal=refusal)
     if fate < 0.17:
         good = draw_good(rng, COMPLETIONS)
-        body = {**good.body, "max_tokens": 120, "ignore_eos": True, "n": 1, "stop": []}
+        body = {**good.body, "max_tokens": 80, "ignore_eos": True, "n": 1, "stop": []}
         return Request(COMPLETIONS, body, stream=True, leave_after=rng.randint(0, 2))
     return draw_good(rng)
 
@@ -72,7 +72,7 @@ def draw_good(rng: random.Random, path: str | None = None) -> Request:
     path = path or rng.choice([COMPLETIONS, COMPLETIONS, CHAT])
     mode = rng.choices(["mask_diffusion", *ONE_TOKEN_A_STEP], [8, 1, 1])[0]
     body: dict[str, Any] = {"model": "demo", **draw_sampling(rng), "vllm_xargs": {"diffusion_mode": mode}}
-    body["max_tokens"] = rng.randint(1, 10) if mode in ONE_TOKEN_A_STEP else rng.randint(1, 64)
+    body["max_tokens"] = rng.randint(1, 10) if mode in ONE_TOKEN_A_STEP else rng.randint(1, 40)
     if mode == "mask_diffusion":
         body["vllm_xargs"] |= draw_settings(rng)
     prompt = " ".join(rng.choices(WORDS, k=rng.randint(2, 60)))

@@ -170,6 +170,32 @@ def check_prompts(architecture: str, check: Callable[[Any, Any], None]) -> None:
     InputProcessor._twotower_check = True
 
 
+def end_requests_at_shutdown(architecture: str) -> None:
+    """Let requests that run while the server is told to stop end with an error; idempotent.
+
+    Symptom: without ``--shutdown-timeout`` SIGTERM kills the engine at once (``launcher.py``); amid a step it tells
+    nobody, clients wait for ever, and the server waits for its clients. Wraps ``AsyncLLM.shutdown``. Can go when
+    that ends what is waiting.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if getattr(AsyncLLM, "_twotower_shutdown", False):
+        return
+    shutdown = AsyncLLM.shutdown
+
+    @functools.wraps(shutdown)
+    def shutdown_and_tell(self: Any, *args: Any, **kwargs: Any) -> None:
+        shutdown(self, *args, **kwargs)
+        handler = getattr(self, "output_handler", None)
+        if handler is not None and self.model_config.architecture == architecture:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+                handler.get_loop().call_soon_threadsafe(self.output_processor.propagate_error, EngineDeadError())
+
+    AsyncLLM.shutdown = shutdown_and_tell
+    AsyncLLM._twotower_shutdown = True
+
+
 _in_beam_search: contextvars.ContextVar[bool] = contextvars.ContextVar("twotower_in_beam_search", default=False)
 
 
