@@ -1,8 +1,11 @@
-"""Time the ops on the machine this runs on, after their tests: ``python benchmarks/run.py ops``.
+"""Timings on the machine this runs on, after the tests that make them worth something.
 
-On a GPU the tests run natively first, then each kernel is compared with its reference at the timed shapes; a red test
-or a difference prints no figure and exits 1. Both forms are timed there. Elsewhere kernels would run in Triton's
-interpreter, whose time says nothing, so only references are timed, and only over cases that a CPU can hold.
+``python benchmarks/run.py generate`` times whole generations (``generate.py``).
+
+``python benchmarks/run.py ops`` times the ops. On a GPU their tests run natively first, then each kernel is compared
+with its reference at the timed shapes; a red test or a difference prints no figure and exits 1. Both forms are timed
+there. Elsewhere kernels would run in Triton's interpreter, whose time says nothing, so only references are timed, and
+only over cases that a CPU can hold.
 
 Each figure is p20 / p50 / p80 of single calls (on a GPU with a cold L2 cache), and GB/s at p50 of the bytes that any
 implementation must move once (``op_cases.py``). Writes ``benchmarks/results/ops-<gpu or cpu>.json``.
@@ -27,6 +30,7 @@ import torch
 ON_GPU = torch.cuda.is_available()
 os.environ["TRITON_INTERPRET"] = "0" if ON_GPU else "1"
 
+import generate as generation
 from op_cases import CASES, Case
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -36,12 +40,11 @@ CPU_FLOOR_BYTES = 64 << 20
 CPU_SECONDS = 2.0
 
 
-def require_parity() -> None:
+def require_green(tests: list[str]) -> None:
     """No green test, no number."""
-    tests = sorted(str(path) for path in (ROOT / "tests").glob("test_op_*.py") if path.stem != "test_op_backend")
     chosen = [] if ON_GPU else ["-m", "not slow"]
     if subprocess.run([sys.executable, "-m", "pytest", "-q", *tests, *chosen], cwd=ROOT, check=False).returncode:
-        raise SystemExit("the ops' tests are red: no figures")
+        raise SystemExit("the tests are red: no figures")
 
 
 def tensors_of(result: Any) -> list[torch.Tensor]:
@@ -122,7 +125,8 @@ def environment() -> dict[str, Any]:
 
 def ops(args: argparse.Namespace) -> None:
     if not args.skip_tests:
-        require_parity()
+        tests = (ROOT / "tests").glob("test_op_*.py")
+        require_green(sorted(str(path) for path in tests if path.stem != "test_op_backend"))
     torch.manual_seed(0)
     rows = []
     for case in CASES:
@@ -143,6 +147,14 @@ def ops(args: argparse.Namespace) -> None:
     out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
 
 
+def generate(args: argparse.Namespace) -> None:
+    if not args.skip_tests:
+        require_green(generation.PARITY)
+    rows = generation.measure(args)
+    if not args.skip_tests:
+        generation.report(rows, environment(), args)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -150,6 +162,9 @@ def main() -> None:
     timing.add_argument("--only", help="cases whose name contains this; writes no file")
     timing.add_argument("--skip-tests", action="store_true", help="for work on this script; writes no file")
     timing.set_defaults(run=ops)
+    generating = commands.add_parser("generate", help="time whole generations, and what they are compared with")
+    generation.add_arguments(generating)
+    generating.set_defaults(run=generate)
     args = parser.parse_args()
     args.run(args)
 

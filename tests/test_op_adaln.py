@@ -3,11 +3,11 @@ formulas in fp64."""
 
 import pytest
 import torch
-from op_forms import kernels_of
+from op_forms import every_form, kernels_of
 from tolerances import BF16_OP, FP32_OP
 
+from vllm_twotower.ops.adaln import cpp, reference
 from vllm_twotower.ops.adaln import kernel as kernel_module
-from vllm_twotower.ops.adaln import reference
 from vllm_twotower.ops.adaln.reference import UNMODULATED, Modulation
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "bf16_rounds_to_nearest")
@@ -15,7 +15,7 @@ EPS, LEVELS = 1e-5, 11
 OPS = ("modulate_norm", "norm_modulate", "gate_add")
 kernel = kernels_of(kernel_module, *OPS)
 TOLERANCE = {torch.float32: FP32_OP, torch.bfloat16: BF16_OP, torch.float16: BF16_OP}
-FORMS = pytest.mark.parametrize("form", [kernel, reference], ids=["kernel", "reference"])
+FORMS = every_form(kernel, reference, cpp)
 
 
 def arguments(op, tokens=5, hidden=48, dtype=torch.float32):
@@ -48,12 +48,13 @@ def difference(got, expected):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize(("tokens", "hidden"), [(7, 48), (1, 48), (7, 1), (7, 33), (3, 2688)])
-def test_kernel_equals_reference_equals_the_formula(op, dtype, tokens, hidden):
+@FORMS
+def test_every_form_equals_the_formula(form, op, dtype, tokens, hidden):
     case = arguments(op, tokens, hidden, dtype)
-    got, expected = getattr(kernel, op)(*case), getattr(reference, op)(*case)
+    got, expected = getattr(form, op)(*case), getattr(reference, op)(*case)
     assert got.dtype == expected.dtype == dtype
     assert difference(got, expected) < TOLERANCE[dtype]
-    assert difference(expected, in_fp64(op, case)) < TOLERANCE[dtype]
+    assert difference(got, in_fp64(op, case)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -8,19 +8,25 @@ import torch
 
 from vllm_twotower import ops
 from vllm_twotower.core import KERNELS_VARIABLE
+from vllm_twotower.ops.backend import Form, form_for
+from vllm_twotower.ops.cpu_library import library
 from vllm_twotower.ops.launch import launch, recorded_launches
 
 LOGITS = torch.zeros(1, 8)
 
 
+ON_A_CPU = Form.REFERENCE if library() is None else Form.CPP
+
+
 @pytest.mark.parametrize(
-    ("choice", "expected"), [(None, False), ("auto", False), ("reference", False), ("triton", True)]
+    ("choice", "expected"),
+    [(None, ON_A_CPU), ("auto", ON_A_CPU), ("reference", Form.REFERENCE), ("triton", Form.TRITON)],
 )
 def test_choices_on_a_cpu_under_the_interpreter(choice, expected, monkeypatch):
     monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
     if choice is not None:
         monkeypatch.setenv(KERNELS_VARIABLE, choice)
-    assert ops.use_kernels(LOGITS) is expected
+    assert form_for(LOGITS) is expected
 
 
 def test_a_bad_choice_is_named(monkeypatch):

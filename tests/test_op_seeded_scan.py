@@ -4,14 +4,14 @@ one token at a time in fp64."""
 import pytest
 import torch
 import torch.nn.functional as F
-from op_forms import kernels_of
+from op_forms import every_form, kernels_of
 from tolerances import BF16_OP, FP32_OP
 
+from vllm_twotower.ops.seeded_scan import cpp, reference
 from vllm_twotower.ops.seeded_scan import kernel as kernel_module
-from vllm_twotower.ops.seeded_scan import reference
 
 kernel = kernels_of(kernel_module, "seeded_conv", "seeded_scan")
-FORMS = pytest.mark.parametrize("form", [kernel, reference], ids=["kernel", "reference"])
+FORMS = every_form(kernel, reference, cpp)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 TOLERANCE = {torch.float32: FP32_OP, torch.bfloat16: BF16_OP}
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "bf16_rounds_to_nearest")

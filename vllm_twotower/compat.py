@@ -439,6 +439,65 @@ def use_torch_for_top_k_top_p() -> None:
     sampler.apply_top_k_top_p = states.apply_top_k_top_p = apply_top_k_top_p
 
 
+def use_torch_for_runner_kernels() -> None:
+    """On a CPU, let the model runner's small kernels be plain torch; idempotent.
+
+    Symptom: interpreted, they take 10 ms per row of every engine step, nine tenths of it at batch 8. The functions that
+    launch them are replaced where the runner finds them, and kept as ``__wrapped__``; copies of Mamba states keep their
+    kernel, which is launched only for rows that copy. Can go when Triton compiles for CPUs.
+    """
+    import vllm.v1.worker.gpu.model_runner as model_runner
+    import vllm.v1.worker.gpu.model_states.mamba_hybrid as mamba_hybrid
+    import vllm.v1.worker.gpu.sample.sampler as sampler
+    import vllm.v1.worker.gpu.sample.states as states
+    from vllm.v1.worker.gpu.block_table import BlockTables
+    from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter, StagedWriteTensor
+    from vllm.v1.worker.mamba_utils import MambaSpecDecodeGPUContext
+    from vllm.v1.worker.utils import KVBlockZeroer
+
+    from vllm_twotower.runtime import plain_kernels as plain
+
+    def replace(owner: Any, name: str, replacement: Any) -> None:
+        launcher = getattr(owner, name)
+        if not hasattr(launcher, "__wrapped__"):
+            setattr(owner, name, functools.wraps(launcher)(replacement))
+
+    replace(model_runner, "prepare_prefill_inputs", plain.prepare_prefill_inputs)
+    replace(model_runner, "prepare_pos_seq_lens", plain.prepare_pos_seq_lens)
+    replace(model_runner, "combine_sampled_and_draft_tokens", plain.combine_sampled_and_draft_tokens)
+    replace(model_runner, "post_update", plain.post_update)
+    replace(BlockTables, "gather_block_tables", plain.gather_block_tables)
+    replace(BlockTables, "compute_slot_mappings", plain.compute_slot_mappings)
+    replace(StagedWriteTensor, "apply_write", plain.apply_write)
+    replace(FusedStagedWriter, "apply", plain.apply_all_writes)
+    replace(KVBlockZeroer, "zero_block_ids", plain.zero_block_ids)
+    replace(states, "apply_temperature", plain.apply_temperature)
+    replace(sampler, "get_num_sampled_and_rejected", plain.get_num_sampled_and_rejected)
+    replace(mamba_hybrid, "preprocess_mamba_align_fused_kernel", plain.Launcher(plain.advance_mamba_blocks))
+    replace(mamba_hybrid, "_scatter_num_accepted_kernel", plain.Launcher(plain.scatter_num_accepted))
+    draw = sampler.gumbel_sample
+
+    def gumbel_sample(logits: Any, rows: Any, temperature: Any, *args: Any, **kwargs: Any) -> Any:
+        greedy = plain.greedy_tokens(logits, rows, temperature)
+        return draw(logits, rows, temperature, *args, **kwargs) if greedy is None else greedy
+
+    replace(sampler, "gumbel_sample", gumbel_sample)
+    copy_before = MambaSpecDecodeGPUContext.run_fused_precopy
+    copy_after = MambaSpecDecodeGPUContext.run_fused_postprocess_align
+
+    def copy_rows_before(self: Any, num_reqs: int, state_idx: Any, src_col: Any, bias: Any, rows: Any) -> None:
+        rows = plain.rows_that_change_block(state_idx, src_col, rows[:num_reqs])
+        copy_before(self, len(rows), state_idx, src_col, bias, rows)
+
+    def copy_rows_after(self: Any, num_reqs: int, accepted: Any, state_idx: Any, computed: Any, rows: Any) -> None:
+        if self.is_initialized:
+            rows = plain.rows_that_end_off_a_boundary(accepted, state_idx, computed, rows[:num_reqs], self.block_size)
+            copy_after(self, len(rows), accepted, state_idx, computed, rows)
+
+    replace(MambaSpecDecodeGPUContext, "run_fused_precopy", copy_rows_before)
+    replace(MambaSpecDecodeGPUContext, "run_fused_postprocess_align", copy_rows_after)
+
+
 def missing_interpreter_problem() -> str | None:
     """What to type where vLLM's model runner cannot run its kernels, or None.
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
@@ -18,35 +17,28 @@ from vllm.distributed import (
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.nemotron_h import NemotronHMLP, NemotronHMoEDecoderLayer
 
+from vllm_twotower.ops import Routing, mixture_of_experts
+
 
 @torch.library.custom_op("vllm_twotower::routed_experts", mutates_args=())
 def routed_experts(
-    x_TD: torch.Tensor, chosen_Tk: torch.Tensor, weight_Tk: torch.Tensor, up_EID: torch.Tensor, down_EDI: torch.Tensor
+    x_TD: torch.Tensor,
+    router_ED: torch.Tensor,
+    bias_E: torch.Tensor,
+    top_k: int,
+    normalise: bool,
+    scaling: float,
+    up_EID: torch.Tensor,
+    down_EDI: torch.Tensor,
 ) -> torch.Tensor:
-    """Weighted sum of each token's chosen experts, float32 [T, D] (reference: ``NemotronHMoE.moe``).
-
-    A custom op, because which experts run depends on the data and vLLM compiles the context tower as one graph.
-
-    Args:
-        x_TD: tokens, any float dtype.
-        chosen_Tk: int64, expert ids.
-        weight_Tk: float32, routing weights.
-        up_EID: up projections.
-        down_EDI: down projections.
-
+    """``ops.mixture_of_experts`` as a custom op, because which experts run depends on the data and vLLM compiles the
+    context tower as one graph; float32 [T, D].
     """
-    out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-    for expert in chosen_Tk.unique().tolist():
-        token, slot = (chosen_Tk == expert).nonzero(as_tuple=True)
-        y = F.linear(F.relu(F.linear(x_TD[token], up_EID[expert])).square(), down_EDI[expert])
-        out_TD.index_add_(0, token, y.float() * weight_Tk[token, slot, None])
-    return out_TD
+    return mixture_of_experts(x_TD, Routing(router_ED, bias_E, top_k, normalise, scaling), up_EID, down_EDI)
 
 
 @routed_experts.register_fake
-def _routed_experts_fake(
-    x_TD: torch.Tensor, chosen_Tk: torch.Tensor, weight_Tk: torch.Tensor, up_EID: torch.Tensor, down_EDI: torch.Tensor
-) -> torch.Tensor:
+def _routed_experts_fake(x_TD: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(x_TD, dtype=torch.float32)
 
 
@@ -117,13 +109,10 @@ class PortableMoE(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, D], same dtype."""
-        score_TE = F.linear(x_TD.double(), self.gate.weight.double()).sigmoid()
-        chosen_Tk = (score_TE + self.gate.e_score_correction_bias).topk(self.top_k, dim=-1).indices
-        weight_Tk = score_TE.gather(1, chosen_Tk)
-        if self.normalise:
-            weight_Tk = weight_Tk / (weight_Tk.sum(-1, keepdim=True) + 1e-20)
-        weight_Tk = (weight_Tk * self.scaling).float()
-        out_TD = routed_experts(x_TD, chosen_Tk, weight_Tk, self.experts.up, self.experts.down).to(x_TD.dtype)
+        gate, experts = self.gate, self.experts
+        how = (self.top_k, self.normalise, self.scaling)
+        out_TD = routed_experts(x_TD, gate.weight, gate.e_score_correction_bias, *how, experts.up, experts.down)
+        out_TD = out_TD.to(x_TD.dtype)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
         return out_TD if self.tp_size == 1 else tensor_model_parallel_all_reduce(out_TD)

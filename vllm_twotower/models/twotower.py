@@ -69,6 +69,7 @@ class NemotronHTwoTowerForCausalLM(NemotronHForCausalLM):
         if on_cpu:
             compat.disable_prefill_checkpoints(self.model.layers)
             compat.use_torch_for_top_k_top_p()
+            compat.use_torch_for_runner_kernels()
         self.options, self.placement = options, placement
         self.denoiser: DenoiserTower | None = None
         if options is not None and placement.has_denoiser:

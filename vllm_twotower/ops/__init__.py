@@ -1,4 +1,4 @@
-"""The operations a denoise pass consists of: each with a plain reference, and with a Triton kernel where there is one.
+"""The operations a denoise pass consists of: each with a plain reference, most with a Triton kernel and a C++ form.
 
 Torch and triton only, so all of it can be imported, tested and timed on a machine without vLLM; Triton is imported when
 a kernel first runs. ``backend.py`` says which form runs. No GPU has run a kernel yet: ``docs/kernels.md``.
@@ -10,9 +10,11 @@ from vllm_twotower.ops.adaln.reference import UNMODULATED, Modulation
 from vllm_twotower.ops.adaln.reference import gate_add as _gate_add_reference
 from vllm_twotower.ops.adaln.reference import modulate_norm as _modulate_norm_reference
 from vllm_twotower.ops.adaln.reference import norm_modulate as _norm_modulate_reference
-from vllm_twotower.ops.backend import use_kernels
+from vllm_twotower.ops.backend import Form, form_for
 from vllm_twotower.ops.canvas_sample.reference import Draw, Sample
 from vllm_twotower.ops.canvas_sample.reference import canvas_sample as _canvas_sample_reference
+from vllm_twotower.ops.mixture_of_experts.reference import Routing
+from vllm_twotower.ops.mixture_of_experts.reference import mixture_of_experts as _mixture_of_experts_reference
 from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed
 from vllm_twotower.ops.reveal.reference import reveal as _reveal_reference
 from vllm_twotower.ops.seeded_scan.reference import seeded_conv as _seeded_conv_reference
@@ -24,15 +26,16 @@ __all__ = [
     "Draw",
     "Modulation",
     "Revealed",
+    "Routing",
     "Sample",
     "canvas_sample",
     "gate_add",
+    "mixture_of_experts",
     "modulate_norm",
     "norm_modulate",
     "reveal",
     "seeded_conv",
     "seeded_scan",
-    "use_kernels",
 ]
 
 
@@ -52,7 +55,7 @@ def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None
 
     """
     form = _canvas_sample_reference
-    if use_kernels(logits_NV):
+    if form_for(logits_NV) is Form.TRITON:
         from vllm_twotower.ops.canvas_sample.kernel import canvas_sample as form
     return form(logits_NV, mask_token_id, draw)
 
@@ -83,7 +86,7 @@ def reveal(
 
     """
     form = _reveal_reference
-    if use_kernels(token_RS):
+    if form_for(token_RS) is Form.TRITON:
         from vllm_twotower.ops.reveal.kernel import reveal as form
     return form(token_RS, proposal_RS, confidence_RS, masked_RS, pass_index_R, rules)
 
@@ -106,16 +109,22 @@ def modulate_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modula
 
     """
     form = _modulate_norm_reference
-    if use_kernels(x_TD):
-        from vllm_twotower.ops.adaln.kernel import modulate_norm as form
+    match form_for(x_TD):
+        case Form.TRITON:
+            from vllm_twotower.ops.adaln.kernel import modulate_norm as form
+        case Form.CPP:
+            from vllm_twotower.ops.adaln.cpp import modulate_norm as form
     return form(x_TD, weight_D, eps, modulation)
 
 
 def norm_modulate(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modulation: Modulation) -> torch.Tensor:
     """RMSNorm(x) (1 + scale) + shift: the input of a MoE or MLP layer (spec 3.3); arguments as ``modulate_norm``."""
     form = _norm_modulate_reference
-    if use_kernels(x_TD):
-        from vllm_twotower.ops.adaln.kernel import norm_modulate as form
+    match form_for(x_TD):
+        case Form.TRITON:
+            from vllm_twotower.ops.adaln.kernel import norm_modulate as form
+        case Form.CPP:
+            from vllm_twotower.ops.adaln.cpp import norm_modulate as form
     return form(x_TD, weight_D, eps, modulation)
 
 
@@ -135,8 +144,11 @@ def gate_add(x_TD: torch.Tensor, residual_TD: torch.Tensor, modulation: Modulati
 
     """
     form = _gate_add_reference
-    if use_kernels(x_TD):
-        from vllm_twotower.ops.adaln.kernel import gate_add as form
+    match form_for(x_TD):
+        case Form.TRITON:
+            from vllm_twotower.ops.adaln.kernel import gate_add as form
+        case Form.CPP:
+            from vllm_twotower.ops.adaln.cpp import gate_add as form
     return form(x_TD, residual_TD, modulation)
 
 
@@ -164,8 +176,11 @@ def seeded_conv(
 
     """
     form = _seeded_conv_reference
-    if use_kernels(x_RWC):
-        from vllm_twotower.ops.seeded_scan.kernel import seeded_conv as form
+    match form_for(x_RWC):
+        case Form.TRITON:
+            from vllm_twotower.ops.seeded_scan.kernel import seeded_conv as form
+        case Form.CPP:
+            from vllm_twotower.ops.seeded_scan.cpp import seeded_conv as form
     return form(x_RWC, weight_CK, bias_C, cache_BKC, slot_R)
 
 
@@ -207,6 +222,33 @@ def seeded_scan(
 
     """
     form = _seeded_scan_reference
-    if use_kernels(x_RWHP):
-        from vllm_twotower.ops.seeded_scan.kernel import seeded_scan as form
+    match form_for(x_RWHP):
+        case Form.TRITON:
+            from vllm_twotower.ops.seeded_scan.kernel import seeded_scan as form
+        case Form.CPP:
+            from vllm_twotower.ops.seeded_scan.cpp import seeded_scan as form
     return form(x_RWHP, dt_RWH, a_H, b_RWGN, c_RWGN, skip_H, dt_bias_H, state_BHPN, slot_R, out_dtype)
+
+
+def mixture_of_experts(
+    x_TD: torch.Tensor, routing: Routing, up_EID: torch.Tensor, down_EDI: torch.Tensor
+) -> torch.Tensor:
+    """Weighted sum of each token's experts, down(relu(up(x))^2) (reference: ``NemotronHMoE``, without the shared one).
+
+    Args:
+        x_TD: tokens.
+        routing: the router, and how it chooses.
+        up_EID: up projections.
+        down_EDI: down projections.
+
+    Returns:
+        float32 [T, D].
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or range; the message names it.
+
+    """
+    form = _mixture_of_experts_reference
+    if form_for(x_TD) is Form.CPP:
+        from vllm_twotower.ops.mixture_of_experts.cpp import mixture_of_experts as form
+    return form(x_TD, routing, up_EID, down_EDI)

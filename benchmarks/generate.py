@@ -1,0 +1,329 @@
+"""The engine against its two yardsticks on one workload, in one process: ``python benchmarks/run.py generate``.
+
+``twotower`` is the engine with diffusion, ``ar`` vLLM's own decoding of the context tower alone, ``reference`` the
+plain-torch algorithm, one request after the other. All in fp32, greedy, to the end of sequence, on the same held-out
+questions and with the same number of threads. ``twotower`` and ``reference`` must write the same tokens, else there is
+no figure.
+"""
+
+import contextlib
+import gc
+import itertools
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+ENGINES = ("twotower", "ar", "reference")
+PARITY = ["tests/test_reference_goldens.py", "tests/test_engine_goldens.py", "tests/test_plain_kernels.py"]
+MAX_MODEL_LEN = 512
+
+
+@dataclass
+class Timing:
+    """One workload on one engine. Seconds."""
+
+    outputs: list[list[int]] = field(default_factory=list)
+    total: float = 0.0
+    first_token: list[float] = field(default_factory=list)
+    between_arrivals: list[float] = field(default_factory=list)
+    """Gaps between the arrivals of one request's tokens: of canvases, in AR of single tokens."""
+    context: float = 0.0
+    denoiser: float = 0.0
+    denoise_passes: int = 0
+    context_passes: int = 0
+    """Of rows, without those of prompts."""
+    canvases: int = 0
+    errors: int = 0
+
+    def row(self, engine: str, batch: int) -> dict[str, Any]:
+        tokens = sum(len(o) for o in self.outputs)
+        host = self.total - self.context - self.denoiser
+        per_canvas = 1e3 / self.canvases if self.canvases else None
+        return {
+            "engine": engine,
+            "batch": batch,
+            "requests": len(self.outputs),
+            "tokens": tokens,
+            "tokens_per_s": round(tokens / self.total, 1),
+            "tokens_per_forward": round(tokens / (self.denoise_passes + self.context_passes), 2),
+            "ttft_ms_p50": round(1e3 * statistics.median(self.first_token), 1),
+            "gap_ms_p50": round(1e3 * statistics.median(self.between_arrivals or [0.0]), 1),
+            "context_share": round(self.context / self.total, 3),
+            "denoiser_share": round(self.denoiser / self.total, 3),
+            "host_share": round(host / self.total, 3),
+            "towers_ms_per_canvas": per_canvas and round((self.context + self.denoiser) * per_canvas, 1),
+            "host_ms_per_canvas": per_canvas and round(host * per_canvas, 1),
+            "errors": self.errors,
+        }
+
+
+def questions(count: int, seed: int = 1) -> list[str]:
+    """Held-out questions of all task families in turn."""
+    from demo.tasks import FAMILIES, instances
+
+    sources = [instances(family, seed, held_out=True) for family in FAMILIES]
+    return [next(sources[i % len(sources)]).prompt for i in range(count)]
+
+
+def timed(owner: Any, name: str, add: Callable[[float], None]) -> None:
+    """Report how long each call of a tower takes."""
+    function = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        started = now()
+        result = function(*args, **kwargs)
+        add(now() - started)
+        return result
+
+    setattr(owner, name, call)
+
+
+def now() -> float:
+    """Seconds, after what the device was given to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class EngineRun:
+    """vLLM in this process, with or without diffusion."""
+
+    def __init__(self, model: pathlib.Path, diffusion: dict | None, max_tokens: int, batch: int) -> None:
+        from vllm import LLM
+
+        self.diffusion, self.max_tokens, self.timing = diffusion is not None, max_tokens, Timing()
+        self.llm = LLM(
+            str(model),
+            dtype="float32",
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=batch,
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=64 << 20,
+            disable_log_stats=True,
+            additional_config={"diffusion": diffusion} if self.diffusion else {},
+        )
+        core = self.llm.llm_engine.engine_core.engine_core
+        network = core.model_executor.driver_worker.worker.model_runner.model
+        timed(network.model, "forward", lambda s: setattr(self.timing, "context", self.timing.context + s))
+        if self.diffusion:
+            for name in ("forward", "logits"):
+                timed(network.denoiser, name, lambda s: setattr(self.timing, "denoiser", self.timing.denoiser + s))
+
+    def run(self, prompts: Sequence[str]) -> Timing:
+        """All prompts at once, stepped by hand to see when tokens arrive."""
+        from vllm import SamplingParams
+
+        from vllm_twotower import diffusion_stats
+
+        engine, timing = self.llm.llm_engine, Timing()
+        self.timing = timing
+        params = SamplingParams(temperature=0.0, max_tokens=self.max_tokens)
+        if self.diffusion:
+            diffusion_stats(self.llm, reset=True)
+        started = now()
+        for index, prompt in enumerate(prompts):
+            engine.add_request(str(index), prompt, params.clone())
+        last_seen: dict[str, float] = {}
+        outputs: dict[str, list[int]] = {}
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                tokens = list(output.outputs[0].token_ids)
+                if len(tokens) > len(outputs.get(output.request_id, [])):
+                    gaps = timing.between_arrivals if output.request_id in last_seen else timing.first_token
+                    gaps.append(now() - last_seen.get(output.request_id, started))
+                    last_seen[output.request_id], outputs[output.request_id] = now(), tokens
+                timing.errors += output.outputs[0].finish_reason not in (None, "stop", "length")
+        timing.total = now() - started
+        timing.outputs = [outputs[str(i)] for i in range(len(prompts))]
+        if self.diffusion:
+            stats = diffusion_stats(self.llm)
+            timing.denoise_passes, timing.context_passes = stats["denoise_passes"], stats["commits"]
+            timing.canvases = stats["canvases"]
+        else:
+            timing.context_passes = sum(len(o) - 1 for o in timing.outputs)
+        return timing
+
+    def close(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+class ReferenceRun:
+    """``decoding/reference.py`` over the plain towers, request after request."""
+
+    def __init__(self, model: pathlib.Path, max_tokens: int) -> None:
+        from safetensors.torch import load_file
+        from tokenizers import Tokenizer
+
+        from vllm_twotower.decoding.plain_towers import PlainTwoTower, TowerShape
+
+        config = json.loads((model / "config.json").read_text())
+        weights = {name: tensor.float() for name, tensor in load_file(model / "model.safetensors").items()}
+        self.towers = PlainTwoTower(weights, TowerShape.from_config(config))
+        self.tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        self.eos, self.max_tokens = config["eos_token_id"], max_tokens
+
+    @torch.inference_mode()
+    def run(self, prompts: Sequence[str]) -> Timing:
+        timing = Timing()
+        started = now()
+        for prompt in prompts:
+            self._one(self.tokenizer.encode(prompt).ids, timing)
+        timing.total = now() - started
+        return timing
+
+    def _one(self, prompt: list[int], timing: Timing) -> None:
+        from vllm_twotower.decoding.plain_towers import ContextCache
+        from vllm_twotower.decoding.reference import MaskDiffusion, generate_mask_diffusion
+
+        cache, arrivals = ContextCache(), [now()]
+
+        def extend(tokens: Sequence[int]) -> None:
+            before = now()
+            self.towers.extend_context(torch.tensor([tokens]), cache)
+            timing.context += now() - before
+
+        def denoise(canvas: Sequence[int], level: float) -> torch.Tensor:
+            before = now()
+            logits = self.towers.denoise(torch.tensor([canvas]), torch.tensor([level]), cache)[0]
+            timing.denoiser += now() - before
+            return logits
+
+        def commit(canvas: Sequence[int]) -> None:
+            arrivals.append(now())
+            if self.eos not in canvas:  # nothing follows the last canvas
+                timing.context_passes += 1
+                extend(canvas)
+
+        extend(prompt)
+        result = generate_mask_diffusion(prompt, self.max_tokens, denoise, commit, MaskDiffusion(eos_token_id=self.eos))
+        tokens = list(result.token_ids)[: self.max_tokens]
+        timing.outputs.append(tokens[: tokens.index(self.eos) + 1] if self.eos in tokens else tokens)
+        timing.denoise_passes += result.num_denoise_passes
+        timing.canvases += len(result.canvases)
+        timing.first_token.append(arrivals[1] - arrivals[0])
+        timing.between_arrivals += [b - a for a, b in itertools.pairwise(arrivals[1:])]
+
+
+@contextlib.contextmanager
+def started(engine: str, args: Any) -> Iterator[EngineRun | ReferenceRun]:
+    """An engine ready to be timed."""
+    if engine == "reference":
+        yield ReferenceRun(args.model, args.max_tokens)
+        return
+    diffusion = {"passes_per_step": args.passes_per_step} if engine == "twotower" else None
+    run = EngineRun(args.model, diffusion, args.max_tokens, max(args.batches))
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def measure(args: Any) -> list[dict[str, Any]]:
+    """Every engine at every batch; the reference, which has no batches, once."""
+    rows, written, threads = [], {}, None
+    for engine in args.engine:
+        with started(engine, args) as run:
+            torch.set_num_threads(args.threads)
+            threads = torch.get_num_threads()
+            run.run(questions(2, seed=2))  # first use costs more
+            for batch in [1] if engine == "reference" else args.batches:
+                timings = [run.run(part) for part in parts(questions(args.requests), batch)]
+                timing = together(timings)
+                written[engine, batch] = timing.outputs
+                rows.append({**timing.row(engine, batch), "threads": threads})
+                print("| " + " | ".join(str(v) for v in rows[-1].values()) + " |", flush=True)
+    require_same(written)
+    return rows
+
+
+def parts(prompts: list[str], batch: int) -> list[list[str]]:
+    return [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+
+
+def together(timings: list[Timing]) -> Timing:
+    """Runs one after the other as one."""
+    whole = Timing()
+    for timing in timings:
+        for name, value in vars(timing).items():
+            setattr(whole, name, getattr(whole, name) + value)
+    return whole
+
+
+def require_same(written: dict[tuple[str, int], list[list[int]]]) -> None:
+    """The engine at every batch wrote what the reference wrote; each engine the same at every batch."""
+    for (engine, batch), outputs in written.items():
+        expected = next(o for (e, _), o in written.items() if e == engine)
+        if engine == "twotower":
+            expected = written.get(("reference", 1), expected)
+        if differing := [i for i, (a, b) in enumerate(zip(outputs, expected, strict=True)) if a != b]:
+            raise SystemExit(f"{engine} at batch {batch}: requests {differing} differ from the reference: no figures")
+
+
+def add_arguments(parser: Any) -> None:
+    """The command's options."""
+    from vllm_twotower.cli import DEMO_MODEL
+
+    parser.add_argument("--model", type=pathlib.Path, default=DEMO_MODEL)
+    parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--requests", type=int, default=32, help="questions, in batches of each size")
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, on every engine")
+    parser.add_argument("--passes-per-step", type=int, default=1)
+    parser.add_argument("--out", type=pathlib.Path, help="folder for the table and the picture")
+    parser.add_argument("--skip-tests", action="store_true", help="for work on this script; writes no file")
+
+
+def report(rows: list[dict[str, Any]], environment: dict[str, Any], args: Any) -> None:
+    """JSON, a table and a picture."""
+    out = args.out or ROOT / "benchmarks" / "results"
+    out.mkdir(parents=True, exist_ok=True)
+    name = f"generate-{'gpu' if environment['gpu'] else 'cpu'}"
+    settings = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(args).items() if k != "run"}
+    settings["model"] = args.model.name
+    content = {"environment": environment, "arguments": settings, "rows": rows}
+    (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    lines += ["| " + " | ".join("" if v is None else str(v) for v in row.values()) + " |" for row in rows]
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
+    draw(rows, out / f"{name}.png")
+
+
+def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Tokens per second over the batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    for engine in dict.fromkeys(row["engine"] for row in rows):
+        own = [row for row in rows if row["engine"] == engine]
+        if engine == "reference":
+            axis.axhline(own[0]["tokens_per_s"], color="grey", linestyle=":", label="plain-torch reference, one by one")
+        else:
+            axis.plot([r["batch"] for r in own], [r["tokens_per_s"] for r in own], marker="o", label=engine)
+    axis.set(xlabel="requests at once", ylabel="tokens / s", ylim=(0, None))
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

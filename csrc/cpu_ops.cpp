@@ -1,0 +1,262 @@
+// The denoise pass's small operations in fp32 for a CPU, where plain torch spends more time between operations than in
+// them. Semantics, letters and names: vllm_twotower/ops/<op>/reference.py; called through ctypes by <op>/cpp.py, which
+// checks what comes in. No exceptions, no allocation by the caller: outputs are contiguous and fully written.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EVERY_CPU __attribute__((target_clones("avx512f", "avx2,fma", "default")))
+#else
+#define FOR_EVERY_CPU
+#endif
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+constexpr int64_t kUnmodulated = -1;
+enum Part { kShift, kScale, kGate };
+
+// exp to 2 ulp or so, branch-free so that it vectorises; 0 and infinity where std::exp gives them. NaN stays NaN.
+inline float fast_exp(float x) {
+    const float clamped = x < -104.0f ? -104.0f : (x > 89.0f ? 89.0f : x);
+    const float k = std::nearbyint(clamped * 1.44269504088896341f);
+    const float r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    // 2^k in two halves: k alone leaves the range of an exponent at both ends
+    const int32_t whole = static_cast<int32_t>(k), half = whole / 2;
+    const int32_t first_bits = (half + 127) << 23, second_bits = (whole - half + 127) << 23;
+    float first, second;
+    std::memcpy(&first, &first_bits, 4);
+    std::memcpy(&second, &second_bits, 4);
+    return p * first * second;
+}
+
+inline float silu(float x) { return x / (1.0f + fast_exp(-x)); }
+
+inline float dot(const float* a, const float* b, int64_t n) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+}  // namespace
+
+// Legend: T tokens, D hidden, 3: shift, scale, gate.
+struct Modulation {
+    const float* vector_L3D;
+    const float* table_3D;
+    const int64_t* level_R;
+    const int64_t* row_T;
+};
+
+EXPORT FOR_EVERY_CPU void adaln_norm(float* out_TD, const float* x_TD, const float* weight_D, float eps, int norm_first,
+                                     Modulation m, int64_t tokens, int64_t hidden) {
+    const std::vector<float> zeros(3 * hidden);
+    for (int64_t t = 0; t < tokens; ++t) {
+        const float* x = x_TD + t * hidden;
+        float* out = out_TD + t * hidden;
+        const int64_t level = m.level_R[m.row_T[t]];
+        const bool neutral = level == kUnmodulated;
+        const float* vector = neutral ? zeros.data() : m.vector_L3D + level * 3 * hidden;
+        const float* own = neutral ? zeros.data() : m.table_3D;
+        const float *shift = vector + kShift * hidden, *scale = vector + kScale * hidden;
+        const float *own_shift = own + kShift * hidden, *own_scale = own + kScale * hidden;
+        float squares = 0.0f;
+        if (norm_first) {
+            squares = dot(x, x, hidden);
+        } else {
+#pragma omp simd reduction(+ : squares)
+            for (int64_t d = 0; d < hidden; ++d) {
+                out[d] = x[d] * (1.0f + (scale[d] + own_scale[d])) + (shift[d] + own_shift[d]);
+                squares += out[d] * out[d];
+            }
+        }
+        const float factor = 1.0f / std::sqrt(squares / static_cast<float>(hidden) + eps);
+        if (norm_first) {
+#pragma omp simd
+            for (int64_t d = 0; d < hidden; ++d)
+                out[d] = weight_D[d] * (x[d] * factor) * (1.0f + (scale[d] + own_scale[d])) + (shift[d] + own_shift[d]);
+        } else {
+#pragma omp simd
+            for (int64_t d = 0; d < hidden; ++d) out[d] = weight_D[d] * (out[d] * factor);
+        }
+    }
+}
+
+EXPORT FOR_EVERY_CPU void adaln_gate_add(float* out_TD, const float* x_TD, const float* residual_TD, Modulation m,
+                                         int64_t tokens, int64_t hidden) {
+    for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t level = m.level_R[m.row_T[t]], at = t * hidden;
+        const float* gate = m.vector_L3D + (std::max<int64_t>(level, 0) * 3 + kGate) * hidden;
+        const float* own_gate = m.table_3D + kGate * hidden;
+        if (level == kUnmodulated) {
+#pragma omp simd
+            for (int64_t d = 0; d < hidden; ++d) out_TD[at + d] = residual_TD[at + d] + x_TD[at + d];
+        } else {
+#pragma omp simd
+            for (int64_t d = 0; d < hidden; ++d)
+                out_TD[at + d] = residual_TD[at + d] + (gate[d] + own_gate[d]) * x_TD[at + d];
+        }
+    }
+}
+
+// Legend: R rows, W positions, C channels, K taps; strides in elements, the last dimension of every tensor contiguous.
+EXPORT FOR_EVERY_CPU void seeded_conv(float* out_RWC, const float* x_RWC, int64_t x_row, int64_t x_position,
+                                      const float* weight_KC, const float* bias_C, const float* cache_BKC,
+                                      int64_t cache_slot, int64_t cache_tap, const int64_t* slot_R, int64_t rows,
+                                      int64_t width, int64_t channels, int64_t taps) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* cache = cache_BKC + slot_R[r] * cache_slot;
+        for (int64_t w = 0; w < width; ++w) {
+            float* out = out_RWC + (r * width + w) * channels;
+            if (bias_C) {
+                std::copy(bias_C, bias_C + channels, out);
+            } else {
+                std::fill(out, out + channels, 0.0f);
+            }
+            for (int64_t k = 0; k < taps; ++k) {
+                const int64_t at = w + k - (taps - 1);  // before 0: what the context left behind
+                const float* in = at < 0 ? cache + (at + taps - 1) * cache_tap : x_RWC + r * x_row + at * x_position;
+                const float* weight = weight_KC + k * channels;
+#pragma omp simd
+                for (int64_t c = 0; c < channels; ++c) out[c] += weight[c] * in[c];
+            }
+#pragma omp simd
+            for (int64_t c = 0; c < channels; ++c) out[c] = silu(out[c]);
+        }
+    }
+}
+
+// Legend: as above, and H heads, P head size, G groups, N state size; x, b, c of one row and position lie at multiples
+// of their strides, each [H * P] or [G * N] contiguous.
+struct ScanInputs {
+    const float *x, *dt, *b, *c;
+    int64_t x_row, x_position, dt_row, dt_position, b_row, b_position, c_row, c_position;
+    const float *a_H, *skip_H, *dt_bias_H;
+    const float* state_BHPN;
+    int64_t state_slot;
+    const int64_t* slot_R;
+};
+
+EXPORT FOR_EVERY_CPU void seeded_scan(float* out_RWHP, const ScanInputs* in, int64_t rows, int64_t width, int64_t heads,
+                                      int64_t head_dim, int64_t groups, int64_t state_size) {
+    std::vector<float> step(width), log_decay(width), scores(width * width);
+    for (int64_t r = 0; r < rows; ++r) {
+        const float *x = in->x + r * in->x_row, *dt = in->dt + r * in->dt_row;
+        const float *b = in->b + r * in->b_row, *c = in->c + r * in->c_row;
+        for (int64_t h = 0; h < heads; ++h) {
+            const int64_t group = h / (heads / groups) * state_size;
+            float total = 0.0f;
+            for (int64_t w = 0; w < width; ++w) {
+                const float raw = dt[w * in->dt_position + h] + in->dt_bias_H[h];
+                step[w] = raw > 20.0f ? raw : std::log1p(std::exp(raw));  // torch's softplus
+                log_decay[w] = total += step[w] * in->a_H[h];
+            }
+            if (h % (heads / groups) == 0)
+                for (int64_t t = 0; t < width; ++t)
+                    for (int64_t s = 0; s <= t; ++s)
+                        scores[t * width + s] =
+                            dot(c + t * in->c_position + group, b + s * in->b_position + group, state_size);
+            const float* state = in->state_BHPN + in->slot_R[r] * in->state_slot + h * head_dim * state_size;
+            for (int64_t t = 0; t < width; ++t) {
+                float* out = out_RWHP + ((r * width + t) * heads + h) * head_dim;
+                const float *c_t = c + t * in->c_position + group, *x_t = x + t * in->x_position + h * head_dim;
+                const float carried = std::exp(log_decay[t]), skip = in->skip_H[h];
+                for (int64_t p = 0; p < head_dim; ++p)
+                    out[p] = carried * dot(c_t, state + p * state_size, state_size) + skip * x_t[p];
+                for (int64_t s = 0; s <= t; ++s) {
+                    const float weight = scores[t * width + s] * std::exp(log_decay[t] - log_decay[s]) * step[s];
+                    const float* x_s = x + s * in->x_position + h * head_dim;
+#pragma omp simd
+                    for (int64_t p = 0; p < head_dim; ++p) out[p] += weight * x_s[p];
+                }
+            }
+        }
+    }
+}
+
+// Legend: E experts, I their width, k experts per token.
+struct Router {
+    const float *weight_ED, *bias_E;
+    int64_t top_k;
+    int normalise;
+    double scaling;
+};
+
+EXPORT FOR_EVERY_CPU void mixture_of_experts(float* out_TD, const float* x_TD, const Router* router, const float* up_EID,
+                                             const float* down_EDI, int64_t tokens, int64_t hidden, int64_t experts,
+                                             int64_t width) {
+    struct Use {
+        int64_t token;
+        float weight;
+    };
+    std::vector<std::vector<Use>> uses(experts);
+    std::vector<double> score(experts), key(experts);
+    std::vector<int64_t> order(experts);
+    for (int64_t t = 0; t < tokens; ++t) {
+        const float* x = x_TD + t * hidden;
+        for (int64_t e = 0; e < experts; ++e) {
+            const float* gate = router->weight_ED + e * hidden;
+            double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t d = 0; d < hidden; ++d) sum += static_cast<double>(x[d]) * static_cast<double>(gate[d]);
+            score[e] = 1.0 / (1.0 + std::exp(-sum));
+            order[e] = e;
+        }
+        for (int64_t e = 0; e < experts; ++e) {
+            const double biased = score[e] + static_cast<double>(router->bias_E[e]);
+            key[e] = std::isnan(biased) ? HUGE_VAL : biased;  // chosen, as by torch, and an order without holes
+        }
+        const auto better = [&](int64_t i, int64_t j) { return key[i] > key[j]; };
+        std::partial_sort(order.begin(), order.begin() + router->top_k, order.end(), better);
+        double total = 1e-20;
+        for (int64_t i = 0; i < router->top_k; ++i) total += score[order[i]];
+        for (int64_t i = 0; i < router->top_k; ++i) {
+            const double share = router->normalise ? score[order[i]] / total : score[order[i]];
+            uses[order[i]].push_back({t, static_cast<float>(share * router->scaling)});
+        }
+    }
+    std::fill(out_TD, out_TD + tokens * hidden, 0.0f);
+    constexpr int64_t kTogether = 4;  // tokens that share one reading of an expert
+    std::vector<float> inner(kTogether * width);
+    for (int64_t e = 0; e < experts; ++e) {
+        for (size_t first = 0; first < uses[e].size(); first += kTogether) {
+            const int64_t count = std::min<int64_t>(kTogether, uses[e].size() - first);
+            const Use* use = &uses[e][first];
+            const float* x[kTogether];
+            for (int64_t i = 0; i < kTogether; ++i) x[i] = x_TD + use[std::min(i, count - 1)].token * hidden;
+            for (int64_t j = 0; j < width; ++j) {
+                const float* up = up_EID + (e * width + j) * hidden;
+                float s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+                for (int64_t d = 0; d < hidden; ++d) {
+                    s0 += x[0][d] * up[d];
+                    s1 += x[1][d] * up[d];
+                    s2 += x[2][d] * up[d];
+                    s3 += x[3][d] * up[d];
+                }
+                const float sums[kTogether] = {s0, s1, s2, s3};
+                for (int64_t i = 0; i < count; ++i) {
+                    // not std::max, which would turn NaN into 0
+                    const float positive = sums[i] < 0.0f ? 0.0f : sums[i];
+                    inner[i * width + j] = positive * positive;
+                }
+            }
+            for (int64_t d = 0; d < hidden; ++d) {
+                const float* down = down_EDI + (e * hidden + d) * width;
+                for (int64_t i = 0; i < count; ++i)
+                    out_TD[use[i].token * hidden + d] += use[i].weight * dot(inner.data() + i * width, down, width);
+            }
+        }
+    }
+}

@@ -1,0 +1,323 @@
+"""The plain-torch stand-ins for the runner's kernels write what vLLM's kernels write, element for element."""
+
+import types
+
+import pytest
+import torch
+import vllm.v1.worker.cpu.shm  # noqa: F401 - what a CPU worker does to torch and to the runner's buffers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm.v1.worker import mamba_utils
+from vllm.v1.worker.gpu import input_batch
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.model_states import mamba_hybrid
+from vllm.v1.worker.gpu.sample import gumbel
+from vllm.v1.worker.utils import KVBlockZeroer
+
+from vllm_twotower import compat
+from vllm_twotower.runtime import plain_kernels as plain
+
+SLOTS, MODEL_LEN, VOCAB = 6, 40, 11
+seeds = st.integers(0, 2**31 - 1)
+few = settings(max_examples=12, deadline=None)
+
+
+def integers(generator: torch.Generator, low: int, high: int, *shape: int) -> torch.Tensor:
+    return torch.randint(low, high, shape, generator=generator, dtype=torch.int32)
+
+
+class Batch:
+    """A random batch: some rows in prefill, some decoding, tokens of every row one after the other."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = generator = torch.Generator().manual_seed(seed)
+        self.num_reqs = int(integers(generator, 1, SLOTS + 1, 1))
+        self.idx_mapping = torch.randperm(SLOTS, generator=generator)[: self.num_reqs].to(torch.int32)
+        lengths = integers(generator, 1, 9, self.num_reqs)
+        self.query_start_loc = torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32)
+        self.num_tokens = int(self.query_start_loc[-1])
+        self.num_computed = integers(generator, 0, 20, SLOTS)
+        self.prefill_len = self.num_computed + integers(generator, -4, 12, SLOTS).clamp(min=0)
+        self.all_token_ids = integers(generator, 0, VOCAB, SLOTS, MODEL_LEN)
+        self.seq_lens = torch.zeros(SLOTS, dtype=torch.int32)
+        self.seq_lens[: self.num_reqs] = self.num_computed[self.idx_mapping] + lengths
+
+
+def run_both(kernel, ours, make_arguments, *outputs: str):
+    """Both on equal copies of the arguments; the named ones must be equal afterwards, and so must the results."""
+    results = []
+    for function in (kernel, ours):
+        arguments = make_arguments()
+        results.append((function(**arguments), {name: arguments[name] for name in outputs}))
+    (expected, written), (got, ours_written) = results
+    for name in outputs:
+        assert torch.equal(written[name], ours_written[name]), name
+    if expected is not None:
+        assert torch.equal(expected, got)
+
+
+@few
+@given(seeds)
+def test_prefill_inputs(seed):
+    b = Batch(seed)
+
+    def arguments():
+        return {
+            "input_ids": torch.full((64,), -7, dtype=torch.int32),
+            "next_prefill_tokens": torch.full((2, SLOTS), -7, dtype=torch.int32),
+            "idx_mapping": b.idx_mapping,
+            "query_start_loc": b.query_start_loc,
+            "all_token_ids": b.all_token_ids,
+            "prefill_len": b.prefill_len,
+            "num_computed_tokens": b.num_computed,
+        }
+
+    run_both(
+        input_batch.prepare_prefill_inputs, plain.prepare_prefill_inputs, arguments, "input_ids", "next_prefill_tokens"
+    )
+
+
+@few
+@given(seeds)
+def test_positions_and_lengths(seed):
+    b = Batch(seed)
+
+    def arguments():
+        return {
+            "idx_mapping": b.idx_mapping,
+            "query_start_loc": b.query_start_loc,
+            "num_computed_tokens": b.num_computed,
+            "pos": torch.full((64,), -7),
+            "seq_lens": torch.full((SLOTS,), -7, dtype=torch.int32),
+        }
+
+    run_both(input_batch.prepare_pos_seq_lens, plain.prepare_pos_seq_lens, arguments, "pos", "seq_lens")
+
+
+@few
+@given(seeds, st.sampled_from([0, 1]))
+def test_sampled_and_draft_tokens(seed, new):
+    b = Batch(seed)
+    lengths = b.query_start_loc.diff()
+    drafts = torch.minimum(integers(b.generator, 0, 4, b.num_reqs), lengths - new)
+    cu_num_logits = torch.cat([torch.zeros(1), (drafts + new).cumsum(0)]).to(torch.int32)
+
+    def arguments():
+        return {
+            "input_ids": torch.full((64,), -7, dtype=torch.int32),
+            "idx_mapping": b.idx_mapping,
+            "last_sampled_tokens": torch.arange(100, 100 + SLOTS)[:, None],
+            "query_start_loc": b.query_start_loc,
+            "seq_lens": b.seq_lens,
+            "prefill_len": b.prefill_len,
+            "draft_tokens": torch.arange(200, 200 + SLOTS * 4).reshape(SLOTS, 4),
+            "cu_num_logits": cu_num_logits,
+            "num_logits": int(cu_num_logits[-1]),
+            "num_new_sampled_tokens": new,
+        }
+
+    run_both(
+        input_batch.combine_sampled_and_draft_tokens, plain.combine_sampled_and_draft_tokens, arguments, "input_ids"
+    )
+
+
+@few
+@given(seeds, st.booleans(), st.booleans())
+def test_update_after_sampling(seed, counting, located):
+    b = Batch(seed)
+    rows = b.idx_mapping.clone()
+    rows[integers(b.generator, 0, 4, b.num_reqs) == 0] = -1
+    width = 5
+    sampled = integers(b.generator, 0, VOCAB, b.num_reqs, width).long()
+    num_sampled = integers(b.generator, 0, width + 1, b.num_reqs)
+    num_rejected = integers(b.generator, 0, 3, b.num_reqs)
+
+    def arguments():
+        return {
+            "idx_mapping": rows,
+            "num_computed_tokens": b.num_computed.clone(),
+            "last_sampled_tokens": torch.full((SLOTS, 1), -7),
+            "output_bin_counts": torch.zeros(SLOTS, VOCAB, dtype=torch.int32) if counting else None,
+            "sampled_tokens": sampled,
+            "num_sampled": num_sampled,
+            "num_rejected": num_rejected,
+            "query_start_loc": b.query_start_loc if located else None,
+            "all_token_ids": b.all_token_ids.clone(),
+            "total_len": b.num_computed + 3,
+        }
+
+    written = ["num_computed_tokens", "last_sampled_tokens", "all_token_ids", "total_len"]
+    run_both(input_batch.post_update, plain.post_update, arguments, *written, *["output_bin_counts"] * counting)
+
+
+@few
+@given(seeds)
+def test_what_was_sampled(seed):
+    b = Batch(seed)
+    cu_num_logits = torch.arange(b.num_reqs + 1, dtype=torch.int32)
+
+    def arguments():
+        return {
+            "num_sampled": torch.ones(b.num_reqs, dtype=torch.int32),
+            "seq_lens": b.seq_lens,
+            "cu_num_logits": cu_num_logits,
+            "idx_mapping": b.idx_mapping,
+            "prefill_len": b.prefill_len,
+        }
+
+    kernel, ours = input_batch.get_num_sampled_and_rejected, plain.get_num_sampled_and_rejected
+    (expected, got) = (function(**arguments()) for function in (kernel, ours))
+    assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
+
+
+@few
+@given(seeds)
+def test_temperatures_and_greedy_tokens(seed):
+    b = Batch(seed)
+    logits = torch.randn(b.num_reqs, VOCAB, generator=b.generator).round(decimals=1)  # ties, at times
+    temperature = torch.tensor([0.0, 1.0, 0.5, 0.0, 2.0, 0.7])
+    divided = [logits.clone(), logits.clone()]
+    gumbel.apply_temperature(divided[0], b.idx_mapping, temperature)
+    plain.apply_temperature(divided[1], b.idx_mapping, temperature)
+    assert torch.equal(*divided)
+    greedy, state = torch.zeros(SLOTS), torch.zeros(SLOTS, dtype=torch.int64)
+    drawn = gumbel.gumbel_sample(logits, b.idx_mapping, greedy, state, state[: b.num_reqs], False, False)
+    assert torch.equal(plain.greedy_tokens(logits, b.idx_mapping, greedy), drawn)
+    assert plain.greedy_tokens(logits, b.idx_mapping, torch.ones(SLOTS)) is None
+
+
+@few
+@given(seeds)
+def test_mamba_blocks_advance(seed):
+    b, written = Batch(seed), []
+    state_idx, accepted = integers(b.generator, -1, 3, SLOTS), integers(b.generator, 1, 4, SLOTS)
+    for kernel in (mamba_utils.preprocess_mamba_align_fused_kernel, plain.Launcher(plain.advance_mamba_blocks)):
+        own = [state_idx.clone(), accepted.clone(), *(torch.full((SLOTS,), -7, dtype=torch.int32) for _ in "ab")]
+        arguments = (b.idx_mapping, own[0], b.num_computed, b.query_start_loc, *own[1:], b.num_reqs)
+        kernel[(1,)](*arguments, BLOCK_SIZE=256, MAMBA_BLOCK_SIZE=8)
+        written.append(own)
+    assert all(torch.equal(x, y) for x, y in zip(*written, strict=True))
+
+
+@few
+@given(seeds)
+def test_accepted_tokens(seed):
+    b, written = Batch(seed), []
+    rows = b.idx_mapping.clone()
+    rows[0] = -1
+    num_sampled = integers(b.generator, 0, 5, b.num_reqs)
+    for kernel in (original_scatter(), plain.Launcher(plain.scatter_num_accepted)):
+        accepted = torch.full((SLOTS,), -7, dtype=torch.int32)
+        kernel[(b.num_reqs,)](rows, num_sampled, accepted)
+        written.append(accepted)
+    assert torch.equal(*written)
+
+
+def original_scatter():
+    """vLLM's kernel, whether or not another test has replaced it in its module."""
+    found = mamba_hybrid._scatter_num_accepted_kernel
+    return getattr(found, "__wrapped__", found)
+
+
+def kernels_of(owner: type, name: str):
+    compat.use_torch_for_runner_kernels()
+    compat.use_torch_for_runner_kernels()  # a second model in the process
+    return getattr(owner, name).__wrapped__, getattr(owner, name)
+
+
+def block_tables(seed: int) -> BlockTables:
+    """Three groups, the middle one without slots (Mamba); staged, then written by the forms in use."""
+    generator = torch.Generator().manual_seed(seed)
+    tables = BlockTables(
+        [4, 16, 8], SLOTS, 64, [12, 3, 6], torch.device("cpu"), slot_mapping_enabled=[True, False, True]
+    )
+    for request in range(SLOTS):
+        ids = [integers(generator, 1, 90, int(integers(generator, 1, n + 1, 1))).tolist() for n in (12, 3, 6)]
+        tables.append_block_ids(request, tuple(ids), overwrite=True)
+    tables.apply_staged_writes()
+    return tables
+
+
+@few
+@given(seeds)
+def test_block_tables_and_slots(seed):
+    b, written = Batch(seed), []
+    positions = torch.cat([torch.arange(n) for n in b.query_start_loc.diff()])
+    rows = b.idx_mapping.clone()
+    for form in (0, 1):
+        tables = block_tables(seed)
+        gather = kernels_of(BlockTables, "gather_block_tables")[form]
+        slots = kernels_of(BlockTables, "compute_slot_mappings")[form]
+        for table in tables.input_block_tables:
+            table.fill_(77)
+        out = [t.clone() for t in gather(tables, b.idx_mapping, SLOTS)]
+        rows[-1] = -1
+        written.append([*out, *tables.input_block_tables, slots(tables, rows, b.query_start_loc, positions, 50)])
+        written[-1].append(tables.slot_mappings)
+    assert all(torch.equal(x, y) for x, y in zip(*written, strict=True))
+
+
+@few
+@given(seeds)
+def test_staged_writes(seed):
+    from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter, StagedWriteTensor
+
+    results = []
+    for form in (0, 1):
+        compat.use_torch_for_runner_kernels()
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in ((FusedStagedWriter, "apply"), (StagedWriteTensor, "apply_write")):
+                patch.setattr(owner, name, kernels_of(owner, name)[form])
+            tables = block_tables(seed)
+            line = StagedWriteTensor(9, dtype=torch.int32, device=torch.device("cpu"))
+            line.stage_write_elem(4, 5)
+            line.stage_write(7, 0, [6])
+            line.apply_write()
+            line.apply_write()  # nothing left
+        results.append([line.gpu, *(t.gpu for t in tables.block_tables)])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_zeroed_blocks():
+    """Two segments of one allocation with pages smaller than their stride."""
+    results = []
+    for form in (0, 1):
+        memory = torch.arange(1, 201, dtype=torch.int32)
+        zeroer = types.SimpleNamespace(
+            device=torch.device("cpu"),
+            _meta=(
+                torch.tensor([memory.data_ptr(), memory.data_ptr() + 8 * 4], dtype=torch.uint64),
+                torch.tensor([20, 20]),
+                torch.tensor([8, 5]),
+                1,
+                8,
+                2,
+            ),
+        )
+        kernels_of(KVBlockZeroer, "zero_block_ids")[form](zeroer, [3, 0, 7])
+        results.append(memory)
+    assert torch.equal(*results)
+    assert (results[0] == 0).sum() == 3 * 13
+
+
+@few
+@given(seeds)
+def test_mamba_rows_left_out_copy_nothing(seed):
+    """The rule by which rows are left out, against the decision in vLLM's kernels written out row by row."""
+    g, block = torch.Generator().manual_seed(seed), 8
+    rows = torch.cat([torch.randperm(SLOTS, generator=g)[:4], torch.tensor([-1])]).to(torch.int32)
+    src, now = integers(g, -1, 3, SLOTS), integers(g, 0, 3, SLOTS)
+    changed = plain.rows_that_change_block(now, src, rows).tolist()
+    assert changed == [r for r in rows.tolist() if r >= 0 and src[r] >= 0 and src[r] != now[r]]
+    accepted, computed = integers(g, 1, 4, SLOTS), integers(g, 1, 25, SLOTS)
+    before = accepted.clone()
+    copied = plain.rows_that_end_off_a_boundary(accepted, now, computed, rows, block).tolist()
+    for row in rows.tolist():
+        if row < 0:
+            continue
+        running = int(computed[row] - before[row]) + 1
+        aligned = int(computed[row]) // block * block
+        reaches, same = aligned >= running, int(now[row]) == aligned // block - 1
+        assert (row in copied) == (reaches and not (same and aligned == running))
+        if row not in copied:
+            assert int(accepted[row]) == (1 if reaches else int(before[row]))

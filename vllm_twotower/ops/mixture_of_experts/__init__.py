@@ -1,0 +1,1 @@
+"""Router and routed experts of a layer, for a CPU; on GPUs vLLM's fused experts run."""

@@ -1,0 +1,36 @@
+"""Router and routed experts in C++ (``csrc/cpu_ops.cpp``), fp32 on a CPU; the reference for any other dtype."""
+
+import ctypes
+
+import torch
+
+from vllm_twotower.ops.cpu_library import Router, are_fp32, function
+from vllm_twotower.ops.mixture_of_experts import reference
+from vllm_twotower.ops.mixture_of_experts.reference import Routing, check_experts
+
+
+def mixture_of_experts(
+    x_TD: torch.Tensor, routing: Routing, up_EID: torch.Tensor, down_EDI: torch.Tensor
+) -> torch.Tensor:
+    """See ``vllm_twotower.ops.mixture_of_experts``."""
+    weights = (routing.weight_ED, routing.bias_E, up_EID, down_EDI)
+    if not (are_fp32(x_TD, *weights) and all(w.is_contiguous() for w in weights)):
+        return reference.mixture_of_experts(x_TD, routing, up_EID, down_EDI)
+    check_experts(x_TD, routing, up_EID, down_EDI)
+    x_TD = x_TD.contiguous()
+    out_TD = torch.empty_like(x_TD)
+    router = Router(
+        routing.weight_ED.data_ptr(), routing.bias_E.data_ptr(), routing.top_k, routing.normalise, routing.scaling
+    )
+    num_experts, width, _ = up_EID.shape
+    function("mixture_of_experts")(
+        out_TD.data_ptr(),
+        x_TD.data_ptr(),
+        ctypes.byref(router),
+        up_EID.data_ptr(),
+        down_EDI.data_ptr(),
+        *x_TD.shape,
+        num_experts,
+        width,
+    )
+    return out_TD

@@ -1,0 +1,297 @@
+"""What vLLM's model runner does in Triton kernels around every forward, in plain torch: for a CPU.
+
+There Triton only interprets, at a millisecond per program: most of an engine step. Each function has the parameters of
+the vLLM function it stands in for (named in its docstring) and writes exactly the elements that one writes;
+``compat.use_torch_for_runner_kernels`` puts them in place, ``tests/test_plain_kernels.py`` holds them equal to the
+kernels. Shapes: R rows of the batch, N scheduled tokens, Q request slots, G cache groups.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+PAD_SLOT = -1
+
+
+def rows_of_tokens(query_start_loc: torch.Tensor, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row of each scheduled token, int64 [N], and its offset in that row, int64 [N]."""
+    starts = query_start_loc[: num_reqs + 1].long()
+    lengths = starts.diff()
+    row = torch.arange(num_reqs).repeat_interleave(lengths)
+    return row, torch.arange(row.numel()) - starts[row]
+
+
+def prepare_prefill_inputs(
+    input_ids: torch.Tensor,
+    next_prefill_tokens: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    all_token_ids: torch.Tensor,
+    prefill_len: torch.Tensor,
+    num_computed_tokens: torch.Tensor,
+) -> None:
+    """Tokens of rows in prefill into ``input_ids`` (``input_batch.prepare_prefill_inputs``)."""
+    num_lookahead = next_prefill_tokens.shape[0]
+    computed, known = num_computed_tokens[idx_mapping], prefill_len[idx_mapping]
+    for row in (computed < known).nonzero().flatten().tolist():
+        slot, begin = int(idx_mapping[row]), int(computed[row])
+        start, stop = query_start_loc[row : row + 2].tolist()
+        end = begin + stop - start
+        input_ids[start:stop] = all_token_ids[slot, begin:end]
+        ahead = all_token_ids[slot, end : min(end + num_lookahead, int(known[row]))]
+        next_prefill_tokens[:, slot] = 0
+        next_prefill_tokens[: ahead.numel(), slot] = ahead
+
+
+def prepare_pos_seq_lens(
+    idx_mapping: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    num_computed_tokens: torch.Tensor,
+    pos: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> None:
+    """Positions of tokens and lengths of sequences (``input_batch.prepare_pos_seq_lens``)."""
+    num_reqs = idx_mapping.shape[0]
+    computed = num_computed_tokens[idx_mapping]
+    row, offset = rows_of_tokens(query_start_loc, num_reqs)
+    pos[: row.numel()] = computed[row] + offset
+    seq_lens[:num_reqs] = computed + query_start_loc[: num_reqs + 1].diff()
+    seq_lens[num_reqs:] = 0
+
+
+def combine_sampled_and_draft_tokens(
+    input_ids: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    last_sampled_tokens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    prefill_len: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    cu_num_logits: torch.Tensor,
+    num_logits: int,
+    num_new_sampled_tokens: int = 1,
+) -> torch.Tensor:
+    """Where logits are wanted, int64 [num_logits]; the last sampled token and the drafts of decoding rows into
+    ``input_ids`` (``input_batch.combine_sampled_and_draft_tokens``).
+    """
+    num_reqs = idx_mapping.shape[0]
+    row, offset = rows_of_tokens(cu_num_logits, num_reqs)
+    wanted = cu_num_logits[: num_reqs + 1].diff()
+    first = query_start_loc[1 : num_reqs + 1] - wanted
+    logits_indices = torch.empty(num_logits, dtype=torch.int64)
+    logits_indices[: row.numel()] = first[row] + offset
+    length, known = seq_lens[:num_reqs], prefill_len[idx_mapping]
+    if num_new_sampled_tokens:
+        decoding = (length > known) & (length - wanted >= known)
+        input_ids[first[decoding]] = last_sampled_tokens.view(-1)[idx_mapping[decoding]].to(input_ids.dtype)
+    drafts = wanted - num_new_sampled_tokens
+    for index in ((length > known) & (drafts > 0)).nonzero().flatten().tolist():
+        end, count = int(query_start_loc[index + 1]), int(drafts[index])
+        input_ids[end - count : end] = draft_tokens[idx_mapping[index], :count]
+    return logits_indices
+
+
+def post_update(
+    idx_mapping: torch.Tensor,
+    num_computed_tokens: torch.Tensor,
+    last_sampled_tokens: torch.Tensor,
+    output_bin_counts: torch.Tensor | None,
+    sampled_tokens: torch.Tensor,
+    num_sampled: torch.Tensor,
+    num_rejected: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    all_token_ids: torch.Tensor,
+    total_len: torch.Tensor,
+) -> None:
+    """Sampled tokens into the requests' states (``input_batch.post_update``)."""
+    real = (idx_mapping >= 0).nonzero().flatten()
+    slot = idx_mapping[real].long()
+    advance = -num_rejected[real]
+    if query_start_loc is not None:
+        advance = advance + query_start_loc[: idx_mapping.shape[0] + 1].diff()[real]
+    num_computed_tokens[slot] += advance.to(num_computed_tokens.dtype)
+    count = num_sampled[real].long()
+    if not count.any():
+        return
+    writing = count > 0
+    last = sampled_tokens[real[writing], count[writing] - 1]
+    last_sampled_tokens.view(-1)[slot[writing]] = last.to(last_sampled_tokens.dtype)
+    column = torch.arange(sampled_tokens.shape[1])
+    row, column = (column < count[:, None]).nonzero(as_tuple=True)
+    token, owner = sampled_tokens[real[row], column], slot[row]
+    all_token_ids[owner, total_len[owner] + column] = token.to(all_token_ids.dtype)
+    if output_bin_counts is not None:
+        one = torch.ones((), dtype=output_bin_counts.dtype)
+        output_bin_counts.index_put_((owner, token.long()), one, accumulate=True)
+    total_len[slot] += count.to(total_len.dtype)
+
+
+def gather_block_tables(
+    self: Any,
+    idx_mapping: torch.Tensor,
+    num_reqs_padded: int,
+    out: tuple[torch.Tensor, ...] | None = None,
+    out_ptrs: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """The batch's block tables, int32 [num_reqs_padded, blocks] a group (``BlockTables.gather_block_tables``)."""
+    tables = tuple(self.input_block_tables) if out is None else out
+    num_reqs = idx_mapping.shape[0]
+    for table, source, num_blocks in zip(tables, self.block_tables, self.num_blocks.gpu, strict=True):
+        used = num_blocks[idx_mapping]
+        widest = int(used.max()) if num_reqs else 0
+        target = table[:num_reqs, :widest]
+        written = torch.arange(widest) < used[:, None]
+        target.copy_(torch.where(written, source.gpu[idx_mapping, :widest], target))
+        table[num_reqs:num_reqs_padded] = 0
+    return tuple(table[:num_reqs_padded] for table in tables)
+
+
+def compute_slot_mappings(
+    self: Any,
+    idx_mapping: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    positions: torch.Tensor,
+    num_tokens_padded: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cache slots of the scheduled tokens, int64 [G, num_tokens_padded] (``BlockTables.compute_slot_mappings``).
+
+    Context parallelism, which our architecture refuses, is not implemented.
+    """
+    assert self.cp_size == 1, self.cp_size
+    slots = self.slot_mappings if out is None else out
+    row, _ = rows_of_tokens(query_start_loc, idx_mapping.shape[0])
+    num_tokens = row.numel()
+    request, position = idx_mapping[row], positions[:num_tokens]
+    slots[:, num_tokens:] = PAD_SLOT
+    for group, (table, size) in enumerate(zip(self.block_tables, self.block_sizes, strict=True)):
+        if not self._slot_mapping_enabled[group]:
+            slots[group, :num_tokens] = PAD_SLOT
+            continue
+        block = table.gpu[request.clamp(min=0), position // size].long()
+        slots[group, :num_tokens] = torch.where(request < 0, PAD_SLOT, block * size + position % size)
+    return slots[:, :num_tokens_padded]
+
+
+def zero_block_ids(self: Any, block_ids: list[int]) -> None:
+    """Zero cache blocks (``KVBlockZeroer.zero_block_ids``); addresses and strides count 4-byte words."""
+    if not block_ids or self._meta is None:
+        return
+    addresses, strides, sizes = (tensor.tolist() for tensor in self._meta[:3])
+    for address, stride, size in zip(addresses, strides, sizes, strict=True):
+        for block in block_ids:
+            ctypes.memset(address + block * stride * 4, 0, size * 4)
+
+
+def apply_write(self: Any) -> None:
+    """What was staged for one tensor, into it (``StagedWriteTensor.apply_write``)."""
+    flat, stride, begin = self.gpu.view(-1), self.gpu.stride(0), 0
+    staged = zip(self._staged_write_indices, self._staged_write_starts, self._staged_write_cu_lens, strict=True)
+    for index, start, end in staged:
+        values = torch.tensor(self._staged_write_contents[begin:end], dtype=self.gpu.dtype)
+        flat[index * stride + start : index * stride + start + values.numel()] = values
+        begin = end
+    self.clear_staged_writes()
+
+
+def apply_all_writes(self: Any, tensors: Any, output_ptrs: torch.Tensor, output_strides: torch.Tensor) -> None:
+    """What was staged for several tensors, into them (``FusedStagedWriter.apply``)."""
+    for tensor in tensors:
+        apply_write(tensor)
+
+
+def apply_temperature(logits: torch.Tensor, expanded_idx_mapping: torch.Tensor, temperature: torch.Tensor) -> None:
+    """Divide logits [N, V] in place by each row's temperature, greedy rows not (``gumbel.apply_temperature``)."""
+    divisor = temperature[expanded_idx_mapping].float()
+    logits /= divisor.where(divisor != 0, 1.0)[:, None]
+
+
+def greedy_tokens(
+    logits: torch.Tensor, expanded_idx_mapping: torch.Tensor, temperature: torch.Tensor
+) -> torch.Tensor | None:
+    """Tokens int64 [N] where every row is greedy, else None: drawing keeps its kernel (``gumbel.gumbel_sample``)."""
+    return None if temperature[expanded_idx_mapping].any() else logits.float().max(dim=-1).indices
+
+
+def get_num_sampled_and_rejected(
+    num_sampled: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_num_logits: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    prefill_len: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows still in prefill have sampled nothing (``input_batch.get_num_sampled_and_rejected``)."""
+    num_reqs = idx_mapping.shape[0]
+    in_prefill = seq_lens[:num_reqs] < prefill_len[idx_mapping]
+    num_sampled[:num_reqs].masked_fill_(in_prefill, 0)
+    rejected = cu_num_logits[: num_reqs + 1].diff() - num_sampled[:num_reqs]
+    num_rejected = torch.empty_like(num_sampled)
+    num_rejected[:num_reqs] = rejected.masked_fill(in_prefill, 0)
+    return num_sampled, num_rejected
+
+
+class Launcher:
+    """Stands in for a Triton kernel: ``Launcher(function)[grid](...)`` calls the function, whatever the grid."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.function
+
+
+def advance_mamba_blocks(
+    idx_mapping: torch.Tensor,
+    state_idx: torch.Tensor,
+    num_computed_tokens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    num_accepted_tokens: torch.Tensor,
+    src_col: torch.Tensor,
+    src_off: torch.Tensor,
+    num_reqs: int,
+    BLOCK_SIZE: int,
+    MAMBA_BLOCK_SIZE: int,
+) -> None:
+    """Where each row's state is and goes (``mamba_utils.preprocess_mamba_align_fused_kernel``)."""
+    slot = idx_mapping[:num_reqs].long()
+    before = state_idx[slot]
+    src_col[slot] = before
+    src_off[slot] = (num_accepted_tokens[slot] - 1).clamp(min=0).to(src_off.dtype)
+    end = num_computed_tokens[slot] + query_start_loc[: num_reqs + 1].diff()
+    after = ((end + MAMBA_BLOCK_SIZE - 1) // MAMBA_BLOCK_SIZE - 1).to(state_idx.dtype)
+    state_idx[slot] = after
+    num_accepted_tokens[slot[(before >= 0) & (before != after)]] = 1
+
+
+def scatter_num_accepted(idx_mapping: torch.Tensor, num_sampled: torch.Tensor, num_accepted: torch.Tensor) -> None:
+    """Accepted tokens of each real row, at least one (``mamba_hybrid._scatter_num_accepted_kernel``)."""
+    real = idx_mapping >= 0
+    accepted = num_sampled[: len(idx_mapping)][real].clamp(min=1)
+    num_accepted[idx_mapping[real].long()] = accepted.to(num_accepted.dtype)
+
+
+def rows_that_change_block(state_idx: torch.Tensor, src_col: torch.Tensor, idx_mapping: torch.Tensor) -> torch.Tensor:
+    """The rows whose Mamba state ``MambaSpecDecodeGPUContext.run_fused_precopy`` copies: entries of ``idx_mapping``."""
+    slot = idx_mapping.clamp(min=0).long()
+    return idx_mapping[(idx_mapping >= 0) & (src_col[slot] >= 0) & (src_col[slot] != state_idx[slot])]
+
+
+def rows_that_end_off_a_boundary(
+    num_accepted: torch.Tensor,
+    state_idx: torch.Tensor,
+    new_num_computed: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    block_size: int,
+) -> torch.Tensor:
+    """The rows whose state ``MambaSpecDecodeGPUContext.run_fused_postprocess_align`` copies: entries of
+    ``idx_mapping``. Rows that end on a block's boundary need no copy, only one accepted token: done here.
+    """
+    slot = idx_mapping.clamp(min=0).long()
+    running = new_num_computed[slot] - num_accepted[slot] + 1
+    aligned = new_num_computed[slot] // block_size * block_size
+    passes_boundary = (idx_mapping >= 0) & (aligned >= running)
+    stays = passes_boundary & (state_idx[slot] == aligned // block_size - 1) & (aligned == running)
+    num_accepted[slot[stays]] = 1
+    return idx_mapping[passes_boundary & ~stays]
