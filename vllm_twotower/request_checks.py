@@ -1,7 +1,7 @@
 """Checks of a whole request, after vLLM has filled in its defaults: what only the prompt shows, and what kills a
 worker.
 
-Called through ``compat.check_prompts`` with vLLM's ``EngineCoreRequest``; a ``ValueError`` becomes a 400.
+Called through ``compat_requests.check_prompts`` with vLLM's ``EngineCoreRequest``; a ``ValueError`` becomes a 400.
 """
 
 from typing import Any
