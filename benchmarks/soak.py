@@ -90,11 +90,12 @@ def run_client(url: str, seed: str, until: float, record: Record) -> None:
 def watch_memory(processes: list[psutil.Process], record: Record, over: threading.Event) -> None:
     started = time.monotonic()
     while not over.wait(1.0):
-        rss = sum(p.memory_info().rss for p in processes if p.is_running())
+        rss_mib = [p.memory_info().rss / 2**20 for p in processes if p.is_running()]
         seconds = time.monotonic() - started
-        record.rss_mib.append((seconds, rss / 2**20))
+        record.rss_mib.append((seconds, sum(rss_mib)))
         if len(record.rss_mib) % 60 == 0:
-            print(f"{seconds / 60:.1f} minutes, {len(record.outcomes)} requests, {rss / 2**20:.0f} MiB", flush=True)
+            shown = " + ".join(f"{mib:.0f}" for mib in rss_mib)
+            print(f"{seconds / 60:.1f} minutes, {len(record.outcomes)} requests, {shown} MiB", flush=True)
 
 
 def load(url: str, processes: list[psutil.Process], seconds: float, seed: int) -> Record:

@@ -71,7 +71,8 @@ def between(name: str, low: float, value: float, high: float) -> list[str]:
 def check_under_load(counted: dict[str, float], answered: Sequence[Outcome], left: Sequence[Outcome]) -> list[str]:
     """Requests that were left in the middle were decoded to somewhere between nothing and their end."""
     tokens, choices = received(answered)
-    tokens_left = sum(o.request.body["max_tokens"] for o in left)
+    # and what stop strings cut off after it had been counted
+    tokens_left = sum(o.request.body["max_tokens"] for o in left) + 16 * choices
     in_canvases = sum(o.num_tokens for o in answered if o.request.mode == "mask_diffusion")
     return [
         *between("generation tokens", tokens, counted["generation_tokens"], tokens + tokens_left),
@@ -89,8 +90,10 @@ def check_exact(counted: dict[str, float], answered: Sequence[Outcome]) -> list[
     denoised = [o for o in answered if o.request.mode == "mask_diffusion"]
     fewest = sum(-(-o.num_tokens // o.request.canvas_length) for o in denoised)
     most = fewest + sum(o.request.body["n"] for o in denoised)
+    # a stop string is found in the front end, after the whole canvas has been counted
+    cut = sum(o.request.canvas_length * o.request.body["n"] for o in denoised if o.request.body.get("stop"))
     return [
-        *between("generation tokens", tokens, counted["generation_tokens"], tokens),
+        *between("generation tokens", tokens, counted["generation_tokens"], tokens + cut),
         *between("finished requests", choices, counted["stopped"] + counted["length"], choices),
         *between("aborted requests and errors", 0, counted["aborted"] + counted["errors"], 0),
         *between("canvases", fewest, counted["canvases"], most),
