@@ -1,6 +1,8 @@
 // The denoise pass's small operations in fp32 for a CPU, where plain torch spends more time between operations than in
 // them. Semantics, letters and names: vllm_twotower/ops/<op>/reference.py; called through ctypes by <op>/cpp.py, which
 // checks what comes in. No exceptions, no allocation by the caller: outputs are contiguous and fully written.
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -8,7 +10,7 @@
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EVERY_CPU __attribute__((target_clones("avx512f", "avx2,fma", "default")))
+#define FOR_EVERY_CPU __attribute__((target_clones("avx512f", "fma", "default")))
 #else
 #define FOR_EVERY_CPU
 #endif
@@ -49,6 +51,52 @@ inline float dot(const float* a, const float* b, int64_t n) {
     return sum;
 }
 
+// A block of kRows x kColumns sums at a time, which stays in registers.
+constexpr int64_t kRows = 4, kLanes = 16, kVectors = 2, kColumns = kLanes * kVectors;
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+
+// rows[i][0..depth) times matrix[depth][columns], element by element into write(i, column, sum).
+template <class Write>
+inline __attribute__((always_inline)) void products(const float* const* rows, int64_t count, const float* matrix,
+                                                    int64_t depth, int64_t columns, Write write) {
+    for (int64_t first = 0; first < count; first += kRows) {
+        const int64_t block = std::min(kRows, count - first);
+        const float* row[kRows];
+        for (int64_t i = 0; i < kRows; ++i) row[i] = rows[first + std::min(i, block - 1)];
+        int64_t column = 0;
+        for (; column + kColumns <= columns; column += kColumns) {
+            Lanes sum[kRows][kVectors] = {};
+            for (int64_t k = 0; k < depth; ++k) {
+                Lanes m[kVectors];
+                std::memcpy(m, matrix + k * columns + column, sizeof m);
+#pragma GCC unroll 4
+                for (int64_t i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+                    for (int64_t v = 0; v < kVectors; ++v) sum[i][v] += row[i][k] * m[v];
+            }
+            for (int64_t i = 0; i < block; ++i)
+                for (int64_t j = 0; j < kColumns; ++j) write(first + i, column + j, sum[i][j / kLanes][j % kLanes]);
+        }
+        for (; column < columns; ++column)
+            for (int64_t i = 0; i < block; ++i) {
+                float sum = 0.0f;
+                for (int64_t k = 0; k < depth; ++k) sum += row[i][k] * matrix[k * columns + column];
+                write(first + i, column, sum);
+            }
+    }
+}
+
+// Calls work(begin, end) for parts of [0, count), at least `least` long, on torch's own OpenMP threads.
+template <class Work>
+void share_out(int64_t count, int64_t least, Work work) {
+    const int64_t parts = std::min<int64_t>(omp_get_max_threads(), count / least);
+    if (parts <= 1) return work(0, count);
+#pragma omp parallel for num_threads(parts) schedule(static, 1)
+    for (int64_t part = 0; part < parts; ++part) work(count * part / parts, count * (part + 1) / parts);
+}
+
+constexpr int64_t kLeastTokens = 32;  // of a part: below, waking a thread costs more than it does
+
 }  // namespace
 
 // Legend: T tokens, D hidden, 3: shift, scale, gate.
@@ -59,10 +107,10 @@ struct Modulation {
     const int64_t* row_T;
 };
 
-EXPORT FOR_EVERY_CPU void adaln_norm(float* out_TD, const float* x_TD, const float* weight_D, float eps, int norm_first,
-                                     Modulation m, int64_t tokens, int64_t hidden) {
+FOR_EVERY_CPU static void norm_tokens(float* out_TD, const float* x_TD, const float* weight_D, float eps,
+                                      bool norm_first, Modulation m, int64_t hidden, int64_t begin, int64_t end) {
     const std::vector<float> zeros(3 * hidden);
-    for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t t = begin; t < end; ++t) {
         const float* x = x_TD + t * hidden;
         float* out = out_TD + t * hidden;
         const int64_t level = m.level_R[m.row_T[t]];
@@ -93,6 +141,13 @@ EXPORT FOR_EVERY_CPU void adaln_norm(float* out_TD, const float* x_TD, const flo
     }
 }
 
+EXPORT void adaln_norm(float* out_TD, const float* x_TD, const float* weight_D, float eps, int norm_first, Modulation m,
+                       int64_t tokens, int64_t hidden) {
+    share_out(tokens, 4 * kLeastTokens, [=](int64_t begin, int64_t end) {
+        norm_tokens(out_TD, x_TD, weight_D, eps, norm_first, m, hidden, begin, end);
+    });
+}
+
 EXPORT FOR_EVERY_CPU void adaln_gate_add(float* out_TD, const float* x_TD, const float* residual_TD, Modulation m,
                                          int64_t tokens, int64_t hidden) {
     for (int64_t t = 0; t < tokens; ++t) {
@@ -111,11 +166,18 @@ EXPORT FOR_EVERY_CPU void adaln_gate_add(float* out_TD, const float* x_TD, const
 }
 
 // Legend: R rows, W positions, C channels, K taps; strides in elements, the last dimension of every tensor contiguous.
-EXPORT FOR_EVERY_CPU void seeded_conv(float* out_RWC, const float* x_RWC, int64_t x_row, int64_t x_position,
-                                      const float* weight_KC, const float* bias_C, const float* cache_BKC,
-                                      int64_t cache_slot, int64_t cache_tap, const int64_t* slot_R, int64_t rows,
-                                      int64_t width, int64_t channels, int64_t taps) {
-    for (int64_t r = 0; r < rows; ++r) {
+struct ConvInputs {
+    const float* x;
+    int64_t x_row, x_position;
+    const float *weight_KC, *bias_C, *cache_BKC;
+    int64_t cache_slot, cache_tap;
+    const int64_t* slot_R;
+};
+
+FOR_EVERY_CPU static void convolve_rows(float* out_RWC, const ConvInputs* conv, int64_t width, int64_t channels,
+                                        int64_t taps, int64_t begin, int64_t end) {
+    const auto [x_RWC, x_row, x_position, weight_KC, bias_C, cache_BKC, cache_slot, cache_tap, slot_R] = *conv;
+    for (int64_t r = begin; r < end; ++r) {
         const float* cache = cache_BKC + slot_R[r] * cache_slot;
         for (int64_t w = 0; w < width; ++w) {
             float* out = out_RWC + (r * width + w) * channels;
@@ -137,6 +199,13 @@ EXPORT FOR_EVERY_CPU void seeded_conv(float* out_RWC, const float* x_RWC, int64_
     }
 }
 
+EXPORT void seeded_conv(float* out_RWC, const ConvInputs* conv, int64_t rows, int64_t width, int64_t channels,
+                        int64_t taps) {
+    share_out(rows, std::max<int64_t>(1, 2 * kLeastTokens / width), [=](int64_t begin, int64_t end) {
+        convolve_rows(out_RWC, conv, width, channels, taps, begin, end);
+    });
+}
+
 // Legend: as above, and H heads, P head size, G groups, N state size; x, b, c of one row and position lie at multiples
 // of their strides, each [H * P] or [G * N] contiguous.
 struct ScanInputs {
@@ -148,10 +217,10 @@ struct ScanInputs {
     const int64_t* slot_R;
 };
 
-EXPORT FOR_EVERY_CPU void seeded_scan(float* out_RWHP, const ScanInputs* in, int64_t rows, int64_t width, int64_t heads,
-                                      int64_t head_dim, int64_t groups, int64_t state_size) {
+FOR_EVERY_CPU static void scan_rows(float* out_RWHP, const ScanInputs* in, int64_t width, int64_t heads,
+                                    int64_t head_dim, int64_t groups, int64_t state_size, int64_t begin, int64_t end) {
     std::vector<float> step(width), log_decay(width), scores(width * width);
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = begin; r < end; ++r) {
         const float *x = in->x + r * in->x_row, *dt = in->dt + r * in->dt_row;
         const float *b = in->b + r * in->b_row, *c = in->c + r * in->c_row;
         for (int64_t h = 0; h < heads; ++h) {
@@ -185,6 +254,13 @@ EXPORT FOR_EVERY_CPU void seeded_scan(float* out_RWHP, const ScanInputs* in, int
     }
 }
 
+EXPORT void seeded_scan(float* out_RWHP, const ScanInputs* in, int64_t rows, int64_t width, int64_t heads,
+                        int64_t head_dim, int64_t groups, int64_t state_size) {
+    share_out(rows, std::max<int64_t>(1, kLeastTokens / width), [=](int64_t begin, int64_t end) {
+        scan_rows(out_RWHP, in, width, heads, head_dim, groups, state_size, begin, end);
+    });
+}
+
 // Legend: E experts, I their width, k experts per token.
 struct Router {
     const float *weight_ED, *bias_E;
@@ -193,9 +269,9 @@ struct Router {
     double scaling;
 };
 
-EXPORT FOR_EVERY_CPU void mixture_of_experts(float* out_TD, const float* x_TD, const Router* router, const float* up_EID,
-                                             const float* down_EDI, int64_t tokens, int64_t hidden, int64_t experts,
-                                             int64_t width) {
+FOR_EVERY_CPU static void mix_tokens(float* out_TD, const float* x_TD, const Router* router, const float* up_EDI,
+                                     const float* down_EID, int64_t tokens, int64_t hidden, int64_t experts,
+                                     int64_t width) {
     struct Use {
         int64_t token;
         float weight;
@@ -227,36 +303,56 @@ EXPORT FOR_EVERY_CPU void mixture_of_experts(float* out_TD, const float* x_TD, c
         }
     }
     std::fill(out_TD, out_TD + tokens * hidden, 0.0f);
-    constexpr int64_t kTogether = 4;  // tokens that share one reading of an expert
-    std::vector<float> inner(kTogether * width);
+    int64_t most = 0;
+    for (const auto& own : uses) most = std::max<int64_t>(most, own.size());
+    std::vector<float> inner(most * width);
     for (int64_t e = 0; e < experts; ++e) {
-        for (size_t first = 0; first < uses[e].size(); first += kTogether) {
-            const int64_t count = std::min<int64_t>(kTogether, uses[e].size() - first);
-            const Use* use = &uses[e][first];
-            const float* x[kTogether];
-            for (int64_t i = 0; i < kTogether; ++i) x[i] = x_TD + use[std::min(i, count - 1)].token * hidden;
-            for (int64_t j = 0; j < width; ++j) {
-                const float* up = up_EID + (e * width + j) * hidden;
-                float s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-                for (int64_t d = 0; d < hidden; ++d) {
-                    s0 += x[0][d] * up[d];
-                    s1 += x[1][d] * up[d];
-                    s2 += x[2][d] * up[d];
-                    s3 += x[3][d] * up[d];
-                }
-                const float sums[kTogether] = {s0, s1, s2, s3};
-                for (int64_t i = 0; i < count; ++i) {
-                    // not std::max, which would turn NaN into 0
-                    const float positive = sums[i] < 0.0f ? 0.0f : sums[i];
-                    inner[i * width + j] = positive * positive;
-                }
-            }
-            for (int64_t d = 0; d < hidden; ++d) {
-                const float* down = down_EDI + (e * hidden + d) * width;
-                for (int64_t i = 0; i < count; ++i)
-                    out_TD[use[i].token * hidden + d] += use[i].weight * dot(inner.data() + i * width, down, width);
-            }
-        }
+        const int64_t count = uses[e].size();
+        const Use* use = uses[e].data();
+        std::vector<const float*> rows(count);
+        for (int64_t i = 0; i < count; ++i) rows[i] = x_TD + use[i].token * hidden;
+        products(rows.data(), count, up_EDI + e * hidden * width, hidden, width, [&](int64_t i, int64_t j, float sum) {
+            const float positive = sum < 0.0f ? 0.0f : sum;  // not std::max, which would turn NaN into 0
+            inner[i * width + j] = positive * positive;
+        });
+        for (int64_t i = 0; i < count; ++i) rows[i] = inner.data() + i * width;
+        products(rows.data(), count, down_EID + e * width * hidden, width, hidden, [&](int64_t i, int64_t d, float sum) {
+            out_TD[use[i].token * hidden + d] += use[i].weight * sum;
+        });
     }
+}
+
+EXPORT void mixture_of_experts(float* out_TD, const float* x_TD, const Router* router, const float* up_EDI,
+                               const float* down_EID, int64_t tokens, int64_t hidden, int64_t experts, int64_t width) {
+    share_out(tokens, kLeastTokens, [=](int64_t begin, int64_t end) {
+        mix_tokens(out_TD + begin * hidden, x_TD + begin * hidden, router, up_EDI, down_EID, end - begin, hidden,
+                   experts, width);
+    });
+}
+
+// Legend: N rows, V vocabulary. Greedy: the lowest token of the highest logit, and the log of the sum of exponentials,
+// both without the mask id; a row of NaN or without a finite logit gives NaN.
+FOR_EVERY_CPU static void sample_rows(int64_t* token_N, float* highest_N, float* log_total_N, const float* logits_NV,
+                                      int64_t mask_token_id, int64_t vocab, int64_t begin, int64_t end) {
+    std::vector<float> row(vocab);
+    for (int64_t n = begin; n < end; ++n) {
+        std::copy(logits_NV + n * vocab, logits_NV + (n + 1) * vocab, row.data());
+        row[mask_token_id] = -HUGE_VALF;
+        float highest = -HUGE_VALF, total = 0.0f;
+#pragma omp simd reduction(max : highest)
+        for (int64_t v = 0; v < vocab; ++v) highest = row[v] > highest ? row[v] : highest;
+#pragma omp simd reduction(+ : total)
+        for (int64_t v = 0; v < vocab; ++v) total += fast_exp(row[v] - highest);
+        const auto found = std::find(row.begin(), row.end(), highest);
+        token_N[n] = found == row.end() || std::isinf(highest) ? 0 : found - row.begin();
+        highest_N[n] = highest;
+        log_total_N[n] = highest + std::log(total);
+    }
+}
+
+EXPORT void greedy_sample(int64_t* token_N, float* highest_N, float* log_total_N, const float* logits_NV,
+                          int64_t mask_token_id, int64_t rows, int64_t vocab) {
+    share_out(rows, std::max<int64_t>(1, 32768 / vocab), [=](int64_t begin, int64_t end) {
+        sample_rows(token_N, highest_N, log_total_N, logits_NV, mask_token_id, vocab, begin, end);
+    });
 }

@@ -20,14 +20,16 @@ from vllm_twotower.ops.cpu_library import library
 NATIVE = os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available()
 
 
+IN_CPP = pytest.mark.skipif(library() is None, reason="no compiler when the package was installed")
+
+
 def every_form(kernel: Any | None, reference: ModuleType, cpp: ModuleType | None = None) -> pytest.MarkDecorator:
     """Run a test with each form of an op; in C++ where that was built at install."""
     forms = [pytest.param(reference, id="reference")]
     if kernel is not None:
         forms.append(pytest.param(kernel, id="kernel"))
     if cpp is not None:
-        skip = pytest.mark.skipif(library() is None, reason="no compiler when the package was installed")
-        forms.append(pytest.param(cpp, id="cpp", marks=skip))
+        forms.append(pytest.param(cpp, id="cpp", marks=IN_CPP))
     return pytest.mark.parametrize("form", forms)
 
 

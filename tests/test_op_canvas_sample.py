@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from op_forms import kernels_of
+from op_forms import IN_CPP, kernels_of
 from tolerances import BF16_OP, FP32_OP
 
 from vllm_twotower.decoding.noise import gumbel_from_bits, gumbel_noise, philox_4x32
 from vllm_twotower.decoding.unmask import propose
+from vllm_twotower.ops.canvas_sample import cpp
 from vllm_twotower.ops.canvas_sample import kernel as kernel_module
 from vllm_twotower.ops.canvas_sample.reference import Draw
 from vllm_twotower.ops.canvas_sample.reference import canvas_sample as reference
@@ -60,6 +61,27 @@ def test_kernel_equals_reference(rows, vocab, dtype, random):
     x = logits(rows, vocab, dtype)
     draw = draws(rows, (0.7, 0.0, 1.3)) if random else None
     assert_same(kernel(x, MASK, draw), reference(x.clone(), MASK, draw))
+
+
+@IN_CPP
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "vocab"), [(5, 512), (1, 4), (7, 1023), (90, 1536), (2, 131_072)])
+def test_cpp_equals_reference(rows, vocab, dtype):
+    x = logits(rows, vocab, dtype)
+    x[-1, MASK] = 50.0
+    x[0, [0, vocab - 1]] = 40.0  # a tie
+    assert_same(cpp.canvas_sample(x, MASK), reference(x.clone(), MASK))
+    assert_same(cpp.canvas_sample(x, MASK, draws(rows)), reference(x.clone(), MASK, draws(rows)))
+
+
+@IN_CPP
+def test_cpp_says_nan_where_nothing_is_finite():
+    x = logits(3, 40)
+    x[1] = float("-inf")
+    x[2, 5] = float("nan")
+    got = cpp.canvas_sample(x, MASK)
+    assert got.confidence_N.isnan().tolist() == [False, True, True]
+    assert int(got.token_N[1]) == 0
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.1, 0.5, 1.0, 3.0])

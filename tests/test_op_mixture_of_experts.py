@@ -20,8 +20,8 @@ def arguments(tokens=7, hidden=24, experts=6, width=10, top_k=2, normalise=True,
     return (
         randn(tokens, hidden).to(dtype),
         routing,
-        randn(experts, width, hidden).to(dtype),
         randn(experts, hidden, width).to(dtype),
+        randn(experts, width, hidden).to(dtype),
     )
 
 
@@ -33,7 +33,7 @@ def in_fp64(x, routing, up, down):
         chosen = (score + routing.bias_E.double()).topk(routing.top_k).indices
         share = score[chosen] / (score[chosen].sum() + 1e-20) if routing.normalise else score[chosen]
         for expert, weight in zip(chosen, share * routing.scaling, strict=True):
-            out[token] += weight * (down[expert].double() @ (up[expert].double() @ row).relu().square())
+            out[token] += weight * ((row @ up[expert].double()).relu().square() @ down[expert].double())
     return out
 
 
@@ -70,7 +70,7 @@ def test_not_a_number_stays_in_its_token(form):
 @FORMS
 def test_wrong_arguments_are_named(form):
     x, routing, up, down = arguments()
-    with pytest.raises(ValueError, match=r"down_EDI has shape \[6, 24, 9\], wanted \[6, 24, 10\]"):
-        form.mixture_of_experts(x, routing, up, down[..., :9].contiguous())
+    with pytest.raises(ValueError, match=r"down_EID has shape \[6, 9, 24\], wanted \[6, 10, 24\]"):
+        form.mixture_of_experts(x, routing, up, down[:, :9].contiguous())
     with pytest.raises(ValueError, match=r"routing.top_k=7: must be in \[1, 6\]"):
         form.mixture_of_experts(x, Routing(routing.weight_ED, routing.bias_E, 7, True, 1.0), up, down)

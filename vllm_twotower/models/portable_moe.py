@@ -28,13 +28,13 @@ def routed_experts(
     top_k: int,
     normalise: bool,
     scaling: float,
-    up_EID: torch.Tensor,
-    down_EDI: torch.Tensor,
+    up_EDI: torch.Tensor,
+    down_EID: torch.Tensor,
 ) -> torch.Tensor:
     """``ops.mixture_of_experts`` as a custom op, because which experts run depends on the data and vLLM compiles the
     context tower as one graph; float32 [T, D].
     """
-    return mixture_of_experts(x_TD, Routing(router_ED, bias_E, top_k, normalise, scaling), up_EID, down_EDI)
+    return mixture_of_experts(x_TD, Routing(router_ED, bias_E, top_k, normalise, scaling), up_EDI, down_EID)
 
 
 @routed_experts.register_fake
@@ -43,16 +43,16 @@ def _routed_experts_fake(x_TD: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 class _Experts(nn.Module):
-    """All experts' matrices, stacked; each rank holds a slice of every expert's width I."""
+    """All experts' matrices, stacked, inputs first; each rank holds a slice of every expert's width I."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         tp_size = get_tensor_model_parallel_world_size()
         self.width = config.moe_intermediate_size // tp_size
         self.first = get_tensor_model_parallel_rank() * self.width
-        shape = (config.n_routed_experts, self.width, config.hidden_size)
-        self.up = nn.Parameter(torch.empty(shape), requires_grad=False)
-        self.down = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]), requires_grad=False)
+        num_experts, hidden = config.n_routed_experts, config.hidden_size
+        self.up = nn.Parameter(torch.empty(num_experts, hidden, self.width), requires_grad=False)
+        self.down = nn.Parameter(torch.empty(num_experts, self.width, hidden), requires_grad=False)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Take ``{expert}.up_proj.weight`` and ``{expert}.down_proj.weight``; called by vLLM's
@@ -60,9 +60,9 @@ class _Experts(nn.Module):
         for name, tensor in weights:
             expert, projection, _ = name.split(".")
             if projection == "up_proj":
-                self.up.data[int(expert)].copy_(tensor.narrow(0, self.first, self.width))
+                self.up.data[int(expert)].copy_(tensor.narrow(0, self.first, self.width).T)
             else:
-                self.down.data[int(expert)].copy_(tensor.narrow(1, self.first, self.width))
+                self.down.data[int(expert)].copy_(tensor.narrow(1, self.first, self.width).T)
         return {"up", "down"}
 
 

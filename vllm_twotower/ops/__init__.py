@@ -55,8 +55,11 @@ def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None
 
     """
     form = _canvas_sample_reference
-    if form_for(logits_NV) is Form.TRITON:
-        from vllm_twotower.ops.canvas_sample.kernel import canvas_sample as form
+    match form_for(logits_NV):
+        case Form.TRITON:
+            from vllm_twotower.ops.canvas_sample.kernel import canvas_sample as form
+        case Form.CPP:
+            from vllm_twotower.ops.canvas_sample.cpp import canvas_sample as form
     return form(logits_NV, mask_token_id, draw)
 
 
@@ -231,15 +234,15 @@ def seeded_scan(
 
 
 def mixture_of_experts(
-    x_TD: torch.Tensor, routing: Routing, up_EID: torch.Tensor, down_EDI: torch.Tensor
+    x_TD: torch.Tensor, routing: Routing, up_EDI: torch.Tensor, down_EID: torch.Tensor
 ) -> torch.Tensor:
     """Weighted sum of each token's experts, down(relu(up(x))^2) (reference: ``NemotronHMoE``, without the shared one).
 
     Args:
         x_TD: tokens.
         routing: the router, and how it chooses.
-        up_EID: up projections.
-        down_EDI: down projections.
+        up_EDI: up projections, inputs first: C++ reads them along their outputs.
+        down_EID: down projections, likewise.
 
     Returns:
         float32 [T, D].
@@ -251,4 +254,4 @@ def mixture_of_experts(
     form = _mixture_of_experts_reference
     if form_for(x_TD) is Form.CPP:
         from vllm_twotower.ops.mixture_of_experts.cpp import mixture_of_experts as form
-    return form(x_TD, routing, up_EID, down_EDI)
+    return form(x_TD, routing, up_EDI, down_EID)

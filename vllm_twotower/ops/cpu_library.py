@@ -23,6 +23,18 @@ class ModulationStruct(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("vector", "table", "level", "row")]
 
 
+class ConvInputs(ctypes.Structure):
+    """Same name there."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        *((f"x_{step}", ctypes.c_int64) for step in ("row", "position")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "cache")),
+        *((f"cache_{step}", ctypes.c_int64) for step in ("slot", "tap")),
+        ("slot", ctypes.c_void_p),
+    ]
+
+
 class ScanInputs(ctypes.Structure):
     """Same name there."""
 
@@ -50,7 +62,8 @@ _Pointer, _Count = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES: dict[str, list[Any]] = {
     "adaln_norm": [_Pointer] * 3 + [ctypes.c_float, ctypes.c_int, ModulationStruct, _Count, _Count],
     "adaln_gate_add": [_Pointer] * 3 + [ModulationStruct, _Count, _Count],
-    "seeded_conv": [_Pointer] * 2 + [_Count] * 2 + [_Pointer] * 3 + [_Count] * 2 + [_Pointer] + [_Count] * 4,
+    "greedy_sample": [_Pointer] * 4 + [_Count] * 3,
+    "seeded_conv": [_Pointer, ctypes.POINTER(ConvInputs)] + [_Count] * 4,
     "seeded_scan": [_Pointer, ctypes.POINTER(ScanInputs)] + [_Count] * 6,
     "mixture_of_experts": [_Pointer] * 2 + [ctypes.POINTER(Router)] + [_Pointer] * 2 + [_Count] * 4,
 }

@@ -10,25 +10,25 @@ from vllm_twotower.ops.mixture_of_experts.reference import Routing, check_expert
 
 
 def mixture_of_experts(
-    x_TD: torch.Tensor, routing: Routing, up_EID: torch.Tensor, down_EDI: torch.Tensor
+    x_TD: torch.Tensor, routing: Routing, up_EDI: torch.Tensor, down_EID: torch.Tensor
 ) -> torch.Tensor:
     """See ``vllm_twotower.ops.mixture_of_experts``."""
-    weights = (routing.weight_ED, routing.bias_E, up_EID, down_EDI)
+    weights = (routing.weight_ED, routing.bias_E, up_EDI, down_EID)
     if not (are_fp32(x_TD, *weights) and all(w.is_contiguous() for w in weights)):
-        return reference.mixture_of_experts(x_TD, routing, up_EID, down_EDI)
-    check_experts(x_TD, routing, up_EID, down_EDI)
+        return reference.mixture_of_experts(x_TD, routing, up_EDI, down_EID)
+    check_experts(x_TD, routing, up_EDI, down_EID)
     x_TD = x_TD.contiguous()
     out_TD = torch.empty_like(x_TD)
     router = Router(
         routing.weight_ED.data_ptr(), routing.bias_E.data_ptr(), routing.top_k, routing.normalise, routing.scaling
     )
-    num_experts, width, _ = up_EID.shape
+    num_experts, _, width = up_EDI.shape
     function("mixture_of_experts")(
         out_TD.data_ptr(),
         x_TD.data_ptr(),
         ctypes.byref(router),
-        up_EID.data_ptr(),
-        down_EDI.data_ptr(),
+        up_EDI.data_ptr(),
+        down_EID.data_ptr(),
         *x_TD.shape,
         num_experts,
         width,

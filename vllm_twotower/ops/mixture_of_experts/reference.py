@@ -27,7 +27,7 @@ class Routing:
     """What the weights are multiplied with."""
 
 
-def check_experts(x_TD: torch.Tensor, routing: Routing, up_EID: torch.Tensor, down_EDI: torch.Tensor) -> None:
+def check_experts(x_TD: torch.Tensor, routing: Routing, up_EDI: torch.Tensor, down_EID: torch.Tensor) -> None:
     """Refuse what neither form of the op can work with.
 
     Raises:
@@ -36,9 +36,9 @@ def check_experts(x_TD: torch.Tensor, routing: Routing, up_EID: torch.Tensor, do
     """
     check_tensor("x_TD", x_TD, ("T", "D"), FLOATS)
     hidden = x_TD.shape[1]
-    check_tensor("up_EID", up_EID, ("E", "I", hidden), FLOATS, x_TD.device)
-    num_experts, width, _ = up_EID.shape
-    check_tensor("down_EDI", down_EDI, (num_experts, hidden, width), FLOATS, x_TD.device)
+    check_tensor("up_EDI", up_EDI, ("E", hidden, "I"), FLOATS, x_TD.device)
+    num_experts, _, width = up_EDI.shape
+    check_tensor("down_EID", down_EID, (num_experts, width, hidden), FLOATS, x_TD.device)
     check_tensor("routing.weight_ED", routing.weight_ED, (num_experts, hidden), FLOATS, x_TD.device)
     check_tensor("routing.bias_E", routing.bias_E, (num_experts,), (torch.float32,), x_TD.device)
     if not 1 <= routing.top_k <= num_experts:
@@ -56,14 +56,14 @@ def route(x_TD: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Ten
 
 
 def mixture_of_experts(
-    x_TD: torch.Tensor, routing: Routing, up_EID: torch.Tensor, down_EDI: torch.Tensor
+    x_TD: torch.Tensor, routing: Routing, up_EDI: torch.Tensor, down_EID: torch.Tensor
 ) -> torch.Tensor:
     """See ``vllm_twotower.ops.mixture_of_experts``."""
-    check_experts(x_TD, routing, up_EID, down_EDI)
+    check_experts(x_TD, routing, up_EDI, down_EID)
     chosen_Tk, weight_Tk = route(x_TD, routing)
     out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     for expert in chosen_Tk.unique().tolist():
         token, slot = (chosen_Tk == expert).nonzero(as_tuple=True)
-        y = F.linear(F.relu(F.linear(x_TD[token], up_EID[expert])).square(), down_EDI[expert])
+        y = F.relu(x_TD[token] @ up_EDI[expert]).square() @ down_EID[expert]
         out_TD.index_add_(0, token, y.float() * weight_Tk[token, slot, None])
     return out_TD

@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from vllm_twotower.ops.cpu_library import ScanInputs, are_fp32, function
+from vllm_twotower.ops.cpu_library import ConvInputs, ScanInputs, are_fp32, function
 from vllm_twotower.ops.seeded_scan import reference
 from vllm_twotower.ops.seeded_scan.reference import check_conv, check_scan
 
@@ -31,9 +31,7 @@ def seeded_conv(
     rows, width, channels = x_RWC.shape
     weight_KC, slot_R = weight_CK.T.contiguous(), slot_R.contiguous()
     bias_C = None if bias_C is None else bias_C.contiguous()
-    out_RWC = torch.empty(rows, width, channels)
-    function("seeded_conv")(
-        out_RWC.data_ptr(),
+    inputs = ConvInputs(
         x_RWC.data_ptr(),
         *x_RWC.stride()[:2],
         weight_KC.data_ptr(),
@@ -41,11 +39,9 @@ def seeded_conv(
         cache_BKC.data_ptr(),
         *cache_BKC.stride()[:2],
         slot_R.data_ptr(),
-        rows,
-        width,
-        channels,
-        weight_CK.shape[1],
     )
+    out_RWC = torch.empty(rows, width, channels)
+    function("seeded_conv")(out_RWC.data_ptr(), ctypes.byref(inputs), rows, width, channels, weight_CK.shape[1])
     return out_RWC
 
 
