@@ -48,8 +48,10 @@ MOST_PROBLEMS = 50
 SAMPLE_SIZE = 40
 WARM_UP = 0.25
 """Part of the time after which memory is watched: allocators and caches have grown to their size by then."""
-MAX_GROWTH_MIB = 48
+MAX_GROWTH_MIB = 64
 """Of all processes together, from the first tenth after the warm-up to the last tenth."""
+SHORTEST_WATCHED = 10 * 60
+"""Seconds; in a shorter run caches are still filling at the end, and the growth is reported only."""
 
 
 @dataclass
@@ -154,7 +156,7 @@ def soak(url: str, log: pathlib.Path, seconds: float, seed: int) -> dict[str, An
     problems += alone.problems + different + held(url)
     problems += check_exact(grown(loaded, read_counters(url)), alone.outcomes)
     growth = result["rss_mib"]["growth"]
-    if growth > MAX_GROWTH_MIB:
+    if growth > MAX_GROWTH_MIB and seconds >= SHORTEST_WATCHED:
         problems.append(f"memory grew by {growth:.0f} MiB, at most {MAX_GROWTH_MIB}")
     text = log.read_text(errors="replace")
     problems += [f"the log has a {word}" for word in ("Traceback", "ERROR") if word in text]
@@ -191,7 +193,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         ("latency", ", ".join(f"{name} {value} s" for name, value in result["latency_seconds"].items())),
         ("preemptions", round(result["counted_by_server"]["preemptions"])),
         ("sent again alone, same text", result["same_text_alone"]),
-        ("memory of all processes after the warm-up", f"{result['rss_mib']['growth']:+} MiB (bound {MAX_GROWTH_MIB})"),
+        ("memory of all processes after the warm-up", f"{result['rss_mib']['growth']:+} MiB"),
+        (f"its bound, in runs of {SHORTEST_WATCHED // 60} minutes or more", f"{MAX_GROWTH_MIB} MiB"),
         ("problems", len(result["problems"])),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
