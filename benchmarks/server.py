@@ -61,6 +61,8 @@ def starting_server(
         try:
             terminate(process)
         except subprocess.TimeoutExpired:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()  # an engine outlives a front end that is killed while it loads
             process.kill()
             raise
 
