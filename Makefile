@@ -11,7 +11,7 @@ endif
 export VLLM_NO_USAGE_STATS := 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-slow mixes check docs bench bench-vllm lm-eval quality clean
+.PHONY: setup demo test test-slow mixes fuzz soak check docs bench bench-vllm lm-eval quality clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,17 @@ mixes: export TWOTOWER_MIXES ?= 1000
 mixes: export TWOTOWER_FIRST_MIX ?= 1000
 mixes: setup
 	$(BIN)/python -m pytest -m slow -s tests/test_batch_invariance.py tests/test_cache_pressure.py
+
+# hostile HTTP requests; make fuzz COUNT=10000 SEED=7
+COUNT ?= 2000
+SEED ?= $(shell date +%s)
+fuzz: setup
+	FUZZ_REQUESTS=$(COUNT) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/test_fuzz.py -s --timeout 0
+
+# a server under full load; make soak MINUTES=3
+MINUTES ?= 30
+soak: setup
+	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) --write
 
 check: setup
 	$(BIN)/ruff check .

@@ -95,6 +95,21 @@ def test_bad_words_count_by_their_tokens():
         check_worker_limits(params)
 
 
+def test_half_of_a_surrogate_pair_is_no_bad_word():
+    for admission_class in (canvas_16, autoregressive):
+        with pytest.raises(ValueError, match=r"bad_words='\\ud800' is not well-formed Unicode"):
+            admission_class.validate_params(SamplingParams(bad_words=["fine", "\ud800"]))
+
+
+def test_vllm_still_admits_what_it_cannot_send_to_the_engine():
+    """Death test of ``check_can_be_sent``; over HTTP in test_fuzz.py."""
+    from vllm.v1.serial_utils import MsgpackEncoder
+
+    for params in (SamplingParams(stop=["\ud800"]), SamplingParams(stream_interval=10**40)):
+        with pytest.raises((UnicodeEncodeError, OverflowError)):
+            MsgpackEncoder().encode(params)
+
+
 def test_the_models_own_stop_tokens_count(tiny_moe):
     """They are added after ``validate_params``, so the check has to come after that."""
     params = diffusion_params(min_tokens=1, stop_token_ids=list(range(4, 132)), max_tokens=4, detokenize=False)

@@ -60,6 +60,10 @@ RELIED_ON = {
             v1.outputs:ModelRunnerOutput prompt_logprobs_dict prompt_token_id_logprobs_dict
             v1.core.sched.scheduler:Scheduler grammar_compile_error_reqs
             config:VllmConfig model_config config:ModelConfig architecture""",
+    "compat_requests.py": """
+        has config:VllmConfig additional_config config:ModelConfig architecture
+            v1.engine.async_llm:AsyncLLM output_handler output_processor model_config
+            v1.engine.output_processor:OutputProcessor propagate_error""",
     "models/twotower.py": """
         reads v1.worker.gpu.model_states:resolve_model_state_cls get_model_state_cls
             model_executor.model_loader.default_loader:DefaultModelLoader allow_patterns_overrides load_weights

@@ -1,4 +1,5 @@
-"""Every patch of vLLM and every work-around of a vLLM defect: symptom, upstream place, when it can go.
+"""Every patch of vLLM and every work-around of a vLLM defect: symptom, upstream place, when it can go. Those that
+concern requests on their way through the front end are in ``compat_requests``.
 
 Each work-around of a defect has a test in ``tests/test_compat.py`` that fails once it is no longer needed, and
 ``tools/check_vllm_names.py`` checks without installing anything that every private name we rely on exists in a vLLM
@@ -8,9 +9,9 @@ wheel. Imports nothing of vLLM before it is called.
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import os
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -104,6 +105,32 @@ def wrap_engine_args(architecture: str) -> None:
     EngineArgs._twotower_flag = True
 
 
+def name_what_cannot_be_imported(architecture: str, model_class: str) -> None:
+    """Let the refusal of our architecture say which of vLLM's names is missing; idempotent.
+
+    Symptom: when a model class cannot be imported, vLLM logs the reason, in whichever process it is, and raises "failed
+    to be inspected. Please check the logs" (``registry.py``). Wraps ``_raise_for_unsupported``, which raises that. Can
+    go when it raises from the reason.
+    """
+    from vllm.model_executor.models.registry import _ModelRegistry
+
+    if getattr(_ModelRegistry, "_twotower_reason", False):
+        return
+    raise_for_unsupported = _ModelRegistry._raise_for_unsupported
+
+    @functools.wraps(raise_for_unsupported)
+    def raise_the_reason(self: Any, architectures: list[str]) -> None:
+        if architecture in architectures:
+            try:
+                importlib.import_module(model_class.partition(":")[0])
+            except (ImportError, AttributeError) as problem:
+                raise ValueError(f"vllm-twotower does not fit this vLLM: {problem}") from problem
+        raise_for_unsupported(self, architectures)
+
+    _ModelRegistry._raise_for_unsupported = raise_the_reason
+    _ModelRegistry._twotower_reason = True
+
+
 def replace_tensor_parallel_group(group_ranks: list[list[int]]) -> None:
     """Split this process's tensor-parallel group into the given ones; to be called by all its ranks alike.
 
@@ -117,90 +144,6 @@ def replace_tensor_parallel_group(group_ranks: list[list[int]]) -> None:
     parallel_state._TP = parallel_state.init_model_parallel_group(
         group_ranks, old.local_rank, old.torch_distributed_backend, group_name="tower"
     )
-
-
-def check_prompts(architecture: str, check: Callable[[Any, Any], None]) -> None:
-    """Let ``check(engine_core_request, vllm_config)`` refuse a request of our architecture by its prompt; idempotent.
-
-    ``LogitsProcessor.validate_params`` sees the sampling parameters only. Wraps ``InputProcessor.process_inputs``; a
-    ``ValueError`` of the check becomes vLLM's validation error, a 400. Can go when admission hooks see the prompt.
-    """
-    from vllm.exceptions import VLLMValidationError
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    if getattr(InputProcessor, "_twotower_check", False):
-        return
-    process_inputs = InputProcessor.process_inputs
-
-    @functools.wraps(process_inputs)
-    def process_inputs_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = process_inputs(self, *args, **kwargs)
-        if self.model_config.architecture == architecture:
-            try:
-                check(request, self.vllm_config)
-            except ValueError as problem:
-                raise VLLMValidationError(str(problem)) from problem
-        return request
-
-    InputProcessor.process_inputs = process_inputs_and_check
-    InputProcessor._twotower_check = True
-
-
-_BEAM_ID = re.compile(r"-beam-\d+$")
-
-
-def let_beam_search_name_its_mode(architecture: str, check: Callable[[Any, Any], None]) -> None:
-    """Let ``check(extra_args, vllm_config)`` refuse a beam search, and decode the beams of the others in ``ar``.
-
-    A beam is a request of one token that carries nothing of the user's request but its temperature, so a search over
-    HTTP could not say ``diffusion_mode``. Wraps ``to_beam_search_params`` of both protocols, which drops
-    ``vllm_xargs``, and ``InputProcessor.resolve_watermarking``, the one call that every search makes with its
-    parameters; online beams are known by their ids (``entrypoints/generate/beam_search/online.py``). Idempotent. Can
-    go when ``BeamSearchParams`` has ``extra_args``.
-    """
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-    from vllm.exceptions import VLLMValidationError
-    from vllm.sampling_params import BeamSearchParams
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    if getattr(InputProcessor, "_twotower_beam_search", False):
-        return
-
-    def keep_extra_args(request_type: Any) -> None:
-        to_params = request_type.to_beam_search_params
-
-        @functools.wraps(to_params)
-        def to_params_and_extra_args(self: Any, *args: Any, **kwargs: Any) -> Any:
-            params = to_params(self, *args, **kwargs)
-            params.__dict__["twotower_extra_args"] = self.vllm_xargs
-            return params
-
-        request_type.to_beam_search_params = to_params_and_extra_args
-
-    keep_extra_args(CompletionRequest)
-    keep_extra_args(ChatCompletionRequest)
-    resolve, process_inputs = InputProcessor.resolve_watermarking, InputProcessor.process_inputs
-
-    @functools.wraps(resolve)
-    def check_and_resolve(self: Any, params: Any) -> bool:
-        if self.model_config.architecture == architecture and isinstance(params, BeamSearchParams):
-            try:
-                check(params.__dict__.get("twotower_extra_args"), self.vllm_config)
-            except ValueError as problem:
-                raise VLLMValidationError(str(problem)) from problem
-        return resolve(self, params)
-
-    @functools.wraps(process_inputs)
-    def mark_beams_and_process(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        diffusion = self.vllm_config.additional_config.get(CONFIG_KEY)
-        if self.model_config.architecture == architecture and diffusion and _BEAM_ID.search(request_id):
-            params.extra_args = {"diffusion_mode": "ar", **(params.extra_args or {})}
-        return process_inputs(self, request_id, prompt, params, *args, **kwargs)
-
-    InputProcessor.resolve_watermarking = check_and_resolve
-    InputProcessor.process_inputs = mark_beams_and_process
-    InputProcessor._twotower_beam_search = True
 
 
 def extend_stat_loggers(architecture: str) -> None:

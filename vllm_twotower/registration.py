@@ -7,7 +7,7 @@ problem is recorded and raised when *our* architecture is loaded.
 import logging
 from typing import Any
 
-from vllm_twotower import compat
+from vllm_twotower import compat, compat_requests
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
 from vllm_twotower.core import KERNELS_VARIABLE
 from vllm_twotower.request_checks import check_beam_search, check_request
@@ -33,6 +33,7 @@ def register_with_vllm() -> None:
         compat.name_environment_variable(KERNELS_VARIABLE)
         compat.add_config_hook(ARCHITECTURE, TwoTowerConfigHook)
         compat.wrap_engine_args(ARCHITECTURE)
+        compat.name_what_cannot_be_imported(ARCHITECTURE, MODEL_CLASS)
     except Exception as problem:  # another model must start whatever is wrong with us
         compat.record_problem(f"{type(problem).__name__}: {problem}")
 
@@ -59,9 +60,10 @@ class TwoTowerConfigHook:
         options = engine_options(vllm_config)
         refuse(vllm_config, options)
         apply_defaults(vllm_config, options)
-        compat.check_prompts(ARCHITECTURE, check_request)
-        compat.let_beam_search_name_its_mode(ARCHITECTURE, check_beam_search)
+        compat_requests.check_prompts(ARCHITECTURE, check_request)
+        compat_requests.let_beam_search_name_its_mode(ARCHITECTURE, check_beam_search)
         compat.extend_stat_loggers(ARCHITECTURE)
+        compat_requests.end_requests_at_shutdown(ARCHITECTURE)
 
 
 def engine_options(vllm_config: Any) -> EngineOptions | None:

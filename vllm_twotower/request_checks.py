@@ -1,12 +1,12 @@
 """Checks of a whole request, after vLLM has filled in its defaults: what only the prompt shows, and what kills a
 worker.
 
-Called through ``compat.check_prompts`` with vLLM's ``EngineCoreRequest``; a ``ValueError`` becomes a 400.
+Called through ``compat_requests.check_prompts`` with vLLM's ``EngineCoreRequest``; a ``ValueError`` becomes a 400.
 """
 
 from typing import Any
 
-from vllm_twotower.config import CONFIG_KEY, EngineOptions, RequestOptions
+from vllm_twotower.config import CONFIG_KEY, EngineOptions, RequestOptions, short
 from vllm_twotower.core import Mode
 
 MAX_BIASED_TOKENS = 1024
@@ -31,6 +31,7 @@ def check_request(request: Any, vllm_config: Any) -> None:
         return
     check_worker_limits(params)
     check_token_ids(request.prompt_token_ids or (), vllm_config.model_config.get_vocab_size())
+    check_can_be_sent(request)
     options = EngineOptions.from_additional_config(vllm_config.additional_config.get(CONFIG_KEY))
     if options is not None:
         mode = RequestOptions.from_extra_args(params.extra_args, options).mode
@@ -63,6 +64,30 @@ def check_token_ids(token_ids: Any, vocab_size: int) -> None:
     for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocab_size:
             raise ValueError(f"token id {token_id} is out of vocabulary: use ids from 0 to {vocab_size - 1}")
+
+
+def check_can_be_sent(request: Any) -> None:
+    """Refuse what vLLM 0.32 admits and then cannot encode for its engine process, which is a 500 without a message:
+    half of a surrogate pair in a text, an integer beyond 64 bits."""
+    from vllm.v1.serial_utils import MsgpackEncoder
+
+    encode = MsgpackEncoder().encode
+    try:
+        encode(request)
+    except (UnicodeEncodeError, OverflowError) as problem:
+        for owner in (request.sampling_params, request):
+            for name in owner.__struct_fields__:
+                _check_field(encode, name, getattr(owner, name), problem)
+
+
+def _check_field(encode: Any, name: str, value: Any, problem: Exception) -> None:
+    try:
+        encode(value)
+    except (UnicodeEncodeError, OverflowError):
+        raise ValueError(
+            f"{name}={short(value)} cannot be sent to the engine ({problem}): use well-formed Unicode and integers of "
+            "64 bits"
+        ) from problem
 
 
 def check_beam_search(extra_args: Any, vllm_config: Any) -> None:

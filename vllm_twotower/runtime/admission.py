@@ -7,6 +7,7 @@ diffusion off), made on demand by this module's ``__getattr__``. Import-light: n
 
 import functools
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
@@ -31,6 +32,7 @@ class DiffusionParams(LogitsProcessor):
             ValueError: what is wrong and what to send instead; vLLM turns it into a 400.
 
         """
+        check_bad_words(sampling_params.bad_words or ())
         extra = sampling_params.extra_args or {}
         if cls.engine is None:
             if ours := [key for key in extra if str(key).startswith(REQUEST_PREFIX)]:
@@ -56,6 +58,18 @@ class DiffusionParams(LogitsProcessor):
     def apply(self, logits: Any, ctx: Any) -> Any:
         """Unchanged."""
         return logits
+
+
+def check_bad_words(words: Iterable[str]) -> None:
+    """Refuse half of a surrogate pair, over which vLLM's tokenizing of bad words ends with a 500 without a message.
+
+    Other texts are checked when they are complete (``request_checks.check_can_be_sent``).
+    """
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as problem:
+            raise ValueError(f"bad_words={short(word)} is not well-formed Unicode ({problem}): send text") from problem
 
 
 def check_denoised(params: "SamplingParams", mode: Mode) -> None:
