@@ -139,8 +139,10 @@ class TrainingTowers:
         return linear(hidden, w["lm_head.weight"]).float(), chosen
 
 
-def masked_canvases(batch, levels_B: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """Every answer canvas of a batch, corrupted at its row's level.
+def masked_canvases(
+    batch, levels_B: torch.Tensor, generator: torch.Generator, behind_a_cut: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """Every answer canvas of a batch, corrupted at its row's level: each position for itself, or the canvas's end.
 
     Returns clean tokens [A, S], which of them are masked, level [A], row [A], canvas index [A].
     """
@@ -151,7 +153,8 @@ def masked_canvases(batch, levels_B: torch.Tensor, generator: torch.Generator) -
     )
     clean = batch.tokens_BL.unflatten(1, (num, CANVAS))[row, canvas]
     level = levels_B[row]
-    masked = torch.rand(clean.shape, generator=generator) < level[:, None]
+    draw = torch.rand(clean.shape, generator=generator)
+    masked = draw.sort(dim=1, descending=True).values < level[:, None] if behind_a_cut else draw < level[:, None]
     return clean, masked, level, row, canvas
 
 
