@@ -62,7 +62,6 @@ class TwoTowerConfigHook:
         compat.check_prompts(ARCHITECTURE, check_request)
         compat.let_beam_search_name_its_mode(ARCHITECTURE, check_beam_search)
         compat.extend_stat_loggers(ARCHITECTURE)
-        compat.end_requests_at_shutdown(ARCHITECTURE)
 
 
 def engine_options(vllm_config: Any) -> EngineOptions | None:
