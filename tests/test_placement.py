@@ -1,4 +1,4 @@
-"""Two worker processes over gloo: towers split, and both towers sharded over both; NVIDIA's tokens either way."""
+"""Worker processes over gloo: towers split, split and sharded, and both sharded over all; NVIDIA's tokens each way."""
 
 import dataclasses
 import json
@@ -103,6 +103,18 @@ def test_all_goldens_on_two_ranks(name, diffusion, request):
 def test_two_ranks_under_pressure(tiny_moe, diffusion, settings):
     answer = run(tiny_moe, diffusion, SOME, **settings)
     assert (answer["num_preemptions"] > 0) == ("num_gpu_blocks_override" in settings)
+
+
+@pytest.mark.slow
+def test_two_ranks_per_tower(tiny_moe):
+    """Each pair's messages carry half of the key-value heads and half of the Mamba heads."""
+    first, second, *denoisers = run(tiny_moe, SPLIT, SOME, tensor_parallel_size=4)["traffic"]
+    facts = dataclasses.replace(ModelFacts.from_config(tiny_moe.config), dtype="float32")
+    traffic = SplitTraffic.of(facts, 16)
+    whole = traffic.kv_bytes_per_token * second["num_tokens"] + traffic.state_bytes_per_row * second["num_states"]
+    assert 2 * second["num_bytes"] == whole > 0
+    assert [first[n] for n in ("num_tokens", "num_states")] == [second[n] for n in ("num_tokens", "num_states")]
+    assert [sent["num_bytes"] > 0 for sent in denoisers] == [True, False], "canvases come from the first denoiser rank"
 
 
 @pytest.mark.parametrize(
