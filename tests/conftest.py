@@ -46,6 +46,12 @@ def tiny_mlp() -> Golden:
 
 
 @pytest.fixture
+def two_cpu_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A core for each of two workers, if the environment does not say which; vLLM alone wants a NUMA node for each."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "0|1"))
+
+
+@pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what ``torch.empty`` and its kin return with NaN, so that an element nobody wrote shows."""
 

@@ -1,4 +1,4 @@
-"""Two worker processes over gloo: towers split, and both towers sharded over both; NVIDIA's tokens either way."""
+"""Worker processes over gloo: towers split, split and sharded, and both sharded over all; NVIDIA's tokens each way."""
 
 import dataclasses
 import json
@@ -42,6 +42,7 @@ def run(golden, diffusion, cases, **engine):
     assert lines, result.stdout[-2000:] + result.stderr[-4000:]
     answer = json.loads(lines[0].removeprefix("RESULT "))
     expected = [getattr(golden, mode)[i] for mode, indices in cases.items() for i in indices]
+    assert expected, "no cases, no test"
     assert answer["tokens"] == [case["output"] for case in expected]
     return answer
 
@@ -80,8 +81,7 @@ def test_split_towers_write_the_references_tokens(tiny_moe):
 @pytest.mark.parametrize("name", ["tiny_moe", "tiny_mlp"])
 def test_all_goldens_on_two_ranks(name, diffusion, request):
     golden = request.getfixturevalue(name)
-    canvases = (8, 16, 32) if name == "tiny_moe" else (16,)
-    for canvas_length in canvases:
+    for canvas_length in sorted({case["params"]["block_size"] for case in golden.mask_diffusion}):
         cases = {m: list(indices) for m, indices in everything(golden, canvas_length).items()}
         if canvas_length != 16:
             cases = {"mask_diffusion": cases["mask_diffusion"]}
@@ -105,6 +105,18 @@ def test_two_ranks_under_pressure(tiny_moe, diffusion, settings):
     assert (answer["num_preemptions"] > 0) == ("num_gpu_blocks_override" in settings)
 
 
+@pytest.mark.slow
+def test_two_ranks_per_tower(tiny_moe):
+    """Each pair's messages carry half of the key-value heads and half of the Mamba heads."""
+    first, second, *denoisers = run(tiny_moe, SPLIT, SOME, tensor_parallel_size=4)["traffic"]
+    facts = dataclasses.replace(ModelFacts.from_config(tiny_moe.config), dtype="float32")
+    traffic = SplitTraffic.of(facts, 16)
+    whole = traffic.kv_bytes_per_token * second["num_tokens"] + traffic.state_bytes_per_row * second["num_states"]
+    assert 2 * second["num_bytes"] == whole > 0
+    assert [first[n] for n in ("num_tokens", "num_states")] == [second[n] for n in ("num_tokens", "num_states")]
+    assert [sent["num_bytes"] > 0 for sent in denoisers] == [True, False], "canvases come from the first denoiser rank"
+
+
 @pytest.mark.parametrize(
     ("placement", "size", "split"),
     [("auto", 1, False), ("auto", 2, True), ("colocated", 4, False), ("split", 2, True), ("split", 4, True)],
@@ -122,6 +134,7 @@ def is_healthy(url):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_cpu_workers")
 @pytest.mark.parametrize("victim", [0, 1], ids=["context rank", "denoiser rank"])
 def test_a_killed_worker_ends_the_server_and_no_client_hangs(tmp_path, victim):
     log = tmp_path / "log"

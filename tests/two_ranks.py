@@ -1,14 +1,15 @@
-"""Runs golden cases on two worker processes and prints what came out as one line of JSON; see ``test_placement.py``.
+"""Runs golden cases on two or more worker processes and prints what came out as a line of JSON; see
+``test_placement.py``.
 
 python two_ranks.py GOLDEN_FOLDER '{"diffusion": {...}, "cases": {"mask_diffusion": [0, 1]}, "engine": {...}}'
 """
 
+import itertools
 import json
 import os
 import pathlib
 import sys
 
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0|1")
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `apply_model` sends a function
 
 from conftest import Golden  # sets the environment
@@ -39,6 +40,12 @@ def requests_of(golden, cases):
     return prompts, params
 
 
+def give_cores(num_ranks: int) -> None:
+    """Each worker a core, in turn; vLLM alone wants a NUMA node for each."""
+    cores = itertools.cycle(os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "0|1").split("|"))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(itertools.islice(cores, num_ranks))
+
+
 def main() -> None:
     from two_ranks import weight_bytes  # what is sent to the workers must not be `__main__`'s
     from vllm import LLM
@@ -47,13 +54,13 @@ def main() -> None:
 
     folder, job = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
     small = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
-    settings = small | job["engine"]
+    settings = {"tensor_parallel_size": 2} | small | job["engine"]
+    give_cores(settings["tensor_parallel_size"])
     llm = LLM(
         str(folder),
         skip_tokenizer_init=True,
         dtype="float32",
         disable_log_stats=False,
-        tensor_parallel_size=2,
         additional_config={"diffusion": job["diffusion"]},
         **settings,
     )
