@@ -187,7 +187,8 @@ def test_less_than_a_canvas_is_refused_at_start(tiny_moe, setting, value):
 
 
 @pytest.mark.parametrize(
-    ("budget", "commit_quorum"), [(CANVAS, 1), pytest.param(2 * CANVAS + 1, 1, marks=pytest.mark.slow), (CANVAS, 0)]
+    ("budget", "commit_quorum"),
+    [(CANVAS, 1), *(pytest.param(*p, marks=pytest.mark.slow) for p in [(2 * CANVAS + 1, 1), (CANVAS, 0)])],
 )
 def test_a_budget_of_one_canvas_leaves_nobody_waiting(tiny_moe, budget, commit_quorum):
     """Six requests take turns, and a seventh with a long prompt comes in the middle.
