@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 from soak_requests import CHAT, Request
 
-ANSWER_SECONDS = 300
+ANSWER_SECONDS = 1200
 
 
 @dataclass
