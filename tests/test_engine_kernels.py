@@ -48,7 +48,7 @@ def test_all_modes_with_kernels_on_and_off_in_one_engine(tiny_moe, launched, mon
     # a small cache: for every kernel the interpreter copies the whole allocation that a tensor lies in
     with engine(tiny_moe.path, {"passes_per_step": 16}, kv_cache_memory_bytes=16 << 20) as e:
         tokens, passes = {}, {}
-        for form in ("triton", "reference"):
+        for form in ("triton", "reference", "auto"):  # auto: C++ where it was built
             monkeypatch.setenv(KERNELS_VARIABLE, form)
             tokens[form] = e.tokens(prompts, [golden, drawn, mock_ar])
             passes[form] = e.stats()["denoise_passes"]
@@ -56,8 +56,8 @@ def test_all_modes_with_kernels_on_and_off_in_one_engine(tiny_moe, launched, mon
                 assert launched == KERNELS
                 launched.clear()
         assert not launched
-    assert tokens["triton"] == tokens["reference"]
-    assert passes["triton"] == passes["reference"]
+    assert tokens["triton"] == tokens["reference"] == tokens["auto"]
+    assert passes["triton"] == passes["reference"] == passes["auto"]
     assert tokens["triton"][0] == case["output"][:16]
     assert tokens["triton"][2] == tiny_moe.mock_ar[0]["output"][:2]
 
