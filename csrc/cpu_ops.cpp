@@ -107,6 +107,9 @@ constexpr int64_t kLeastTokens = 32;  // of a part: below, waking a thread costs
 
 }  // namespace
 
+// To be raised with every change of a signature or a struct; cpu_library.py wants its own number here.
+EXPORT int64_t interface_version() { return 1; }
+
 // Legend: T tokens, D hidden, 3: shift, scale, gate.
 struct Modulation {
     const float* vector_L3D;

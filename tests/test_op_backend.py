@@ -8,6 +8,7 @@ import torch
 
 from vllm_twotower import ops
 from vllm_twotower.core import KERNELS_VARIABLE
+from vllm_twotower.ops import cpu_library
 from vllm_twotower.ops.backend import Form, form_for
 from vllm_twotower.ops.cpu_library import library
 from vllm_twotower.ops.launch import launch, recorded_launches
@@ -59,3 +60,15 @@ def test_recorded_launches_do_not_run(monkeypatch):
             pass
     assert [one.kernel.__name__ for one in launches] == ["_read_piece", "_join_pieces"]
     assert launches[0].grid == (1, 1)
+
+
+@pytest.mark.skipif(library() is None, reason="no compiler when the package was installed")
+def test_a_library_of_another_version_is_not_called(monkeypatch, caplog):
+    monkeypatch.setattr(cpu_library, "INTERFACE_VERSION", -1)
+    library.cache_clear()
+    try:
+        assert library() is None
+        assert "is of another version" in caplog.text
+        assert form_for(LOGITS) is Form.REFERENCE
+    finally:
+        library.cache_clear()

@@ -69,14 +69,30 @@ SIGNATURES: dict[str, list[Any]] = {
 }
 
 
+INTERFACE_VERSION = 1
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where it was not built; says so once."""
+    """The library, or None where it was not built or belongs to another version of this package; says so once."""
     found = importlib.util.find_spec(MODULE)
     if found is None or found.origin is None:
         _logger.info("no C++ ops for the CPU (no compiler when vllm-twotower was installed): plain torch runs instead")
         return None
     loaded = ctypes.CDLL(found.origin)
+    try:
+        loaded.interface_version.restype = ctypes.c_int64
+        version = loaded.interface_version()
+    except AttributeError:
+        version = 0
+    if version != INTERFACE_VERSION:
+        _logger.warning(
+            "%s is of another version (%d, not %d): plain torch runs instead; install vllm-twotower again",
+            found.origin,
+            version,
+            INTERFACE_VERSION,
+        )
+        return None
     for name, signature in SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = signature, None
