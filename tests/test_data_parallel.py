@@ -19,7 +19,9 @@ SOME = [24, 27, 30, 33, 36, 40]
 def complete(url, case, **xargs):
     body = {"model": "tiny", "prompt": case["prompt"], "max_tokens": len(case["output"]), "temperature": 0.0}
     body |= {"ignore_eos": True, "return_token_ids": True, "vllm_xargs": xargs}
-    return httpx.post(f"{url}/v1/completions", json=body, timeout=180).json()["choices"][0]["token_ids"]
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=180)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["token_ids"]
 
 
 def answered_by_engine(url):
