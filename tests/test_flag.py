@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import pickle
 import subprocess
 import sys
 
@@ -41,6 +42,17 @@ def test_any_order_with_additional_config(parse, flag_first):
     ours, theirs = ["--diffusion", '{"canvas_length": 8}'], ["--additional-config", '{"mine": 1}']
     args = parse(*(ours + theirs if flag_first else theirs + ours))
     assert args.additional_config == {"diffusion": {"canvas_length": 8}, "mine": 1}
+
+
+def test_a_process_that_reads_the_same_arguments_without_plugins_sees_it(tiny_mlp):
+    """As every API server of ``--api-server-count 2`` does, the default with ``--data-parallel-size 2``."""
+    load_general_plugins()
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    namespace = parser.parse_args(["--model", str(tiny_mlp.path), "--diffusion", '{"canvas_length": 8}'])
+    AsyncEngineArgs.from_cli_args(namespace)
+    without_plugins = AsyncEngineArgs.from_cli_args.__func__.__wrapped__
+    sent = pickle.loads(pickle.dumps(namespace))
+    assert without_plugins(AsyncEngineArgs, sent).additional_config == {"diffusion": {"canvas_length": 8}}
 
 
 def test_two_different_answers_are_refused(parse):

@@ -57,7 +57,10 @@ def parse_options(text: str) -> Any:
 
 
 def merge(engine_args: Any, namespace: argparse.Namespace) -> None:
-    """Put the flag's value where all engines look for it.
+    """Put the flag's value where all engines look for it, in the parsed arguments too.
+
+    A server of several API processes (the default with data parallelism) gives each the parsed arguments, and there
+    they are read before any plugin is loaded, hence without this function.
 
     Raises:
         ValueError: ``--additional-config`` configures diffusion too, and differently.
@@ -72,7 +75,7 @@ def merge(engine_args: Any, namespace: argparse.Namespace) -> None:
             f"{FLAG} says {given!r} and additional_config[{CONFIG_KEY!r}] says {extra[CONFIG_KEY]!r}: keep one of them"
         )
     extra[CONFIG_KEY] = given
-    engine_args.additional_config = FromFlag(extra)
+    engine_args.additional_config = namespace.additional_config = FromFlag(extra)
 
 
 def check_architecture(engine_args: Any, architecture: str, ours: str) -> None:
