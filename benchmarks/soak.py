@@ -36,9 +36,10 @@ from soak_requests import draw_request
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MODEL = "vllm_twotower/assets/demo"
+MAX_MODEL_LEN = 512
 COMMAND = (
     f"vllm serve {MODEL} --diffusion '{{\"passes_per_step\": 8}}' --served-model-name demo --dtype float32"
-    " --max-model-len 512 --max-num-seqs 16 --enforce-eager --num-gpu-blocks-override 48"
+    f" --max-model-len {MAX_MODEL_LEN} --max-num-seqs 16 --enforce-eager --num-gpu-blocks-override 48"
 )
 """The KV cache is small: some requests are preempted, and the warm-up touches all of it (a page counts as memory from
 its first use on)."""
@@ -87,6 +88,18 @@ def run_client(url: str, seed: str, until: float, record: Record) -> None:
                 time.sleep(1)  # a dead server refuses thousands of requests a second
             if record.num_problems > MOST_PROBLEMS:
                 return
+
+
+def fill_caches(url: str) -> None:
+    """A prompt of every length, each a step of another size.
+
+    vLLM's matrix products on a CPU (oneDNN) keep what they compiled for each number of tokens, the newest 128 a layer:
+    some 200 MiB once a few hundred sizes have been seen, which would otherwise look like a leak for half an hour.
+    """
+    with httpx.Client(base_url=url, timeout=ANSWER_SECONDS) as client:
+        for length in range(1, MAX_MODEL_LEN - 1):
+            body = {"model": "demo", "prompt": [5 + (length + i) % 1000 for i in range(length)], "max_tokens": 1}
+            client.post("/v1/completions", json={**body, "vllm_xargs": {"diffusion_mode": "ar"}}).raise_for_status()
 
 
 def watch_memory(processes: list[psutil.Process], record: Record, over: threading.Event) -> None:
@@ -141,6 +154,7 @@ def ask_alone(url: str, sample: list[Outcome]) -> tuple[Record, list[str]]:
 
 def soak(url: str, log: pathlib.Path, seconds: float, seed: int) -> dict[str, Any]:
     """Load a running server and check it; ``problems`` of what is returned is empty if all is well."""
+    fill_caches(url)
     processes, start = processes_of(log), read_counters(url)
     record = load(url, processes, seconds, seed)
     result = {"seed": seed, "minutes": round(seconds / 60, 2), "clients": NUM_CLIENTS, **summary(record, seconds)}
