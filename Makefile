@@ -15,7 +15,7 @@ export VLLM_LOGGING_LEVEL ?= WARNING
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml tools/setup_env.py
+$(STAMP): pyproject.toml tools/setup_env.py csrc/cpu_ops.cpp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python tools/setup_env.py
 	touch $(STAMP)

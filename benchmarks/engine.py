@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 
+from markdown_table import table
+
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -91,9 +93,7 @@ def main() -> None:
         kv_cache_memory_bytes=128 << 20,
     )
     rows = [measure(llm, mode, batch, args.max_tokens) for batch in args.batches for mode in ("ar", "mask_diffusion")]
-    print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(str(v) for v in row.values()) + " |")
+    print("\n".join(table(rows)))
     out = ROOT / "benchmarks" / "results" / f"engine-{'gpu' if environment()['gpu'] else 'cpu'}.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps({"environment": environment(), "arguments": vars(args), "rows": rows}, indent=1) + "\n")

@@ -7,26 +7,25 @@ no figure.
 """
 
 import contextlib
-import gc
 import itertools
 import json
 import os
 import pathlib
 import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from markdown_table import table
+from smoke_parts.engine import engine as vllm_engine
+from smoke_parts.engine import runner_of
+from smoke_parts.timing import now
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
 ENGINES = ("twotower", "ar", "reference")
 PARITY = ["tests/test_reference_goldens.py", "tests/test_engine_goldens.py", "tests/test_plain_kernels.py"]
 MAX_MODEL_LEN = 512
@@ -92,33 +91,12 @@ def timed(owner: Any, name: str, add: Callable[[float], None]) -> None:
     setattr(owner, name, call)
 
 
-def now() -> float:
-    """Seconds, after what the device was given to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 class EngineRun:
     """vLLM in this process, with or without diffusion."""
 
-    def __init__(self, model: pathlib.Path, diffusion: dict | None, max_tokens: int, batch: int) -> None:
-        from vllm import LLM
-
-        self.diffusion, self.max_tokens, self.timing = diffusion is not None, max_tokens, Timing()
-        self.llm = LLM(
-            str(model),
-            dtype="float32",
-            max_model_len=MAX_MODEL_LEN,
-            max_num_seqs=batch,
-            enforce_eager=True,
-            enable_prefix_caching=False,
-            kv_cache_memory_bytes=64 << 20,
-            disable_log_stats=True,
-            additional_config={"diffusion": diffusion} if self.diffusion else {},
-        )
-        core = self.llm.llm_engine.engine_core.engine_core
-        network = core.model_executor.driver_worker.worker.model_runner.model
+    def __init__(self, llm: Any, diffusion: bool, max_tokens: int) -> None:
+        self.llm, self.diffusion, self.max_tokens, self.timing = llm, diffusion, max_tokens, Timing()
+        network = runner_of(llm).model
         timed(network.model, "forward", lambda s: setattr(self.timing, "context", self.timing.context + s))
         if self.diffusion:
             for name in ("forward", "logits"):
@@ -157,14 +135,6 @@ class EngineRun:
         else:
             timing.context_passes = sum(len(o) - 1 for o in timing.outputs)
         return timing
-
-    def close(self) -> None:
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 class ReferenceRun:
@@ -231,11 +201,18 @@ def started(engine: str, args: Any) -> Iterator[EngineRun | ReferenceRun]:
         yield ReferenceRun(args.model, args.max_tokens)
         return
     diffusion = {"passes_per_step": args.passes_per_step} if engine == "twotower" else None
-    run = EngineRun(args.model, diffusion, args.max_tokens, max(args.batches))
-    try:
-        yield run
-    finally:
-        run.close()
+    with vllm_engine(
+        args.model,
+        skip_tokenizer_init=False,
+        dtype="float32",
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=max(args.batches),
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=64 << 20,
+        additional_config={"diffusion": diffusion} if diffusion else {},
+    ) as llm:
+        yield EngineRun(llm, diffusion is not None, args.max_tokens)
 
 
 def measure(args: Any) -> list[dict[str, Any]]:
@@ -303,8 +280,6 @@ def report(rows: list[dict[str, Any]], environment: dict[str, Any], args: Any) -
     settings["model"] = args.model.name
     content = {"environment": environment, "arguments": settings, "rows": rows}
     (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    from run import table
-
     lines = table(rows)
     (out / f"{name}.md").write_text("\n".join(lines) + "\n")
     draw(rows, out / f"{name}.png")

@@ -8,6 +8,7 @@ through the plain-torch reference, which the engine equals token for token. Writ
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -29,17 +30,16 @@ STEPS = (4, 8, 16)
 
 def evaluate(model: pathlib.Path, per_family: int, gammas=GAMMAS, steps=STEPS, prose: int = 60) -> dict:
     """Every setting through one engine."""
-    from quality_parts.engine_runs import ask, bits_per_byte, start
+    from quality_parts.engine_runs import ask, bits_per_byte, started
     from quality_parts.questions import FAMILIES, held_out, held_out_prose
 
     items = held_out(per_family)
-    llm = start(model)
-    report = {"questions": len(items), "families": len(FAMILIES), "ar": ask(llm, items, "ar").row()}
-    _say("ar", report["ar"])
-    report["bits_per_byte"] = round(bits_per_byte(llm, held_out_prose(prose)), 4) if prose else None
-    report["mask_diffusion"] = []
-    for max_steps in steps:
-        for gamma in gammas:
+    with started(model) as llm:
+        report = {"questions": len(items), "families": len(FAMILIES), "ar": ask(llm, items, "ar").row()}
+        _say("ar", report["ar"])
+        report["bits_per_byte"] = round(bits_per_byte(llm, held_out_prose(prose)), 4) if prose else None
+        report["mask_diffusion"] = []
+        for max_steps, gamma in itertools.product(steps, gammas):
             outcome = ask(llm, items, "mask_diffusion", confidence_threshold=gamma, max_steps=max_steps)
             row = {"gamma": gamma, "max_steps": max_steps, **outcome.row()}
             _say(f"gamma {gamma} T {max_steps}", row)

@@ -31,10 +31,13 @@ import torch
 ON_GPU = torch.cuda.is_available()
 os.environ["TRITON_INTERPRET"] = "0" if ON_GPU else "1"
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
 import generate as generation
+from markdown_table import table
 from op_cases import CASES, Case
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 QUANTILES = (0.2, 0.5, 0.8)
 CPU_FLOOR_BYTES = 64 << 20
 """A case that moves more is not timed on a CPU."""
@@ -167,12 +170,6 @@ def cpp(args: argparse.Namespace) -> None:
         about = f"Commit {found['commit'][:9]}, torch {found['torch']}, {found['threads']} threads, fastest calls."
         text = "\n".join(["# C++ ops beside their references", "", about, "", *lines]) + "\n"
         (ROOT / "benchmarks" / "results" / "cpp-ops.md").write_text(text)
-
-
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown."""
-    head = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-    return head + ["| " + " | ".join("" if v is None else str(v) for v in row.values()) + " |" for row in rows]
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
@@ -93,12 +92,19 @@ def wait_until_healthy(url: str, process: subprocess.Popen, log: pathlib.Path, s
     """Return once ``/health`` answers."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=2)
+        if is_healthy(url):
             return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
+        time.sleep(0.3)
     raise RuntimeError("the server did not come up:\n" + log.read_text(errors="replace")[-4000:])
+
+
+def is_healthy(url: str) -> bool:
+    """Whether the server says so now."""
+    try:
+        urllib.request.urlopen(f"{url}/health", timeout=5)
+    except OSError:  # refused, reset, or an error status
+        return False
+    return True
 
 
 def processes_of(log: pathlib.Path) -> list[psutil.Process]:

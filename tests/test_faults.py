@@ -16,7 +16,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from server import START_SECONDS, starting_server, terminate, wait_until_healthy
+from server import START_SECONDS, is_healthy, starting_server, terminate, wait_until_healthy
 
 from vllm_twotower.cli import DEMO_MODEL
 
@@ -64,14 +64,6 @@ def within(seconds, condition):
 def gauge(url, name):
     text = urllib.request.urlopen(f"{url}/metrics", timeout=SECONDS).read().decode()
     return float(re.search(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE)[1])
-
-
-def is_healthy(url):
-    try:
-        urllib.request.urlopen(f"{url}/health", timeout=5)
-    except OSError:  # refused, reset, or an error status
-        return False
-    return True
 
 
 def family_of(process):

@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 
 import httpx
 import openai
 import pytest
-from server import vllm_server
+from server import is_healthy, vllm_server
 
 from vllm_twotower.cli import DEMO_MODEL
 from vllm_twotower.config import EngineOptions
@@ -124,14 +123,6 @@ def test_two_ranks_per_tower(tiny_moe):
 )
 def test_what_auto_means(placement, size, split):
     assert EngineOptions(tower_placement=placement).is_split(size) is split
-
-
-def is_healthy(url):
-    try:
-        urllib.request.urlopen(f"{url}/health", timeout=5)
-    except OSError:  # refused, reset, or an error status
-        return False
-    return True
 
 
 @pytest.mark.slow

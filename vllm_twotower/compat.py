@@ -372,10 +372,11 @@ def use_torch_for_runner_kernels() -> None:
 
     from vllm_twotower.runtime import plain_kernels as plain
 
+    if getattr(BlockTables, "_twotower_plain", False):
+        return
+
     def replace(owner: Any, name: str, replacement: Any) -> None:
-        launcher = getattr(owner, name)
-        if not hasattr(launcher, "__wrapped__"):
-            setattr(owner, name, functools.wraps(launcher)(replacement))
+        setattr(owner, name, functools.wraps(getattr(owner, name))(replacement))
 
     replace(model_runner, "prepare_prefill_inputs", plain.prepare_prefill_inputs)
     replace(model_runner, "prepare_pos_seq_lens", plain.prepare_pos_seq_lens)
@@ -411,6 +412,7 @@ def use_torch_for_runner_kernels() -> None:
 
     replace(MambaSpecDecodeGPUContext, "run_fused_precopy", copy_rows_before)
     replace(MambaSpecDecodeGPUContext, "run_fused_postprocess_align", copy_rows_after)
+    BlockTables._twotower_plain = True
 
 
 def missing_interpreter_problem() -> str | None:

@@ -3,7 +3,10 @@
 import math
 import pathlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
+
+from smoke_parts.engine import engine
 
 from quality_parts.questions import MAX_TOKENS, Item, Outcome, shares
 
@@ -13,19 +16,17 @@ if TYPE_CHECKING:
 PROSE_TOKENS = 200
 
 
-def start(model: pathlib.Path) -> "LLM":
+def started(model: pathlib.Path) -> AbstractContextManager["LLM"]:
     """An engine in fp32, where its tokens equal the plain reference's."""
-    from vllm import LLM
-
-    return LLM(
-        str(model),
+    return engine(
+        model,
+        skip_tokenizer_init=False,
         additional_config={"diffusion": {"passes_per_step": 16}},
         dtype="float32",
         max_model_len=512,
         max_num_seqs=64,
         enforce_eager=True,
         kv_cache_memory_bytes=128 << 20,
-        disable_log_stats=True,
     )
 
 

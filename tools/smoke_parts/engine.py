@@ -1,4 +1,4 @@
-"""A vLLM engine in this process, for one part of the smoke run."""
+"""A vLLM engine in this process, for one part of the smoke run or one of the benchmarks."""
 
 import contextlib
 import gc
@@ -8,11 +8,11 @@ from typing import Any
 
 @contextlib.contextmanager
 def engine(model: Any, **settings: Any) -> Iterator[Any]:
-    """Start an engine and take it down."""
+    """Start an engine, without a tokenizer unless asked for one, and take it down."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(str(model), skip_tokenizer_init=True, disable_log_stats=True, **settings)
+    llm = LLM(str(model), **{"skip_tokenizer_init": True, "disable_log_stats": True, **settings})
     try:
         yield llm
     finally:

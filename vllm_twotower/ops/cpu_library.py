@@ -67,8 +67,6 @@ SIGNATURES: dict[str, list[Any]] = {
     "seeded_scan": [_Pointer, ctypes.POINTER(ScanInputs)] + [_Count] * 6,
     "mixture_of_experts": [_Pointer] * 2 + [ctypes.POINTER(Router)] + [_Pointer] * 2 + [_Count] * 4,
 }
-
-
 INTERFACE_VERSION = 1
 
 
@@ -94,8 +92,8 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     for name, signature in SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = signature, None
+        entry = getattr(loaded, name)
+        entry.argtypes, entry.restype = signature, None
     return loaded
 
 
