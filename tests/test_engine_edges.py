@@ -2,14 +2,13 @@
 what is refused."""
 
 import pytest
-import torch
 from engine_harness import MAX_MODEL_LEN, engine
 from safetensors.torch import load_file
 from vllm.exceptions import VLLMValidationError
 
 from vllm_twotower import diffusion_params
-from vllm_twotower.decoding.plain_towers import ContextCache, PlainTwoTower, TowerShape
-from vllm_twotower.decoding.reference import MaskDiffusion, generate_mask_diffusion
+from vllm_twotower.decoding.plain_towers import PlainTwoTower, TowerShape
+from vllm_twotower.decoding.reference import MaskDiffusion
 
 CANVAS, KV_BLOCK, VOCAB, MASK, EOS = 16, 128, 512, 3, 2
 THRESHOLD = 0.5
@@ -35,16 +34,7 @@ def params(max_tokens=CANVAS + 1, **more):
 
 def reference(model, prompt, max_tokens, **settings):
     """What the plain towers write, trimmed as a request is."""
-    cache = ContextCache()
-    with torch.inference_mode():
-        model.extend_context(torch.tensor([prompt]), cache)
-        result = generate_mask_diffusion(
-            prompt,
-            max_tokens,
-            lambda canvas, t: model.denoise(torch.tensor([canvas]), torch.tensor([t]), cache)[0],
-            lambda canvas: model.extend_context(torch.tensor([canvas]), cache),
-            MaskDiffusion(confidence_threshold=THRESHOLD, **settings),
-        )
+    result = model.generate(prompt, max_tokens, MaskDiffusion(confidence_threshold=THRESHOLD, **settings))
     return list(result.token_ids)[:max_tokens]
 
 

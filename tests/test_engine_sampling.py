@@ -19,16 +19,7 @@ def model(tiny_mlp):
 
 
 def reference(model, prompt, rules=None, **settings):
-    cache = ContextCache()
-    with torch.inference_mode():
-        model.extend_context(torch.tensor([prompt]), cache)
-        result = generate_mask_diffusion(
-            prompt,
-            MAX_TOKENS,
-            lambda canvas, t: model.denoise(torch.tensor([canvas]), torch.tensor([t]), cache)[0],
-            lambda canvas: model.extend_context(torch.tensor([canvas]), cache),
-            MaskDiffusion(rules=LogitsRules(**(rules or {})), **settings),
-        )
+    result = model.generate(prompt, MAX_TOKENS, MaskDiffusion(rules=LogitsRules(**(rules or {})), **settings))
     return list(result.token_ids)
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tolerances import GOLDEN_LOGITS
 
 from vllm_twotower.decoding.plain_towers import ContextCache, PlainTwoTower, TowerShape
-from vllm_twotower.decoding.reference import MaskDiffusion, generate_greedy, generate_mask_diffusion
+from vllm_twotower.decoding.reference import MaskDiffusion, generate_greedy
 
 
 @pytest.fixture(params=["tiny_moe", "tiny_mlp"])
@@ -24,13 +24,10 @@ def model(golden):
 
 def test_every_mask_diffusion_case(golden, model):
     for case in golden.mask_diffusion:
-        p, cache = case["params"], ContextCache()
-        model.extend_context(torch.tensor([case["prompt"]]), cache)
-        result = generate_mask_diffusion(
+        p = case["params"]
+        result = model.generate(
             case["prompt"],
             p["max_new_tokens"],
-            lambda canvas, t: model.denoise(torch.tensor([canvas]), torch.tensor([t]), cache)[0],  # noqa: B023
-            lambda canvas: model.extend_context(torch.tensor([canvas]), cache),  # noqa: B023
             MaskDiffusion(
                 canvas_length=p["block_size"],
                 max_steps=p["steps_per_block"],

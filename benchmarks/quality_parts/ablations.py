@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 
 from quality_parts.questions import MAX_TOKENS, Item, Outcome, shares
 from vllm_twotower.decoding.ablated_towers import AblatedTwoTower, Ablation
-from vllm_twotower.decoding.plain_towers import ContextCache, TowerShape
-from vllm_twotower.decoding.reference import MaskDiffusion, generate_mask_diffusion
+from vllm_twotower.decoding.plain_towers import TowerShape
+from vllm_twotower.decoding.reference import MaskDiffusion
 
 EOS = 2
 CASES: dict[str, tuple[Ablation, dict]] = {
@@ -43,7 +43,7 @@ class PlainRun:
         tokens = passes = commits = 0
         for item in items:
             prompt = self.tokenizer.encode(item.prompt).ids
-            result = self._generate(towers, prompt, settings)
+            result = towers.generate(prompt, MAX_TOKENS, settings)
             found = list(result.token_ids)
             ended = EOS in found
             found = found[: found.index(EOS) + 1] if ended else found
@@ -51,14 +51,3 @@ class PlainRun:
             tokens, passes = tokens + len(found), passes + result.num_denoise_passes
             commits += len(result.canvases) - 1  # the engine does not commit a last canvas
         return Outcome(shares(items, answers), answers.count(None), tokens, passes, commits)
-
-    def _generate(self, towers: AblatedTwoTower, prompt: list[int], settings: MaskDiffusion):
-        cache = ContextCache()
-        towers.extend_context(torch.tensor([prompt]), cache)
-        return generate_mask_diffusion(
-            prompt,
-            MAX_TOKENS,
-            lambda canvas, t: towers.denoise(torch.tensor([canvas]), torch.tensor([t]), cache)[0],
-            lambda canvas: towers.extend_context(torch.tensor([canvas]), cache),
-            settings,
-        )

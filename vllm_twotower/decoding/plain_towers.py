@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm_twotower.core import TIMESTEP_SCALE
+from vllm_twotower.core import TIMESTEP_SCALE, DecodingResult
+from vllm_twotower.decoding.reference import MaskDiffusion, generate_mask_diffusion
 
 CONTEXT, DENOISER = "context_tower", "denoiser_tower"
 TIMESTEP_FEATURES = 256
@@ -170,6 +171,19 @@ class PlainTwoTower:
                 out = self.feed_forward(name, kind, x)
             hidden = hidden + out
         return self.denoiser_logits(hidden)
+
+    @torch.inference_mode()
+    def generate(self, prompt: Sequence[int], max_tokens: int, settings: MaskDiffusion) -> DecodingResult:
+        """The plain algorithm over these towers; see ``generate_mask_diffusion``."""
+        cache = ContextCache()
+        self.extend_context(torch.tensor([prompt]), cache)
+        return generate_mask_diffusion(
+            prompt,
+            max_tokens,
+            lambda canvas, level: self.denoise(torch.tensor([canvas]), torch.tensor([level]), cache)[0],
+            lambda canvas: self.extend_context(torch.tensor([canvas]), cache),
+            settings,
+        )
 
     def time_vector(self, level_B: torch.Tensor) -> torch.Tensor:
         """The shift, scale and gate that all layers share, before each adds its own table: [B, 3, D]

@@ -33,7 +33,7 @@ def generate_mask_diffusion(
     prompt: Sequence[int],
     max_tokens: int,
     denoise: Callable[[Sequence[int], float], torch.Tensor],
-    commit: Callable[[Sequence[int]], None],
+    commit: Callable[[Sequence[int]], object],
     settings: MaskDiffusion,
 ) -> DecodingResult:
     """Generate whole canvases until ``max_tokens`` are there (reference: ``generate_mask_diffusion``).
