@@ -54,7 +54,7 @@ check: setup
 	$(BIN)/python tools/check_vllm_names.py --installed
 
 bench: setup
-	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/run.py generate
 
 bench-vllm: setup
 	$(BIN)/python benchmarks/vllm_bench.py
