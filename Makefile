@@ -54,6 +54,7 @@ check: setup
 	$(BIN)/python tools/check_vllm_names.py --installed
 
 bench: setup
+	$(BIN)/pip install -q matplotlib
 	$(BIN)/python benchmarks/run.py generate
 
 bench-vllm: setup

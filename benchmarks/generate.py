@@ -11,7 +11,9 @@ import itertools
 import json
 import os
 import pathlib
+import shlex
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -280,7 +282,9 @@ def report(rows: list[dict[str, Any]], environment: dict[str, Any], args: Any) -
     settings["model"] = args.model.name
     content = {"environment": environment, "arguments": settings, "rows": rows}
     (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    lines = table(rows)
+    machine = ", ".join(f"{key} {value}" for key, value in environment.items())
+    command = shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]])
+    lines = ["# Whole generations, one workload", "", f"Written by `{command}`; {machine}.", "", *table(rows)]
     (out / f"{name}.md").write_text("\n".join(lines) + "\n")
     draw(rows, out / f"{name}.png")
 
