@@ -91,7 +91,7 @@ def run_client(url: str, seed: str, until: float, record: Record) -> None:
 
 
 def fill_caches(url: str) -> None:
-    """A prompt of every length, each a step of another size.
+    """A prompt of every length, each a step of another size; before memory is watched.
 
     vLLM's matrix products on a CPU (oneDNN) keep what they compiled for each number of tokens, the newest 128 a layer:
     some 200 MiB once a few hundred sizes have been seen, which would otherwise look like a leak for half an hour.
@@ -154,7 +154,9 @@ def ask_alone(url: str, sample: list[Outcome]) -> tuple[Record, list[str]]:
 
 def soak(url: str, log: pathlib.Path, seconds: float, seed: int) -> dict[str, Any]:
     """Load a running server and check it; ``problems`` of what is returned is empty if all is well."""
-    fill_caches(url)
+    is_watched = seconds >= SHORTEST_WATCHED
+    if is_watched:
+        fill_caches(url)
     processes, start = processes_of(log), read_counters(url)
     record = load(url, processes, seconds, seed)
     result = {"seed": seed, "minutes": round(seconds / 60, 2), "clients": NUM_CLIENTS, **summary(record, seconds)}
@@ -170,7 +172,7 @@ def soak(url: str, log: pathlib.Path, seconds: float, seed: int) -> dict[str, An
     problems += alone.problems + different + held(url)
     problems += check_exact(grown(loaded, read_counters(url)), alone.outcomes)
     growth = result["rss_mib"]["growth"]
-    if growth > MAX_GROWTH_MIB and seconds >= SHORTEST_WATCHED:
+    if growth > MAX_GROWTH_MIB and is_watched:
         problems.append(f"memory grew by {growth:.0f} MiB, at most {MAX_GROWTH_MIB}")
     text = log.read_text(errors="replace")
     problems += [f"the log has a {word}" for word in ("Traceback", "ERROR") if word in text]

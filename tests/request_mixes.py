@@ -21,6 +21,9 @@ VOCAB = 512
 CANVAS = 16
 LONGEST_PROMPT = 300
 """Two KV blocks and a bit."""
+LONGEST_QUEUE_ALLOWED = 2
+"""Engine steps from arrival to the first step, inclusive, where there is room for everybody: a newcomer is taken in by
+the next step, or by the one after a denoise step that ``MAX_CONTEXT_STEPS`` context steps have put off."""
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,15 @@ def test_costs_are_lines_between_points():
     assert costs.cost(COMMIT, 100) == 5
 
 
+def test_a_table_of_costs_comes_as_lists_and_pairs_alike():
+    """JSON has lists, and the engine option is JSON."""
+    lists = StepCosts.from_option({"denoise": [[1, 1.0], [16, 16.0]], "commit": [[1, 9.0]]})
+    pairs = StepCosts({DENOISE: [(1, 1.0), (16, 16.0)], COMMIT: [(1, 9.0)]})
+    for rows in (1, 8, 16, 20):
+        assert lists.cost(DENOISE, rows) == pairs.cost(DENOISE, rows) == rows
+    assert lists.cost(COMMIT, 8) == 9.0
+
+
 def test_measured_costs_follow_the_machine():
     now = [0.0]
     costs = MeasuredCosts(clock=lambda: now[0])

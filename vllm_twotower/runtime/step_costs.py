@@ -35,7 +35,7 @@ class StepCosts:
     """
 
     def __init__(self, points: Mapping[StepKind, Points]) -> None:
-        self._points = {kind: list(points[kind]) for kind in StepKind}
+        self._points = {kind: [tuple(pair) for pair in points[kind]] for kind in StepKind}  # JSON has lists
 
     @classmethod
     def flat(cls) -> "StepCosts":
