@@ -108,6 +108,18 @@ def test_shared_prefixes_cut_around_a_kv_block_and_canvas_boundaries(tiny_moe, c
     assert hits == {cut: KV_BLOCK if cut >= KV_BLOCK else 0 for cut in cuts}
 
 
+def test_a_prefix_that_is_being_written_holds_the_queue_up_for_four_steps_at_most(tiny_moe):
+    """vLLM admits nobody whose prefix another one writes in the same step, nor anybody behind it in the queue. The
+    first prompt takes two such steps, a denoise step of its canvas follows, and then all have to come in."""
+    settings = {"mode": "mask_diffusion", "temperature": 0.0, "max_tokens": CANVAS, "confidence_threshold": 1.0}
+    stem = [(31 * i) % 500 + 4 for i in range(230)]
+    prompts = [stem, [*stem[:200], *range(100, 130)], [7, 8, 9]]
+    mix = [MixedRequest(prompt, {**settings, "ignore_eos": True}, 0, None) for prompt in prompts]
+    options = {"passes_per_step": 1, "commit_quorum": 1}
+    with engine(tiny_moe.path, options, enable_prefix_caching=True, max_num_seqs=8) as e:
+        assert play(e, mix).longest_queue <= 4
+
+
 @pytest.mark.slow
 def test_prefixes_that_are_evicted_and_computed_again(tiny_moe):
     """Memory for two; six prompts of two blocks in turns, again and again."""

@@ -48,8 +48,9 @@ class BlockCommitScheduler(Scheduler):
         self._last_denoised: dict[str, int] = {}
         self._held_prompt_logprobs: dict[str, tuple[Any, Any]] = {}
         self._counts = StepCounts()
-        # A context step admitted nobody although there was a free place (no KV blocks, say): until something changes,
-        # the queue is no reason for another one.
+        # A context step with nothing else to do admitted nobody although there was a free place (no KV blocks, say):
+        # until something changes, the queue is no reason for another one. One that did something proves nothing: vLLM
+        # keeps the queue back while a prefix that its first one shares is being written.
         self._queue_is_stuck = False
         # Commits took all of the last context step's budget, and somebody else got nothing.
         self._commits_step_aside = False
@@ -125,7 +126,7 @@ class BlockCommitScheduler(Scheduler):
         output = self._schedule_without(hidden, self.max_num_active_reqs, args, kwargs)
         nobody_came = not output.scheduled_new_reqs and not output.scheduled_cached_reqs.resumed_req_ids
         self._commits_step_aside = self._commits_took_all(output, commits, hidden, nobody_came)
-        self._queue_is_stuck |= nobody_came and not self._commits_step_aside
+        self._queue_is_stuck |= nobody_came and not output.total_num_scheduled_tokens
         return output
 
     def _late_commits(self, commits: list[Request]) -> list[Request]:
