@@ -20,7 +20,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PARITY = ["tests/test_reference_goldens.py", "tests/test_engine_goldens.py"]
-PROMPTS = ("And God said,", "In those days", "And it came to pass,", "The king")
 
 
 def require_parity() -> None:
@@ -32,8 +31,10 @@ def require_parity() -> None:
 
 def measure(llm, mode: str, batch: int, max_tokens: int) -> dict:
     from vllm_twotower import diffusion_params, diffusion_stats
+    from vllm_twotower.cli import DEMO_QUESTIONS, demo_prompt
 
-    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
+    questions = [demo_prompt(question) for question in DEMO_QUESTIONS]
+    prompts = [questions[i % len(questions)] for i in range(batch)]
     params = diffusion_params(mode=mode, temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     llm.generate(prompts, params, use_tqdm=False)  # warm-up: caches and first-use costs
     diffusion_stats(llm, reset=True)
