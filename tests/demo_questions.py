@@ -1,4 +1,4 @@
-"""Questions that the demo model answers, for tests that need real text."""
+"""What tests ask the demo model that need real text."""
 
 LONG = """shelf: brown egg scarf pan brick stone needle wheel
 phone: 82378163
@@ -10,3 +10,6 @@ Answer:"""
 """Its answer has 60 tokens, so a test that asks for 48 sees three whole canvases."""
 SHORT = "Ben has 74 of pan, then buys 22, wins 2, drops 25, wins 3. How many now?\nAnswer:"
 """Its answer has 35."""
+OPEN = "The next morning they"
+"""No question: the model goes on without being sure of anything, so that every sampling parameter acts. Its text may end
+soon; send ``ignore_eos``."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from demo_questions import LONG, SHORT
+from demo_questions import LONG, OPEN, SHORT
 from hostile_requests import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, UNSATISFIABLE, Hostile, base, hostile_requests
 from server import vllm_server
 
@@ -148,7 +148,8 @@ def complete(url: str, **more: Any) -> str:
         return json.load(answer)["choices"][0]["text"]
 
 
-GOOD = [{"max_tokens": 20}, {"max_tokens": 20, "temperature": 0.8, "seed": 7}]
+DRAWN = {"prompt": OPEN, "ignore_eos": True, "temperature": 0.8, "seed": 7}
+GOOD = [{"max_tokens": 20}, {"max_tokens": 20, **DRAWN}]
 GOOD += [{"max_tokens": 8, "vllm_xargs": {"diffusion_mode": mode}} for mode in ("ar", "mock_ar")]
 
 

@@ -101,14 +101,6 @@ def with_session(readme: str) -> str:
     return readme
 
 
-def between(text: str, name: str, content: str) -> str:
-    """``text`` with other figures between the marks."""
-    marks = f"<!-- {name} -->", f"<!-- /{name} -->"
-    pattern = re.compile(f"{marks[0]}.*?{marks[1]}", re.DOTALL)
-    assert pattern.search(text), f"no {marks[0]}"
-    return pattern.sub(lambda _: f"{marks[0]}\n{content}\n{marks[1]}", text)
-
-
 def quality_sentence(report: dict) -> str:
     """AR's exact answers, and what mask diffusion keeps of them."""
     exact = report["ar"]["exact"]["overall"]
@@ -150,13 +142,21 @@ def take_picture(readme: str) -> None:
         subprocess.run(shoot, check=True, capture_output=True, timeout=120)
 
 
+def with_figures(text: str) -> str:
+    """README or the card, with the figures of the last results."""
+    figures = {
+        "quality": quality_sentence(json.loads(QUALITY.read_text())),
+        "training": training_sentence(json.loads((DEMO_MODEL / "training_log.json").read_text())),
+    }
+    for name, content in figures.items():
+        marked = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        text = re.sub(f"(?<={marked[0]}).*?(?={marked[1]})", lambda _, new=content: new, text, flags=re.DOTALL)
+    return text
+
+
 def main() -> None:
-    report = json.loads(QUALITY.read_text())
-    log = json.loads((DEMO_MODEL / "training_log.json").read_text())
-    readme = between(README.read_text(encoding="utf-8"), "quality", quality_sentence(report))
-    card = between(CARD.read_text(encoding="utf-8"), "quality", quality_sentence(report))
-    CARD.write_text(between(card, "training", training_sentence(log)), encoding="utf-8")
-    readme = with_session(with_example(readme))
+    CARD.write_text(with_figures(CARD.read_text(encoding="utf-8")), encoding="utf-8")
+    readme = with_session(with_example(with_figures(README.read_text(encoding="utf-8"))))
     README.write_text(readme, encoding="utf-8")
     take_picture(readme)
 
