@@ -11,5 +11,5 @@ Answer:"""
 SHORT = "Ben has 74 of pan, then buys 22, wins 2, drops 25, wins 3. How many now?\nAnswer:"
 """Its answer has 35."""
 OPEN = "The next morning they"
-"""No question: the model goes on without being sure of anything, so that every sampling parameter acts. Its text may end
-soon; send ``ignore_eos``."""
+"""No question: the model goes on without being sure of anything, so that every sampling parameter acts. Its text may
+end soon; send ``ignore_eos``."""
