@@ -8,11 +8,11 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import time
 
+from machine import environment
 from markdown_table import table
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -51,25 +51,6 @@ def measure(llm, mode: str, batch: int, max_tokens: int) -> dict:
         "tokens_per_s": round(tokens / seconds, 1),
         "engine_steps": stats["denoise_steps"] + stats["context_steps"],
         "tokens_per_forward": round(tokens / (stats["denoise_passes"] + stats["context_passes"]), 2),
-    }
-
-
-def environment() -> dict:
-    import torch
-    import triton
-    import vllm
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return {
-        "commit": commit.stdout.strip(),
-        "vllm": vllm.__version__,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 

@@ -22,7 +22,7 @@ import tempfile
 import urllib.request
 from typing import Any
 
-from engine import environment
+from machine import environment
 from server import VLLM, vllm_server
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to the workers
 
-from engine import environment
+from machine import environment
 from rank_clock import LINK, STEPS, TOWER, start_clock, take_clock
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -15,11 +15,9 @@ implementation must move once (``op_cases.py``). Writes ``benchmarks/results/ops
 # ruff: noqa: E402 - Triton is imported after the environment is what it must be
 
 import argparse
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import time
@@ -35,6 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import generate as generation
+from machine import environment
 from markdown_table import table
 from op_cases import CASES, Case
 
@@ -107,24 +106,6 @@ def measure(case: Case) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
-    found = {
-        "commit": commit.stdout.strip(),
-        "uncommitted_changes": bool(changed.stdout.strip()),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton"),
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if ON_GPU else None,
-    }
-    if ON_GPU:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return found
 
 
 def ops(args: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 import httpx
 import psutil
-from engine import environment
+from machine import environment
 from server import processes_of, vllm_server
 from soak_client import ANSWER_SECONDS, Outcome, ask
 from soak_metrics import check_exact, check_under_load, grown, held, read_counters

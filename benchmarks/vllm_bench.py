@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import tempfile
 
-from engine import environment
+from machine import environment
 from server import VLLM, vllm_server
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

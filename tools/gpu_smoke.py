@@ -8,10 +8,11 @@
 Parts, each in a process of its own, so that what fails, or takes its GPU down, is reported and the next one runs:
 
     goldens_fp32   tests/goldens through the engine in fp32, Triton attention; every token must equal NVIDIA's
+    goldens_graphs the same with CUDA graphs: the context tower's pieces, and whole denoise passes
     goldens_bf16   the same in bf16 with FlashAttention; agreement of tokens is reported, equality is not expected
     timing_eager   AR step, commit (16 tokens a row) and denoise pass at each of --batches, against the bytes they must
                    move; dummy weights, as many layers of --config as fit beside the largest batch
-    timing_graphs  the same with CUDA graphs, as far as this engine uses them
+    timing_graphs  the same with CUDA graphs; their number is reported
 
 The exit code is 0 when no part failed and every fp32 golden case is equal. NO GPU HAS RUN THIS YET: parts may fail for
 reasons of their own; please send the file either way.
@@ -34,8 +35,13 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "benchmarks" / "models" / "30b-a3b"
 TINY = ROOT / "tests" / "goldens" / "tiny-moe"
-PARTS = ("goldens_fp32", "goldens_bf16", "timing_eager", "timing_graphs")
-GPU_ONLY = {"goldens_bf16": "FlashAttention needs a GPU", "timing_graphs": "CUDA graphs need a GPU"}
+PARTS = ("goldens_fp32", "goldens_graphs", "goldens_bf16", "timing_eager", "timing_graphs")
+EXACT_PARTS = ("goldens_fp32", "goldens_graphs")
+GPU_ONLY = {
+    "goldens_graphs": "CUDA graphs need a GPU",
+    "goldens_bf16": "FlashAttention needs a GPU",
+    "timing_graphs": "CUDA graphs need a GPU",
+}
 ERROR_CHARACTERS = 4000
 
 
@@ -45,6 +51,7 @@ def part(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
     functions: dict[str, Callable[[], dict[str, Any]]] = {
         "goldens_fp32": functools.partial(goldens.run, args, "float32", "CPU_ATTN" if args.dry_run else "TRITON_ATTN"),
+        "goldens_graphs": functools.partial(goldens.run, args, "float32", "TRITON_ATTN", eager=False),
         "goldens_bf16": functools.partial(goldens.run, args, "bfloat16", "FLASH_ATTN"),
         "timing_eager": functools.partial(timing.run, args, eager=True),
         "timing_graphs": functools.partial(timing.run, args, eager=False),
@@ -78,7 +85,7 @@ def environment_of(name: str, args: argparse.Namespace) -> dict[str, str]:
     """The engine runs in the part's own process; in fp32 Triton's products are fp32 too, which take TF32 by default."""
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     env["TRITON_INTERPRET"] = "1" if args.dry_run else "0"
-    if name == "goldens_fp32":
+    if name in EXACT_PARTS:
         env["TRITON_F32_DEFAULT"] = "ieee"
     return env
 
@@ -131,8 +138,7 @@ def arguments() -> argparse.Namespace:
 
 
 def all_well(parts: dict[str, dict[str, Any]]) -> bool:
-    goldens = parts.get("goldens_fp32", {})
-    checked = [g for g in goldens.values() if isinstance(g, dict)]
+    checked = [g for name in EXACT_PARTS for g in parts.get(name, {}).values() if isinstance(g, dict)]
     equal = all(g["equal_cases"] == g["cases"] for g in checked)
     return equal and all(found["status"] != "failed" for found in parts.values())
 

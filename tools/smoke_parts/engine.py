@@ -31,3 +31,9 @@ def backends_of(llm: Any) -> list[str]:
     """Attention backends that the engine chose."""
     groups = [group for groups in runner_of(llm).attn_groups for group in groups]
     return sorted({group.backend.get_name() for group in groups})
+
+
+def num_denoise_graphs(llm: Any) -> int:
+    """CUDA graphs of denoise passes that the engine has captured."""
+    graphs = runner_of(llm).model_state.graphs
+    return len(graphs.row_counts) if graphs is not None else 0

@@ -4,18 +4,19 @@ import json
 import pathlib
 from typing import Any
 
-from smoke_parts.engine import backends_of, engine
+from smoke_parts.engine import backends_of, engine, num_denoise_graphs
 
 GOLDENS = pathlib.Path(__file__).resolve().parents[2] / "tests" / "goldens"
 CANVAS_LENGTH = 16
 
 
-def run(args: Any, dtype: str, backend: str) -> dict[str, Any]:
+def run(args: Any, dtype: str, backend: str, eager: bool = True) -> dict[str, Any]:
     """Both golden checkpoints; ``args.cases`` limits the cases of each."""
-    return {name: one(GOLDENS / name, args, dtype, backend) for name in ("tiny-mlp", "tiny-moe")[: args.checkpoints]}
+    names = ("tiny-mlp", "tiny-moe")[: args.checkpoints]
+    return {name: one(GOLDENS / name, args, dtype, backend, eager) for name in names}
 
 
-def one(folder: pathlib.Path, args: Any, dtype: str, backend: str) -> dict[str, Any]:
+def one(folder: pathlib.Path, args: Any, dtype: str, backend: str, eager: bool) -> dict[str, Any]:
     import torch
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -23,7 +24,7 @@ def one(folder: pathlib.Path, args: Any, dtype: str, backend: str) -> dict[str, 
 
     cases = json.loads((folder / "expected.json").read_text())["mask_diffusion"]
     cases = [c for c in cases if c["params"]["block_size"] == CANVAS_LENGTH][: args.cases]
-    settings = {"dtype": dtype, "max_model_len": 512, "max_num_seqs": 64, "enforce_eager": True}
+    settings = {"dtype": dtype, "max_model_len": 512, "max_num_seqs": 64, "enforce_eager": eager}
     settings |= {"kv_cache_memory_bytes": 128 << 20, "attention_backend": AttentionBackendEnum[backend]}
     with engine(folder, additional_config={"diffusion": {"canvas_length": CANVAS_LENGTH}}, **settings) as llm:
         chosen = backends_of(llm)
@@ -40,11 +41,13 @@ def one(folder: pathlib.Path, args: Any, dtype: str, backend: str) -> dict[str, 
         ]
         outputs = llm.generate([{"prompt_token_ids": c["prompt"]} for c in cases], requests, use_tqdm=False)
         passes = diffusion_stats(llm)["denoise_passes"]
+        graphs = num_denoise_graphs(llm)
     written = [list(o.outputs[0].token_ids) for o in outputs]
     return {
         "dtype": dtype,
         "attention_backends": chosen,
         "matmul_precision": torch.get_float32_matmul_precision(),
+        "denoise_graphs": graphs,
         "denoise_passes": passes,
         "denoise_passes_of_reference": sum(c["nfe"] for c in cases),
         **compare([c["output"] for c in cases], written),

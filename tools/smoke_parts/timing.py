@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from smoke_parts.engine import backends_of, engine, runner_of
+from smoke_parts.engine import backends_of, engine, num_denoise_graphs, runner_of
 
 CANVAS_LENGTH = 16
 STEPS_OF_AR = 24
@@ -84,11 +84,12 @@ def run(args: Any, eager: bool) -> dict[str, Any]:
             for batch in args.batches:
                 rows += measure(llm, clock, batch, args, floor_of(config, gpu, args))
             graphs = str(llm.llm_engine.vllm_config.compilation_config.cudagraph_mode)
-            backends = backends_of(llm)
+            backends, denoise_graphs = backends_of(llm), num_denoise_graphs(llm)
     return {
         "layers": layers,
         "layers_of_config": len(json.loads((args.config / "config.json").read_text())["hybrid_override_pattern"]),
         "cudagraph_mode": graphs,
+        "denoise_graphs": denoise_graphs,
         "attention_backends": backends,
         "dtype": args.dtype,
         "quantization": args.quantization,

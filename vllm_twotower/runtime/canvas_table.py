@@ -1,15 +1,21 @@
 """The unfinished canvases of one worker, by the runner's request slot. A canvas lives here from its first pass to its
 emission.
 
+What the host has to know about them it keeps a copy of, so that a step starts without asking the device.
+
 Legend: R rows of a step, S widest canvas, B request slots.
 """
 
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_twotower.config import RequestOptions
+
+if TYPE_CHECKING:
+    from vllm_twotower.runtime.denoise_step import DenoiseOutcome
 
 
 def request_seed(req_id: str, seed: int | None, engine_seed: int) -> int:
@@ -38,6 +44,10 @@ class CanvasRows:
     seed_R: torch.Tensor
     any_random: bool
     """Whether any row has a temperature above 0."""
+    undecided: list[int]
+    """On the host, per row: bit j is set where position j is masked."""
+    passes_before: list[int]
+    """``pass_index_R``, on the host."""
 
 
 class CanvasTable:
@@ -52,6 +62,8 @@ class CanvasTable:
         self.temperature_B = torch.zeros(num_slots, dtype=torch.float32, device=device)
         self.seed_B = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._started: dict[int, bool] = {}
+        self._undecided: dict[int, int] = {}
+        self._pass_index: dict[int, int] = {}
         self._random: dict[int, bool] = {}
 
     def add_request(self, slot: int, options: RequestOptions, temperature: float, seed: int) -> None:
@@ -71,6 +83,7 @@ class CanvasTable:
                 self.token_BS[slot, :width] = self.mask_token_id
                 self.pass_index_B[slot] = 0
                 self._started[slot] = True
+                self._undecided[slot], self._pass_index[slot] = (1 << width) - 1, 0
         return CanvasRows(
             slots,
             slot_R,
@@ -81,12 +94,16 @@ class CanvasTable:
             self.temperature_B[slot_R],
             self.seed_B[slot_R],
             any(self._random[slot] for slot in slots),
+            [self._undecided[slot] for slot in slots],
+            [self._pass_index[slot] for slot in slots],
         )
 
-    def scatter(self, slot_R: torch.Tensor, token_RS: torch.Tensor, pass_index_R: torch.Tensor) -> None:
-        """Keep the rows for their next step."""
-        self.token_BS[slot_R] = token_RS
-        self.pass_index_B[slot_R] = pass_index_R
+    def scatter(self, rows: CanvasRows, outcome: "DenoiseOutcome") -> None:
+        """Keep the rows as a step left them."""
+        self.token_BS[rows.slot_R] = outcome.token_RS
+        self.pass_index_B[rows.slot_R] = outcome.pass_index_R
+        for slot, undecided, passes in zip(rows.slots, outcome.undecided, outcome.pass_index, strict=True):
+            self._undecided[slot], self._pass_index[slot] = undecided, passes
 
     def finish(self, slot: int) -> None:
         """The slot's canvas was emitted; the next one starts from masks."""

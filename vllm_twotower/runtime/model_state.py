@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.gpu.states import RequestState
@@ -24,12 +26,22 @@ from vllm_twotower import compat
 from vllm_twotower.config import EngineOptions, RequestOptions, mask_token_id_of
 from vllm_twotower.core import Mode, StepKind
 from vllm_twotower.models.denoiser_tower import CanvasLayout
+from vllm_twotower.runtime import denoise_graphs
 from vllm_twotower.runtime.canvas_table import CanvasTable, request_seed
+from vllm_twotower.runtime.denoise_graphs import (
+    CAPTURABLE_BACKENDS,
+    CanvasPlaces,
+    DenoiseGraph,
+    DenoiseGraphs,
+    can_capture,
+)
 from vllm_twotower.runtime.denoise_step import DenoiseStep
 from vllm_twotower.runtime.metrics import DiffusionStats
 from vllm_twotower.runtime.proposals import ProposalSampler
 from vllm_twotower.runtime.tower_link import ContextStep, TowerLink
 from vllm_twotower.runtime.trace import CanvasTrace
+
+logger = init_logger("vllm.twotower")
 
 
 class TwoTowerModelState(MambaHybridModelState):
@@ -43,10 +55,14 @@ class TwoTowerModelState(MambaHybridModelState):
         self.mask_token_id = mask_token_id_of(self.model_config.hf_config)
         self.canvases = CanvasTable(self.max_num_reqs, options.canvas_length, self.mask_token_id, device)
         self.request_options: dict[str, RequestOptions] = {}
+        self.reads_are_free = device.type == "cpu"
+        """Whether reading a result costs nothing, so that a step may look at every pass (``denoise_step.py``)."""
         self.stats = DiffusionStats()
         self.trace: CanvasTrace | None = None
         self.step: DenoiseStep | None = None
         self.proposals: ProposalSampler | None = None
+        self.graphs: DenoiseGraphs | None = None
+        self._graph: DenoiseGraph | None = None
         self._mamba_slots: dict[str, torch.Tensor] = {}
         self.link: TowerLink | None = None
         if model.placement.is_split:
@@ -126,6 +142,9 @@ class TwoTowerModelState(MambaHybridModelState):
         computed = input_batch.num_computed_tokens_np[: input_batch.num_reqs]
         self._mamba_slots = self._state_slots(np.arange(input_batch.num_reqs), computed, block_tables, kv_cache_config)
         num_reqs = input_batch.num_reqs
+        if self.graphs is not None:
+            places = CanvasPlaces(input_batch.seq_lens, block_tables, slot_mappings, self._mamba_slots)
+            self._graph = self.graphs.load([int(n) for n in input_batch.num_scheduled_tokens[:num_reqs]], places)
         seq_lens_upper_bound = input_batch.seq_lens_cpu_upper_bound
         return build_attn_metadata(
             attn_groups=[[g for g in gs if not isinstance(g.kv_cache_spec, MambaSpec)] for gs in attn_groups],
@@ -212,11 +231,46 @@ class TwoTowerModelState(MambaHybridModelState):
             widths,
             batch.num_computed_tokens_np[:num_reqs].astype(np.int64),
             self.proposals,
-            self.options.passes_per_step,
+            1 if all(mock_ar) else self.options.passes_per_step,
             self.mask_token_id,
-            start_pass,
-            self.link,
+            reads_between_passes=self.reads_are_free or self.trace is not None or self.proposals.follows_reveals(slots),
+            start_pass=start_pass,
+            link=self.link,
+            graph=self._graph,
         )
+
+    # ---- start-up ----------------------------------------------------------------------------------------------------
+
+    def capture_inner_cudagraphs(
+        self,
+        input_buffers: Any,
+        block_tables: BlockTables,
+        attn_groups: list[list[Any]],
+        kv_cache_config: KVCacheConfig,
+    ) -> None:
+        """Capture denoise passes; vLLM asks after its own captures, and once before to measure the memory.
+
+        What was captured for the measurement is kept until the real capture: it fills just the memory that was
+        measured, and no denoise step comes in between.
+        """
+        self.graphs = None
+        if self.model.denoiser is None:
+            return
+        if not can_capture(attn_groups):
+            logger.warning_once("Denoise passes run without CUDA graphs: only %s can be captured", CAPTURABLE_BACKENDS)
+            return
+        self.graphs = DenoiseGraphs(
+            self.vllm_config,
+            self.model.denoiser,
+            self.model.model.layers,
+            self.options.canvas_length,
+            attn_groups,
+            kv_cache_config,
+            block_tables.input_block_tables,
+            self.device,
+        )
+        with denoise_graphs.capturing(self.device):
+            self.graphs.capture(denoise_graphs.record_cuda_graph)
 
     def postprocess_state(self, *args: Any, **kwargs: Any) -> None:
         """Nothing was advanced by a denoise step."""

@@ -93,6 +93,10 @@ class ProposalSampler:
         """Whether anything but temperature, top-k, top-p and min-p changes the request's logits."""
         return slot in self._processed_slots
 
+    def follows_reveals(self, slots: list[int]) -> bool:
+        """Whether any of these requests' proposals must be made for what is still masked, and for nothing else."""
+        return any(map(self.is_processed, slots)) or self.logprobs.wanted(np.array(slots))
+
     def propose(
         self, logits_NV: torch.Tensor, tile: Tile, wanted_N: torch.Tensor | None
     ) -> tuple[Tile, torch.Tensor, torch.Tensor]:

@@ -47,6 +47,7 @@ class CanvasSampler:
         if step is None:
             return self._context_step(logits, input_batch)
         assert step.outcome is not None, "the model ran the step's passes"
+        self.state.canvases.scatter(step.rows, step.outcome)
         return self._denoise_step(step.outcome, input_batch)
 
     def _context_step(self, logits: torch.Tensor, batch: InputBatch) -> SamplerOutput:
@@ -96,7 +97,6 @@ class CanvasSampler:
         widths = [int(n) for n in batch.num_scheduled_tokens[:num_reqs]]
         modes = [self.state.request_options[req_id].mode for req_id in batch.req_ids]
         self.state.stats.count_denoise_step(outcome, widths, modes.count(Mode.MOCK_AR))
-        self.state.canvases.scatter(batch.idx_mapping[:num_reqs], outcome.token_RS, outcome.pass_index_R)
         prefill_len = self.base.req_states.prefill_len
         emitted = []
         done = [finished and not broken for finished, broken in zip(outcome.finished, outcome.broken, strict=True)]
@@ -112,7 +112,7 @@ class CanvasSampler:
         slots = [int(slot) for slot in batch.idx_mapping_np[:num_reqs]]
         canvas_passes = [
             passes if finished and mode is Mode.MASK_DIFFUSION else 0
-            for passes, finished, mode in zip(outcome.pass_index_R.tolist(), done, modes, strict=True)
+            for passes, finished, mode in zip(outcome.pass_index, done, modes, strict=True)
         ]
         return SamplerOutput(
             outcome.token_RS,

@@ -1,0 +1,41 @@
+"""What a benchmark's figures belong to."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+from typing import Any
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions and hardware; a package that is not installed is None."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    found: dict[str, Any] = {
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "uncommitted_changes": bool(_output("git", "status", "--porcelain")),
+        **{package: _version(package) for package in ("vllm", "torch", "triton")},
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+    if gpu is not None and shutil.which("nvidia-smi"):
+        found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,248 @@
+"""A denoise pass as a CUDA graph: one graph per number of rows, over buffers that never move.
+
+A pass is hundreds of small kernels over 16 tokens per row, so at small batches launching them takes longer than running
+them. What a pass reads that changes from step to step (where the canvases' keys, values and Mamba states are) is copied
+into the buffers once per step; tokens and noise levels once per pass. Rows up to the captured number are padding: no
+query tokens, no slot to write to, the null block's state to read.
+
+Captured at start-up, through the hook vLLM has for graphs that run inside a model's forward, for the batch sizes of its
+own ``cudagraph_capture_sizes`` up to 1,024 tokens. Whatever has another shape runs layer by layer: a last short canvas,
+mock-AR rows, more rows than were captured. No GPU has run this yet (``docs/limits.md``); on a CPU the tests run the
+same buffers with a recorder that repeats the pass instead of replaying it.
+
+Legend: R rows, S canvas length, T = R S tokens, D hidden.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import graph_capture
+from vllm.forward_context import set_forward_context
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
+
+from vllm_twotower.models.denoiser_tower import CanvasLayout, DenoiserTower
+
+Recorder = Callable[[Callable[[], AbstractContextManager[None]], Callable[[], None]], Callable[[], None]]
+"""Takes what sets the forward context and what runs a pass over the buffers; returns what runs it again."""
+
+MOST_CAPTURED_TOKENS = 1024
+"""Of one pass; more keep a GPU busy for longer than their launches take."""
+
+CAPTURABLE_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+"""Attention backends whose kernels read lengths and block tables on the device, and plan nothing on the host."""
+
+
+@dataclass(frozen=True)
+class CanvasPlaces:
+    """Where a step's canvases and what they read lie in the caches; tensors on the device."""
+
+    seq_lens_R: torch.Tensor
+    """int32, each row's length with its canvas."""
+    block_tables: Sequence[torch.Tensor]
+    """Per KV cache group, int32 [R, blocks]."""
+    slot_mappings_GT: torch.Tensor
+    """int64, per KV cache group, each token's slot."""
+    mamba_slots: Mapping[str, torch.Tensor]
+    """Layer name -> int64 [R]; layers of a KV cache group have the same."""
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    hidden_TD: torch.Tensor
+    replay: Callable[[], None]
+
+
+class DenoiseGraph:
+    """A captured pass that holds one step's rows."""
+
+    def __init__(self, graphs: "DenoiseGraphs", recorded: _Recorded, num_rows: int) -> None:
+        self._graphs, self._recorded, self._num_rows = graphs, recorded, num_rows
+
+    def run(self, token_RS: torch.Tensor, level_R: torch.Tensor) -> torch.Tensor:
+        """One denoise pass.
+
+        Args:
+            token_RS: int64 [R, S], the canvases.
+            level_R: int64 [R], noise levels, see ``DenoiserTower.forward``.
+
+        Returns:
+            Final hidden states [T, D], which the next pass overwrites.
+
+        """
+        graphs = self._graphs
+        graphs.token_BS[: self._num_rows] = token_RS
+        graphs.level_B[: self._num_rows] = level_R
+        self._recorded.replay()
+        return self._recorded.hidden_TD[: token_RS.numel()]
+
+
+class DenoiseGraphs:
+    """The captured passes of one worker and the buffers they read.
+
+    Args:
+        vllm_config: of the engine.
+        denoiser: the tower.
+        context_layers: the context tower's layers, whose caches it reads.
+        canvas_length: S.
+        attn_groups: vLLM's attention groups of this worker.
+        kv_cache_config: vLLM's.
+        block_tables: per KV cache group, a table of the width that steps bring.
+        device: of all of it.
+
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        denoiser: DenoiserTower,
+        context_layers: nn.ModuleList,
+        canvas_length: int,
+        attn_groups: list[list[Any]],
+        kv_cache_config: KVCacheConfig,
+        block_tables: Sequence[torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        self.vllm_config, self.denoiser, self.context_layers = vllm_config, denoiser, context_layers
+        self.canvas_length, self.kv_cache_config, self.device = canvas_length, kv_cache_config, device
+        self.attn_groups = [[g for g in gs if not isinstance(g.kv_cache_spec, MambaSpec)] for gs in attn_groups]
+        self.row_counts = row_counts(vllm_config, canvas_length)
+        most = max(self.row_counts, default=0)
+        self.token_BS = torch.zeros(most, canvas_length, dtype=torch.int64, device=device)
+        self.level_B = torch.zeros(most, dtype=torch.int64, device=device)
+        self.query_start_loc = torch.zeros(most + 1, dtype=torch.int32, device=device)
+        self.seq_lens_B = torch.zeros(most, dtype=torch.int32, device=device)
+        self.block_tables = tuple(table.new_zeros(most, table.shape[1]) for table in block_tables)
+        self.slot_mappings_GT = torch.full(
+            (len(block_tables), most * canvas_length), PAD_SLOT_ID, dtype=torch.int64, device=device
+        )
+        self.mamba_groups = [
+            (group.layer_names, torch.zeros_like(self.level_B))
+            for group in kv_cache_config.kv_cache_groups
+            if isinstance(group.kv_cache_spec, MambaSpec)
+        ]
+        self._recorded: dict[int, _Recorded] = {}
+
+    def capture(self, record: Recorder) -> None:
+        """Record a pass for every number of rows, largest first: the smaller ones fit into its memory."""
+        for num_rows in sorted(self.row_counts, reverse=True):
+            self._fill_with_dummies(num_rows)
+            num_tokens = num_rows * self.canvas_length
+            hidden_TD = torch.zeros(
+                num_tokens,
+                self.denoiser.norm_f.weight.shape[0],
+                dtype=self.vllm_config.model_config.dtype,
+                device=self.device,
+            )
+            slots = {name: slots_B[:num_rows] for names, slots_B in self.mamba_groups for name in names}
+            layout = CanvasLayout.from_widths([self.canvas_length] * num_rows, self.device, mamba_slots=slots)
+            tokens, levels = self.token_BS.view(-1)[:num_tokens], self.level_B[:num_rows]
+            run = functools.partial(self._run_pass, hidden_TD, tokens, levels, layout)
+            replay = record(functools.partial(self._forward_context, num_rows), run)
+            self._recorded[num_rows] = _Recorded(hidden_TD, replay)
+
+    def _run_pass(
+        self, out_TD: torch.Tensor, token_T: torch.Tensor, level_R: torch.Tensor, layout: CanvasLayout
+    ) -> None:
+        out_TD.copy_(self.denoiser(token_T, level_R, layout, self.context_layers))
+
+    def load(self, widths: Sequence[int], places: CanvasPlaces) -> DenoiseGraph | None:
+        """A captured pass with a step's rows in its buffers; None where none has their shape."""
+        num_rows = len(widths)
+        captured = min((n for n in self._recorded if n >= num_rows), default=None)
+        if captured is None or any(width != self.canvas_length for width in widths):
+            return None
+        num_tokens = num_rows * self.canvas_length
+        ends = [min(row, num_rows) * self.canvas_length for row in range(captured + 1)]
+        self.query_start_loc[: captured + 1] = torch.tensor(ends, dtype=torch.int32).to(self.device)
+        self._copy_padded(self.seq_lens_B, places.seq_lens_R[:num_rows], captured, 0)
+        for table, rows in zip(self.block_tables, places.block_tables, strict=True):
+            self._copy_padded(table, rows[:num_rows], captured, 0)
+        for slots, step in zip(self.slot_mappings_GT, places.slot_mappings_GT, strict=True):
+            self._copy_padded(slots, step[:num_tokens], captured * self.canvas_length, PAD_SLOT_ID)
+        for names, slots_B in self.mamba_groups:
+            self._copy_padded(slots_B, places.mamba_slots[names[0]], captured, 0)
+        return DenoiseGraph(self, self._recorded[captured], num_rows)
+
+    @staticmethod
+    def _copy_padded(buffer: torch.Tensor, values: torch.Tensor, length: int, padding: int) -> None:
+        buffer[: len(values)] = values
+        buffer[len(values) : length] = padding
+
+    def _fill_with_dummies(self, num_rows: int) -> None:
+        """Rows of one canvas each, in the null block, writing nowhere."""
+        step = torch.arange(num_rows + 1, dtype=torch.int32, device=self.device)
+        self.query_start_loc[: num_rows + 1] = step * self.canvas_length
+        self.seq_lens_B[:num_rows] = self.canvas_length
+        self.slot_mappings_GT.fill_(PAD_SLOT_ID)
+
+    @contextmanager
+    def _forward_context(self, num_rows: int) -> Iterator[None]:
+        """vLLM's forward context of a pass over the buffers, not causal, for lengths up to the longest allowed."""
+        num_tokens = num_rows * self.canvas_length
+        slot_mappings = self.slot_mappings_GT[:, :num_tokens]
+        longest = self.vllm_config.model_config.max_model_len
+        metadata = build_attn_metadata(
+            attn_groups=self.attn_groups,
+            num_reqs=num_rows,
+            num_tokens=num_tokens,
+            query_start_loc_gpu=self.query_start_loc[: num_rows + 1],
+            query_start_loc_cpu=self.query_start_loc[: num_rows + 1].cpu(),
+            max_query_len=self.canvas_length,
+            seq_lens=self.seq_lens_B[:num_rows],
+            max_seq_len=longest,
+            block_tables=tuple(table[:num_rows] for table in self.block_tables),
+            slot_mappings=slot_mappings,
+            kv_cache_config=self.kv_cache_config,
+            seq_lens_cpu_upper_bound=torch.full((num_rows,), longest, dtype=torch.int32),
+            causal=False,
+        )
+        for of_layer in metadata.values():
+            if getattr(of_layer, "scheduler_metadata", None) is not None and not current_platform.is_cpu():
+                # FlashAttention's plan would be that of the dummies for ever: leave it to the kernel, within a bound
+                of_layer.scheduler_metadata = None
+                of_layer.max_num_splits = self.vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
+        by_layer = build_slot_mappings_by_layer(slot_mappings, self.kv_cache_config)
+        with set_forward_context(metadata, self.vllm_config, num_tokens=num_tokens, slot_mapping=by_layer):
+            yield
+
+
+def row_counts(vllm_config: VllmConfig, canvas_length: int) -> list[int]:
+    """Numbers of rows to capture: vLLM's sizes for decode steps, where a row is one token."""
+    scheduler = vllm_config.scheduler_config
+    tokens = min(MOST_CAPTURED_TOKENS, scheduler.max_num_batched_tokens)
+    most = min(scheduler.max_num_seqs, tokens // canvas_length)
+    return sorted(n for n in vllm_config.compilation_config.cudagraph_capture_sizes or [] if n <= most)
+
+
+def can_capture(attn_groups: list[list[Any]]) -> bool:
+    """Whether every attention layer's backend can be replayed."""
+    groups = [g for gs in attn_groups for g in gs if not isinstance(g.kv_cache_spec, MambaSpec)]
+    return all(group.backend.get_name() in CAPTURABLE_BACKENDS for group in groups)
+
+
+def record_cuda_graph(
+    context: Callable[[], AbstractContextManager[None]], run: Callable[[], None]
+) -> Callable[[], None]:
+    """Run once, for whatever kernels and layers set up on first use, then capture; to be called within
+    ``capturing``."""
+    with context():
+        run()
+    graph = torch.cuda.CUDAGraph()
+    pool = current_platform.get_global_graph_pool()
+    with context(), torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+        run()
+    return graph.replay
+
+
+def capturing(device: torch.device) -> AbstractContextManager[Any]:
+    """vLLM's stream for captures, with its collectives ready for them."""
+    return graph_capture(device)
