@@ -12,7 +12,7 @@ PER_FAMILY = 3
 
 @pytest.fixture(scope="module")
 def report():
-    return evaluate(PER_FAMILY, gammas=(0.8,), steps=(16,), prose=0)
+    return evaluate(DEMO_MODEL, PER_FAMILY, gammas=(0.8,), steps=(16,), prose=0)
 
 
 def test_the_published_setting_on_a_few_questions(report):
