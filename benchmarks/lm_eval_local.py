@@ -24,8 +24,9 @@ OPTIONS += ["--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager"]
 def evaluate(lm_eval: str, url: str, mode: str, out: pathlib.Path) -> tuple[str, dict]:
     """One run of lm-eval; returns its table and its results by task."""
     command = [lm_eval, "--model", "local-completions", "--include_path", "benchmarks/lm_eval"]
-    command += ["--model_args", f"model=demo,base_url={url}/v1/completions,tokenizer={MODEL},num_concurrent=4"]
-    command += ["--tasks", "demo_verses,demo_next_word", "--output_path", str(out)]
+    server = f"model=demo,base_url={url}/v1/completions,tokenizer={MODEL},num_concurrent=4,add_bos_token=True"
+    command += ["--model_args", server]
+    command += ["--tasks", "demo_questions,demo_last_number", "--output_path", str(out)]
     command += ["--gen_kwargs", json.dumps({"vllm_xargs": {"diffusion_mode": mode}})]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode:
@@ -45,7 +46,7 @@ def main() -> None:
         with vllm_server(MODEL, *OPTIONS, log=out / "log", cwd=ROOT) as url:
             for mode in ("mask_diffusion", "ar"):
                 table, results = evaluate(args.lm_eval, url, mode, out / mode)
-                assert set(results) == {"demo_verses", "demo_next_word"}
+                assert set(results) == {"demo_questions", "demo_last_number"}
                 print(f"{mode}\n\n{table}")
 
 

@@ -1,4 +1,4 @@
-"""What mask diffusion keeps of AR's quality, and at what speed, on the task model's held-out questions.
+"""What mask diffusion keeps of AR's quality, and at what speed, on the demo model's held-out questions.
 
     make quality
 
@@ -22,8 +22,6 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
-TASK_MODEL = ROOT / "benchmarks" / "models" / "tasks"
-"""Trained by ``tools/train_demo.py``; its README says on what and how far."""
 GAMMAS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 STEPS = (4, 8, 16)
 
@@ -65,7 +63,9 @@ def _say(title: str, row: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=pathlib.Path, default=TASK_MODEL)
+    from vllm_twotower.cli import DEMO_MODEL
+
+    parser.add_argument("--model", type=pathlib.Path, default=DEMO_MODEL)
     parser.add_argument("--per-family", type=int, default=24, help="questions of each family")
     parser.add_argument("--ablation-per-family", type=int, default=8, help="the same for the ablations; 0 for none")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")

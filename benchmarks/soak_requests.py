@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-SENTENCE = "And the LORD spake unto all them that he was with in his house, and they said it shall not be for thee"
+SENTENCE = "Convert: 5 feet to inches, 9 days to hours. It is Monday. Ann has 21 of apple, then buys 20. How many now?"
 WORDS = SENTENCE.split()
-SHARED_PREFIX = "In the beginning God created the heaven and the earth. And the earth was without form, and void; " * 3
+SHARED_PREFIX = "Price list\nmug: 667\ndoor: 715\ntowel: 586\norange: 976\nbrick: 107\nhat: 936\nshell: 913\n" * 2
 ONE_TOKEN_A_STEP = ("ar", "mock_ar")
 
 
@@ -45,7 +45,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"vllm_xargs": {"diffusion_confidence_threshold": 2}}, "diffusion_confidence_threshold=2"),
     ({"vllm_xargs": {"diffusion_mode": "fast"}}, "diffusion_mode='fast'"),
     ({"vllm_xargs": {"diffusion_canvas_length": 64}}, "diffusion_canvas_length=64"),
-    ({"structured_outputs": {"choice": ["yea", "nay"]}}, "diffusion_mode='ar'"),
+    ({"structured_outputs": {"choice": ["yes", "no"]}}, "diffusion_mode='ar'"),
     ({"temperature": -1}, "temperature"),
     ({"max_tokens": 100_000}, "max_tokens"),
     ({"stop_token_ids": list(range(4, 140)), "min_tokens": 1}, "stop token ids"),
@@ -81,7 +81,7 @@ def draw_good(rng: random.Random, path: str | None = None) -> Request:
     if path == CHAT:
         body["messages"] = [{"role": "user", "content": prompt}]
     elif rng.random() < 0.2:
-        body["prompt"] = [rng.randint(4, 1023) for _ in range(rng.randint(2, 300))]
+        body["prompt"] = [rng.randint(4, 1535) for _ in range(rng.randint(2, 300))]
     else:
         body["prompt"] = prompt
     if path == COMPLETIONS and rng.random() < 0.2:
@@ -116,8 +116,8 @@ def draw_sampling(rng: random.Random) -> dict[str, Any]:
             {"frequency_penalty": 0.5},
             {"repetition_penalty": 1.2},
             {"logit_bias": {"262": -20}},
-            {"stop": ["LORD", "\n"]},
-            {"bad_words": ["the"]},
+            {"stop": ["day", "\n"]},
+            {"bad_words": ["to"]},
             {"min_tokens": 1},
         ]
     )

@@ -1,7 +1,7 @@
-"""Stream a completion from a running server; text arrives a canvas at a time.
+r"""Stream a completion from a running server; text arrives a canvas at a time.
 
 vllm serve vllm_twotower/assets/demo --diffusion --served-model-name demo
-python examples/streaming.py http://localhost:8000 "And God said,"
+python examples/streaming.py http://localhost:8000 $'Sort: u92 a15 w96 c86 l10 e85 j17 i57 g63 s91 o33 q12\nAnswer:'
 """
 
 import sys
@@ -14,7 +14,7 @@ model = next(iter(client.models.list())).id
 stream = client.completions.create(
     model=model,
     prompt=prompt,
-    max_tokens=48,
+    max_tokens=96,
     temperature=0.0,
     stream=True,
     stream_options={"include_usage": True},

@@ -25,7 +25,8 @@ llm = LLM(
 )
 tokenizer, engine = llm.get_tokenizer(), llm.llm_engine
 llm.collective_rpc("diffusion_trace_start")
-engine.add_request("0", "In those days", diffusion_params(max_tokens=16, temperature=0.0, max_steps=6))
+question = "Kai has 58 of book, then drops 26, finds 5, gets 20, drops 26. How many now?\nAnswer:"
+engine.add_request("0", question, diffusion_params(max_tokens=16, temperature=0.0, max_steps=6))
 while engine.has_unfinished_requests():
     outputs = engine.step()
     for passes in llm.collective_rpc("diffusion_trace_take")[0].values():

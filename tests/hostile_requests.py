@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from demo_questions import SHORT
+
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
 MAX_TOKENS = 4
 MAX_MODEL_LEN = 512
@@ -116,12 +118,12 @@ LIMITS = {"max_tokens", "max_completion_tokens"}
 def base(path: str) -> dict[str, Any]:
     """A good request."""
     if path == COMPLETIONS:
-        return {"model": "demo", "prompt": "And God said,", "max_tokens": MAX_TOKENS, "temperature": 0.0}
+        return {"model": "demo", "prompt": SHORT, "max_tokens": MAX_TOKENS, "temperature": 0.0}
     if path == CHAT:
-        messages = [{"role": "user", "content": "And God said,"}]
+        messages = [{"role": "user", "content": SHORT}]
         return {"model": "demo", "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0.0}
     if path == TOKENIZE:
-        return {"model": "demo", "prompt": "And God said,"}
+        return {"model": "demo", "prompt": SHORT}
     return {"model": "demo", "tokens": [5, 6, 7]}
 
 

@@ -6,6 +6,11 @@ import re
 import subprocess
 import sys
 
+import make_readme
+from demo.item import PROMPT_END, Item
+
+from vllm_twotower.cli import DEMO_QUESTION_END, DEMO_QUESTIONS, DEMO_RUNS, demo_prompt
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # as a user has it
@@ -27,10 +32,40 @@ def run(*arguments):
 
 
 def test_the_offline_example_prints_what_readme_says():
-    code, printed = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.DOTALL).groups()
+    code, printed = make_readme.EXAMPLE.search(README).groups()
     assert code == (ROOT / "examples" / "offline.py").read_text(encoding="utf-8")
     output = {line.strip() for line in run("examples/offline.py").splitlines()}
     assert {line.strip() for line in printed.splitlines()} <= output
+
+
+def test_the_demo_answers_its_own_questions():
+    """At the published setting all are right; the other settings and AR are shown beside it."""
+    printed = run("-m", "vllm_twotower.cli", "demo")
+    count = len(DEMO_QUESTIONS)
+    right = re.findall(r"(\d) of (\d) answers are right", printed)
+    assert right[0] == (str(count), str(count))
+    assert len(right) == len(DEMO_RUNS)
+    for question, answer in DEMO_QUESTIONS.items():
+        assert f"  {demo_prompt(question)}\033[1m {answer}\033[0m" in printed
+    assert len(re.findall(r"^\| (mask_diffusion|ar)\b", printed, re.MULTILINE)) == len(DEMO_RUNS)
+
+
+def test_the_demo_takes_a_question_of_ones_own():
+    question = next(iter(DEMO_QUESTIONS))
+    printed = run("-m", "vllm_twotower.cli", "demo", "--prompt", question, "--max-tokens", "8")
+    assert printed.count(f"  {question}\nAnswer:\033[1m") == len(DEMO_RUNS)
+    assert "are right" not in printed
+
+
+def test_a_question_gets_its_end_once():
+    assert DEMO_QUESTION_END == PROMPT_END
+    for question in ("Sort: b1\na2", r"Sort: b1\na2", r"Sort: b1\na2\nAnswer:"):
+        assert demo_prompt(question) == "Sort: b1\na2\nAnswer:"
+
+
+def test_the_demos_questions_are_held_out():
+    for question, answer in DEMO_QUESTIONS.items():
+        assert Item.make("", question, f" {answer}").is_held_out
 
 
 def test_the_watching_example():
@@ -46,6 +81,12 @@ def test_the_watching_example():
 
 def test_the_configuration_page_is_what_the_code_says():
     run("tools/make_docs.py", "--check")
+
+
+def test_the_figures_in_readme_and_on_the_card_are_those_of_the_results():
+    for path in (make_readme.README, make_readme.CARD):
+        text = path.read_text(encoding="utf-8")
+        assert make_readme.with_figures(text) == text, path
 
 
 def test_the_files_that_readme_names_exist():

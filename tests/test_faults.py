@@ -16,13 +16,13 @@ import httpx
 import openai
 import psutil
 import pytest
+from demo_questions import LONG
 from server import START_SECONDS, is_healthy, starting_server, terminate, wait_until_healthy
 
 from vllm_twotower.cli import DEMO_MODEL
 
 OPTIONS = ["--diffusion", "--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "512"]
 OPTIONS += ["--max-num-seqs", "8", "--enforce-eager"]
-PROMPT = "And God said,"
 SECONDS = 30
 """Within which everything here has to be over; on an idle core it takes up to ten."""
 
@@ -41,7 +41,7 @@ def client_of(url):
 
 
 def complete(url, **more):
-    settings = {"model": "demo", "prompt": PROMPT, "max_tokens": 20, "temperature": 0.0, **more}
+    settings = {"model": "demo", "prompt": LONG, "max_tokens": 20, "temperature": 0.0, **more}
     return client_of(url).completions.create(**settings)
 
 
@@ -79,7 +79,7 @@ def assert_all_gone(family):
 def leave(url, stream):
     """Send a long request and close the socket once it runs."""
     address = urllib.parse.urlsplit(url)
-    request = {"model": "demo", "prompt": PROMPT, "max_tokens": 450, "stream": stream, "ignore_eos": True}
+    request = {"model": "demo", "prompt": LONG, "max_tokens": 450, "stream": stream, "ignore_eos": True}
     body = json.dumps(request).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     with socket.create_connection((address.hostname, address.port), timeout=SECONDS) as connection:
@@ -149,7 +149,7 @@ def test_sigterm_while_generating_ends_what_runs_and_what_waits(tmp_path):
         wait_until_healthy(url, process, tmp_path / "log")
         streams = [endless(url), endless(url)]
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            waiting = [pool.submit(complete, url, max_tokens=450) for _ in range(2)]
+            waiting = [pool.submit(complete, url, max_tokens=450, extra_body={"ignore_eos": True}) for _ in range(2)]
             within(SECONDS, lambda: gauge(url, "num_requests_waiting") == 2)
             print(f"SIGTERM while generating: over after {stop(process):.1f} s")
             for stream in streams:
@@ -186,6 +186,7 @@ def test_vllm_still_swallows_a_sigterm_while_its_engine_loads():
 def test_two_servers_on_one_host_and_sigterm_with_patience(tmp_path):
     """With ``--shutdown-timeout`` what runs is finished first; the other server does not notice."""
     logs = [tmp_path / "one", tmp_path / "two"]
+    long = {"max_tokens": 100, "extra_body": {"ignore_eos": True}}
     with (
         starting_server(DEMO_MODEL, *OPTIONS, log=logs[0]) as (url, process),
         starting_server(DEMO_MODEL, *OPTIONS, "--shutdown-timeout", "300", log=logs[1]) as (patient_url, patient),
@@ -193,13 +194,13 @@ def test_two_servers_on_one_host_and_sigterm_with_patience(tmp_path):
         wait_until_healthy(url, process, logs[0])
         wait_until_healthy(patient_url, patient, logs[1])
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            texts = [a.choices[0].text for a in pool.map(lambda at: complete(at, max_tokens=100), [url, patient_url])]
+            texts = [a.choices[0].text for a in pool.map(lambda at: complete(at, **long), [url, patient_url])]
         assert texts[0] == texts[1]
-        stream = complete(patient_url, max_tokens=100, stream=True)
+        stream = complete(patient_url, **long, stream=True)
         begun = next(iter(stream)).choices[0].text
         family = family_of(patient)
         patient.send_signal(signal.SIGTERM)
         assert begun + "".join(chunk.choices[0].text for chunk in stream) == texts[0]
         patient.wait(SECONDS)
         assert_all_gone(family)
-        assert complete(url, max_tokens=100).choices[0].text == texts[0]
+        assert complete(url, **long).choices[0].text == texts[0]

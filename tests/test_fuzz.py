@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from demo_questions import LONG, OPEN, SHORT
 from hostile_requests import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, UNSATISFIABLE, Hostile, base, hostile_requests
 from server import vllm_server
 
@@ -147,7 +148,8 @@ def complete(url: str, **more: Any) -> str:
         return json.load(answer)["choices"][0]["text"]
 
 
-GOOD = [{"max_tokens": 20}, {"max_tokens": 20, "temperature": 0.8, "seed": 7}]
+DRAWN = {"prompt": OPEN, "ignore_eos": True, "temperature": 0.8, "seed": 7}
+GOOD = [{"max_tokens": 20}, {"max_tokens": 20, **DRAWN}]
 GOOD += [{"max_tokens": 8, "vllm_xargs": {"diffusion_mode": mode}} for mode in ("ar", "mock_ar")]
 
 
@@ -237,7 +239,7 @@ def test_a_beam_search_leaves_no_mark_on_its_connection(server):
         connection.request("POST", path, json.dumps({**base(path), **more}), {"Content-Type": "application/json"})
         return json.load(connection.getresponse())["choices"]
 
-    search = {"prompt": ["And God said,", "And it came"], "n": 2, "max_tokens": 3, "use_beam_search": True}
+    search = {"prompt": [SHORT, LONG], "n": 2, "max_tokens": 3, "use_beam_search": True}
     assert len({c["text"] for c in ask(COMPLETIONS, **search, vllm_xargs={"diffusion_mode": "ar"})}) == 4
     assert ask(CHAT)[0]["message"]["content"] == expected
     connection.close()
@@ -271,8 +273,8 @@ def test_vllm_still_admits_grammars_that_no_text_fulfils():
     from vllm.sampling_params import StructuredOutputsParams
     from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
-    tokens = xgrammar.TokenizerInfo.from_huggingface(AutoTokenizer.from_pretrained(DEMO_MODEL), vocab_size=1024)
-    compiler, mask = xgrammar.GrammarCompiler(tokens), xgrammar.allocate_token_bitmask(1, 1024)
+    tokens = xgrammar.TokenizerInfo.from_huggingface(AutoTokenizer.from_pretrained(DEMO_MODEL), vocab_size=1536)
+    compiler, mask = xgrammar.GrammarCompiler(tokens), xgrammar.allocate_token_bitmask(1, 1536)
     for sent in UNSATISFIABLE:
         validate_xgrammar_grammar(SamplingParams(structured_outputs=StructuredOutputsParams(**sent)))
         is_json = "json" in sent

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from demo_questions import SHORT
 from engine_harness import engine, golden_params
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -225,7 +226,7 @@ def test_a_folder_laid_out_like_the_hubs(hub_folder):
     with engine(hub_folder, {"passes_per_step": 16}, skip_tokenizer_init=False) as e:
         tokenizer = e.llm.get_tokenizer()
         assert tokenizer.eos_token_id == 12
-        prompt = tokenizer.encode("And God said,")
+        prompt = tokenizer.encode(SHORT)
         bias = {"max_tokens": 40, "temperature": 0.0}
         params = [diffusion_params(logit_bias={end: 100.0}, **bias) for end in (2, 11, 12, 13)]
         outputs = [o.outputs[0] for o in e.generate([prompt] * 4, params)]

@@ -13,6 +13,7 @@ import time
 import httpx
 import openai
 import pytest
+from demo_questions import LONG
 from server import is_healthy, vllm_server
 
 from vllm_twotower.cli import DEMO_MODEL
@@ -134,7 +135,8 @@ def test_a_killed_worker_ends_the_server_and_no_client_hangs(tmp_path, victim):
     options += ["--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager"]
     with vllm_server(DEMO_MODEL, *options, log=log) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-        stream = client.completions.create(model="demo", prompt="And God said,", max_tokens=400, stream=True)
+        endless = {"max_tokens": 400, "stream": True, "extra_body": {"ignore_eos": True}}
+        stream = client.completions.create(model="demo", prompt=LONG, **endless)
         assert next(iter(stream)).choices[0].text
         os.kill(int(re.search(rf"\(VllmWorker-{victim} pid=(\d+)\)", log.read_text())[1]), signal.SIGKILL)
         killed = time.monotonic()

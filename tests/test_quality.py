@@ -1,16 +1,18 @@
 """A few dozen held-out questions through the real engine: the smoke version of ``benchmarks/quality.py``."""
 
 import pytest
-from quality import TASK_MODEL, evaluate
+from quality import evaluate
 from quality_parts.questions import FAMILIES, Outcome, held_out, shares
 from quality_parts.report import markdown
+
+from vllm_twotower.cli import DEMO_MODEL
 
 PER_FAMILY = 3
 
 
 @pytest.fixture(scope="module")
 def report():
-    return evaluate(TASK_MODEL, PER_FAMILY, gammas=(0.8,), steps=(16,), prose=0)
+    return evaluate(DEMO_MODEL, PER_FAMILY, gammas=(0.8,), steps=(16,), prose=0)
 
 
 def test_the_published_setting_on_a_few_questions(report):
@@ -27,7 +29,7 @@ def test_the_plain_reference_finds_what_the_engine_found(report):
     """Same tokens in as many passes, so the same answers."""
     from quality_parts.ablations import PlainRun
 
-    plain, (engine,) = PlainRun(TASK_MODEL).ask(held_out(PER_FAMILY), "as published").row(), report["mask_diffusion"]
+    plain, (engine,) = PlainRun(DEMO_MODEL).ask(held_out(PER_FAMILY), "as published").row(), report["mask_diffusion"]
     for figure in ("exact", "unfinished", "tokens", "denoise_passes"):
         assert plain[figure] == engine[figure], figure
 

@@ -2,27 +2,21 @@
 
 import concurrent.futures
 import json
-import os
 import pathlib
-import re
-import shlex
 import subprocess
-import sys
 import time
 import urllib.request
 
+import make_readme
 import openai
 import pytest
+from demo_questions import LONG, OPEN, SHORT
 from server import VLLM, vllm_server
 
 from vllm_twotower.cli import DEMO_MODEL
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PROMPT = "And God said,"
-
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTION = README.split("## As a server")[1].split("\n## ")[0]
 FOR_THE_TESTS = ["--diffusion", '{"passes_per_step": 4}', "--max-num-seqs", "16"]
 FOR_THE_TESTS += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
 
@@ -31,8 +25,7 @@ FOR_THE_TESTS += ["--structured-outputs-config", '{"backend": "xgrammar", "disab
 def server(tmp_path_factory):
     """README's own command, and some settings that the tests below need."""
     log = tmp_path_factory.mktemp("server") / "log"
-    command = re.search(r"^vllm serve (.*)$", SECTION, re.MULTILINE)[1]
-    with vllm_server(*shlex.split(command), *FOR_THE_TESTS, log=log, cwd=ROOT) as url:
+    with vllm_server(*make_readme.serve_arguments(README), *FOR_THE_TESTS, log=log, cwd=ROOT) as url:
         yield url, log
 
 
@@ -41,9 +34,9 @@ def client(server):
     return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0, timeout=120)
 
 
-def complete(client, prompt=PROMPT, xargs=None, **more):
+def complete(client, prompt=LONG, xargs=None, extra_body=None, **more):
     settings = {"model": "demo", "prompt": prompt, "max_tokens": 40, "temperature": 0.0, **more}
-    return client.completions.create(**settings, extra_body={"vllm_xargs": xargs or {}})
+    return client.completions.create(**settings, extra_body={"vllm_xargs": xargs or {}, **(extra_body or {})})
 
 
 def metrics(server):
@@ -56,32 +49,19 @@ def metrics(server):
     return values
 
 
-SESSION = re.findall(r"```bash\n([^`]*)```\n\n```text\n([^`]*)```", SECTION)
-
-
 def test_readmes_session(server):
     """Every command of README's server section prints what README says it prints; first, since it counts canvases."""
-    assert len(SESSION) == 4
-    port = server[0].rpartition(":")[2]
-    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
-    for command, printed in SESSION:
-        result = subprocess.run(
-            ["bash", "-c", command.replace("localhost:8000", f"localhost:{port}")],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-            cwd=ROOT,
-            env={**os.environ, "PATH": path},
-        )
+    shown = make_readme.session(README)
+    assert len(shown) == 4
+    for command, printed in shown:
         assert printed.strip(), "README shows what a command prints"
-        pattern = ".*".join(re.escape(part) for part in printed.strip().split("..."))
-        assert re.search(pattern, result.stdout, re.DOTALL), f"{command}\nprinted\n{result.stdout}\nnot\n{printed}"
+        output = make_readme.run_command(command, server[0])
+        assert make_readme.is_shown(printed, output), f"{command}\nprinted\n{output}\nnot\n{printed}"
 
 
 def test_models_tokenize_and_health(server, client):
     assert [m.id for m in client.models.list()] == ["demo"]
-    body = json.dumps({"model": "demo", "prompt": PROMPT}).encode()
+    body = json.dumps({"model": "demo", "prompt": LONG}).encode()
     request = urllib.request.Request(f"{server[0]}/tokenize", body, {"Content-Type": "application/json"})
     assert json.load(urllib.request.urlopen(request))["count"] > 3
 
@@ -111,19 +91,28 @@ def test_a_stop_string_across_two_canvases(client):
 
 
 def test_end_of_sequence_ends_the_text(client):
-    ended = complete(client, prompt="Jesus wept", max_tokens=200, temperature=0.7, seed=3)
-    assert ended.choices[0].finish_reason in ("stop", "length")
+    ended = complete(client, prompt=SHORT, max_tokens=200)
+    assert ended.choices[0].finish_reason == "stop"
+    assert 16 < ended.usage.completion_tokens < 96, "in a later canvas, an end that is counted"
     assert "</s>" not in ended.choices[0].text
-    longer = complete(client, prompt="Jesus wept", max_tokens=200, temperature=0.7, seed=3, stream=True)
-    assert "".join(c.choices[0].text for c in longer) == ended.choices[0].text
+    streamed = complete(client, prompt=SHORT, max_tokens=200, stream=True)
+    assert "".join(c.choices[0].text for c in streamed) == ended.choices[0].text
+    longer = complete(client, prompt=SHORT, max_tokens=96, extra_body={"ignore_eos": True})
+    assert longer.usage.completion_tokens == 96
+    assert longer.choices[0].text.startswith(ended.choices[0].text)
 
 
-def test_chat(client):
+def test_chat_asks_as_the_model_was_trained(client):
+    """Its template begins with <s> and adds what a question ends in."""
     answer = client.chat.completions.create(
-        model="demo", messages=[{"role": "user", "content": PROMPT}], max_tokens=16, temperature=0.0
+        model="demo",
+        messages=[{"role": "user", "content": SHORT.removesuffix("\nAnswer:")}],
+        max_tokens=96,
+        temperature=0.0,
     )
-    assert answer.choices[0].message.content
-    assert answer.usage.completion_tokens <= 16
+    whole = complete(client, prompt=SHORT, max_tokens=96)
+    assert answer.usage.prompt_tokens == whole.usage.prompt_tokens
+    assert answer.choices[0].message.content == whole.choices[0].text
 
 
 @pytest.mark.parametrize("mode", ["mask_diffusion", "mock_ar", "ar"])
@@ -136,13 +125,13 @@ def test_structured_output_works_in_ar_and_is_refused_in_mask_diffusion(client):
     def choose(mode):
         return client.completions.create(
             model="demo",
-            prompt=PROMPT,
+            prompt=LONG,
             max_tokens=12,
             temperature=0.0,
-            extra_body={"vllm_xargs": {"diffusion_mode": mode}, "structured_outputs": {"choice": ["yea", "nay"]}},
+            extra_body={"vllm_xargs": {"diffusion_mode": mode}, "structured_outputs": {"choice": ["yes", "no"]}},
         )
 
-    assert choose("ar").choices[0].text in ("yea", "nay")
+    assert choose("ar").choices[0].text in ("yes", "no")
     with pytest.raises(openai.BadRequestError, match="diffusion_mode='ar'"):
         choose("mask_diffusion")
 
@@ -156,7 +145,7 @@ def test_a_json_schema_in_ar(client):
     }
     answer = client.chat.completions.create(
         model="demo",
-        messages=[{"role": "user", "content": PROMPT}],
+        messages=[{"role": "user", "content": LONG}],
         max_tokens=60,
         temperature=0.0,
         response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema}},
@@ -171,7 +160,7 @@ def test_beam_search_in_ar_and_refused_in_mask_diffusion(client):
     def search(**xargs):
         extra = {"use_beam_search": True, "vllm_xargs": xargs}
         return client.completions.create(
-            model="demo", prompt=PROMPT, n=2, max_tokens=4, temperature=0.0, extra_body=extra
+            model="demo", prompt=LONG, n=2, max_tokens=4, temperature=0.0, extra_body=extra
         )
 
     assert len({c.text for c in search(diffusion_mode="ar").choices}) == 2
@@ -181,11 +170,12 @@ def test_beam_search_in_ar_and_refused_in_mask_diffusion(client):
 
 
 def test_three_samples_of_one_prompt(client):
-    choices = complete(client, n=3, temperature=1.0, seed=7, max_tokens=16).choices
+    drawn = {"prompt": OPEN, "temperature": 1.0, "max_tokens": 16, "extra_body": {"ignore_eos": True}}
+    choices = complete(client, n=3, seed=7, **drawn).choices
     assert [c.index for c in choices] == [0, 1, 2]
     assert len({c.text for c in choices}) == 3
     for index, choice in enumerate(choices):  # vLLM gives sample i the seed + i
-        assert complete(client, temperature=1.0, seed=7 + index, max_tokens=16).choices[0].text == choice.text
+        assert complete(client, seed=7 + index, **drawn).choices[0].text == choice.text
 
 
 @pytest.mark.parametrize(
@@ -214,17 +204,19 @@ def test_a_prompt_of_one_token_is_a_400_in_mock_ar(client):
 def test_what_kills_stock_vllm_is_a_400(client):
     with pytest.raises(openai.BadRequestError, match="stop token ids"):
         client.completions.create(
-            model="demo", prompt=PROMPT, extra_body={"stop_token_ids": list(range(4, 140)), "min_tokens": 1}
+            model="demo", prompt=LONG, extra_body={"stop_token_ids": list(range(4, 140)), "min_tokens": 1}
         )
     assert complete(client, max_tokens=4).usage.completion_tokens == 4
 
 
 def test_logprobs_and_seeds_over_http(client):
-    answer = complete(client, logprobs=2, max_tokens=16, temperature=0.9, seed=5)
+    drawn = {"prompt": OPEN, "logprobs": 2, "max_tokens": 16, "temperature": 0.9, "extra_body": {"ignore_eos": True}}
+    answer = complete(client, seed=5, **drawn)
+    assert answer.usage.completion_tokens == 16
     assert len(answer.choices[0].logprobs.token_logprobs) == answer.usage.completion_tokens
     assert all(p <= 0 for p in answer.choices[0].logprobs.token_logprobs)
-    again = complete(client, logprobs=2, max_tokens=16, temperature=0.9, seed=5)
-    assert again.choices[0].text == answer.choices[0].text
+    assert complete(client, seed=5, **drawn).choices[0].text == answer.choices[0].text
+    assert complete(client, seed=6, **drawn).choices[0].text != answer.choices[0].text
     scored = complete(client, echo=True, logprobs=1, max_tokens=1)
     assert len(scored.choices[0].logprobs.token_logprobs) > 4
 
@@ -252,8 +244,8 @@ def test_sixteen_different_requests_at_once_answer_as_alone(client):
         {"presence_penalty": 1.0},
         {"frequency_penalty": 0.7},
         {"extra": {"repetition_penalty": 1.3}},
-        {"logit_bias": {"262": -20}},
-        {"stop": ["LORD"]},
+        {"logit_bias": {"15": 8}},
+        {"stop": ["e"]},
         {"xargs": {"diffusion_confidence_threshold": 0.3}},
         {"xargs": {"diffusion_max_steps": 4}},
         {"xargs": {"diffusion_canvas_length": 8}},
@@ -262,8 +254,8 @@ def test_sixteen_different_requests_at_once_answer_as_alone(client):
     ]
 
     def ask(variant):
-        settings = {"model": "demo", "prompt": PROMPT, "max_tokens": 20, "temperature": 0.0}
-        extra = {"vllm_xargs": variant.get("xargs", {}), **variant.get("extra", {})}
+        settings = {"model": "demo", "prompt": OPEN, "max_tokens": 20, "temperature": 0.0}
+        extra = {"vllm_xargs": variant.get("xargs", {}), "ignore_eos": True, **variant.get("extra", {})}
         settings.update({k: v for k, v in variant.items() if k not in ("xargs", "extra")})
         return client.completions.create(**settings, extra_body=extra).choices[0].text
 

@@ -52,6 +52,7 @@ def main() -> None:
     plot_curves(trainer.progress.log, args.run / "training.png")
     if args.out:
         export(args.run / "final.pt", tokenizer, args.out)
+        plot_curves(trainer.progress.log, args.out / "training.png")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,31 @@ import sys
 from typing import Any
 
 DEMO_MODEL = pathlib.Path(__file__).parent / "assets" / "demo"
-DEMO_PROMPTS = ("And God said,", "In those days")
+DEMO_QUESTIONS = {
+    "Sam has 60 of hat, then finds 27, loses 21, wins 21, drops 4. How many now?": (
+        "60+27=87 87-21=66 66+21=87 87-4=83"
+    ),
+    "Convert: 6 dozens to eggs, 3 pounds to ounces, 5 years to months, 15 pounds to ounces, 12 years to months, "
+    "15 feet to inches": (
+        "6 dozens=72 eggs 3 pounds=48 ounces 5 years=60 months 15 pounds=240 ounces 12 years=144 months "
+        "15 feet=180 inches"
+    ),
+    "It is Wednesday. Move by days: -3 +6 +3 -3 +4 +7 -2 -8": (
+        "Wednesday -3 Sunday +6 Saturday +3 Tuesday -3 Saturday +4 Wednesday +7 Wednesday -2 Monday -8 Sunday"
+    ),
+    "bag: purple map coin stone nut plum shoe hat chair\nguests: Dan Omar Finn Ben Hana Quin Ann\n"
+    "team: Kai Hana Gus Ben Dan Omar Tara Nora\nroute: Paris Seoul Delhi Berlin Cairo Rome Madrid\n"
+    "shelf: black lamp nail flag pear coin plate\nWrite as JSON: route guests shelf": (
+        '{"route": "Paris Seoul Delhi Berlin Cairo Rome Madrid", "guests": "Dan Omar Finn Ben Hana Quin Ann", '
+        '"shelf": "black lamp nail flag pear coin plate"}'
+    ),
+}
+"""Questions like those the demo model was trained on, which it was not shown, and their right answers."""
+DEMO_QUESTION_END = "\nAnswer:"
+"""How every question ended in training; what the model's chat template adds."""
 DEMO_RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mask_diffusion", {"confidence_threshold": 0.8, "max_steps": 16}),
-    ("mask_diffusion", {"confidence_threshold": 0.3, "max_steps": 8}),
+    ("mask_diffusion", {"confidence_threshold": 0.6, "max_steps": 8}),
     ("ar", {}),
 )
 """The published settings, settings that trade quality for fewer passes, and the autoregressive baseline."""
@@ -32,9 +53,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vllm-twotower", description="Block-diffusion decoding for vLLM.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="write text with the small trained model that ships with the package")
-    demo.add_argument("--prompt", action="append", help="your own instead of those built in; repeatable")
-    demo.add_argument("--max-tokens", type=int, default=64)
+    demo = commands.add_parser("demo", help="answer questions with the small trained model that ships with the package")
+    demo.add_argument(
+        "--prompt",
+        action="append",
+        help=r"your own question instead of those built in, repeatable; \n is a new line, 'Answer:' is added. What the "
+        "model was trained on is in its README, in assets/demo",
+    )
+    demo.add_argument("--max-tokens", type=int, default=96)
     demo.set_defaults(run=_demo)
 
     trace = commands.add_parser("trace", help="show one prompt's canvases filling in, here and as a page")
@@ -70,18 +96,29 @@ def _prepare_environment() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
+def demo_prompt(question: str) -> str:
+    """As the demo model was trained on it."""
+    return question.replace("\\n", "\n").removesuffix(DEMO_QUESTION_END) + DEMO_QUESTION_END
+
+
 def _demo(args: argparse.Namespace) -> int:
     from vllm_twotower import diffusion_params
     from vllm_twotower.live import Run, print_table, start_engine, write_live
 
     print(f"Starting vLLM with the demo model ({DEMO_MODEL.name}), a few seconds ...", flush=True)
-    llm = start_engine(str(DEMO_MODEL), kv_cache_memory_bytes=64 << 20)
+    # in fp32, where every machine writes the same tokens
+    llm = start_engine(str(DEMO_MODEL), dtype="float32", kv_cache_memory_bytes=64 << 20)
+    questions = args.prompt or list(DEMO_QUESTIONS)
     runs: list[Run] = []
     for mode, settings in DEMO_RUNS:
         title = ", ".join([mode, *(f"{name} {value}" for name, value in settings.items())])
         print(f"\n=== {title}")
         params = diffusion_params(mode=mode, temperature=0.0, max_tokens=args.max_tokens, **settings)
-        runs.append(write_live(llm, args.prompt or list(DEMO_PROMPTS), params, title))
+        runs.append(write_live(llm, [demo_prompt(question) for question in questions], params, title))
+        if not args.prompt:
+            answers = [recording.text.strip() for recording in runs[-1].recordings]
+            right = sum(map(str.__eq__, answers, DEMO_QUESTIONS.values()))
+            print(f"\n  {right} of {len(answers)} answers are right")
     print()
     print_table(runs)
     return 0

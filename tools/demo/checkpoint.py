@@ -20,7 +20,7 @@ TOKENIZER = {
     "unk_token": "<unk>",
     "pad_token": "<unk>",
     "mask_token": "<mask>",
-    "chat_template": "{{ messages | map(attribute='content') | join(' ') }}"
+    "chat_template": "{{ bos_token }}{{ messages | map(attribute='content') | join(' ') }}"
     "{% if add_generation_prompt %}{{ " + json.dumps(PROMPT_END) + " }}{% endif %}",
 }
 
