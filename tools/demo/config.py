@@ -83,4 +83,6 @@ class TrainingConfig:
     noises_per_row: int = 2
     """Corruptions of each row in phase 2, at t and at 1 - t, for one pass of the context tower."""
     context: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=2900, matrix_lr=0.008, other_lr=2e-3))
-    denoiser: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=1700, matrix_lr=0.008, other_lr=2e-3))
+    denoiser: PhaseConfig = field(
+        default_factory=lambda: PhaseConfig(steps=9200, decay_fraction=0.9, matrix_lr=0.008, other_lr=2e-3)
+    )
