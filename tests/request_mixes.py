@@ -21,9 +21,6 @@ VOCAB = 512
 CANVAS = 16
 LONGEST_PROMPT = 300
 """Two KV blocks and a bit."""
-LONGEST_QUEUE_ALLOWED = 2
-"""Engine steps from arrival to the first step, inclusive, where there is room for everybody: a newcomer is taken in by
-the next step, or by the one after a denoise step that ``MAX_CONTEXT_STEPS`` context steps have put off."""
 
 
 @dataclass(frozen=True)
@@ -208,3 +205,15 @@ def longest_wait_allowed(mix: list[MixedRequest], passes_per_step: int) -> int:
     passes = [min(r.settings["max_steps"], r.settings["canvas_length"]) for r in mix if r.mode is Mode.MASK_DIFFUSION]
     slowest = math.ceil(max(passes, default=1) / passes_per_step)
     return 1 + max(1, MAX_CONTEXT_STEPS, slowest)
+
+
+def longest_queue_allowed(mix: list[MixedRequest], prefix_caching: bool) -> int:
+    """Engine steps from arrival to the first step, inclusive, where there is room for everybody.
+
+    A newcomer is taken in by the next step, or by the one after a denoise step that ``MAX_CONTEXT_STEPS`` context steps
+    have put off. vLLM keeps the queue back while a prefix that its first one shares is written: two context steps, and
+    the denoise step that may follow them, for each prompt that comes at the same time or just before.
+    """
+    turn = MAX_CONTEXT_STEPS + 1
+    before = max(sum(0 <= late.arrives - r.arrives <= turn for r in mix) - 1 for late in mix)
+    return 2 + turn * before if prefix_caching else 2

@@ -116,7 +116,7 @@ def memory_mib(log: pathlib.Path) -> list[float]:
 
 
 @pytest.mark.usefixtures("two_cpu_workers")
-@pytest.mark.parametrize("num_requests", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_requests", [20, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_random_requests_and_clients_that_leave(num_requests, tmp_path):
     log, rng = tmp_path / "log", random.Random(num_requests)
     visits = [draw(rng) for _ in range(num_requests)]
