@@ -36,4 +36,4 @@ def backends_of(llm: Any) -> list[str]:
 def num_denoise_graphs(llm: Any) -> int:
     """CUDA graphs of denoise passes that the engine has captured."""
     graphs = runner_of(llm).model_state.graphs
-    return len(graphs.row_counts) if graphs is not None else 0
+    return graphs.num_captured if graphs is not None else 0

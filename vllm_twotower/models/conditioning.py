@@ -69,9 +69,10 @@ class TimeConditioning(nn.Module):
             self._vector_by_level = self._tabulate(level_R.device)
         return Modulation(self._vector_by_level, self.scale_shift_tables[layer], level_R, row_T)
 
-    def forget(self) -> None:
-        """Drop the table; to be called whenever weights change."""
-        self._vector_by_level = None
+    def refresh(self) -> None:
+        """Compute the table again, where it is: CUDA graphs have its address. To be called whenever weights change."""
+        if self._vector_by_level is not None:
+            self._vector_by_level.copy_(self._tabulate(self._vector_by_level.device))
 
     def _tabulate(self, device: torch.device) -> torch.Tensor:
         dtype = self.scale_shift_tables[0].dtype

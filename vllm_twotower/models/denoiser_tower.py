@@ -58,6 +58,8 @@ class CanvasLayout:
     """bool [R], rows that run without time conditioning (mock-AR); None where there are none."""
     mamba_slots: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Layer name of a context Mamba layer -> int64 [R], slot of each row's committed state; empty in a profile run."""
+    is_padding_T: torch.Tensor | None = None
+    """bool [T], tokens of no canvas (``runtime/denoise_graphs.py``); None where there are none."""
 
     @classmethod
     def from_widths(cls, widths: Sequence[int], device: torch.device, **more: Any) -> "CanvasLayout":
@@ -107,7 +109,11 @@ class DenoiserAttention(nn.Module):
         """Attend through the context layer's paged cache; the step's metadata says ``causal=False``."""
         qkv, _ = self.qkv_proj(x_TD)
         q, k, v = qkv.split([context_mixer.q_size, context_mixer.kv_size, context_mixer.kv_size], dim=-1)
-        out, _ = self.o_proj(context_mixer.attn(q, k, v))
+        attended = context_mixer.attn(q, k, v)
+        if layout.is_padding_T is not None:
+            # no query, so no output: left there is whatever the memory held, and an FP8 scale is over all tokens
+            attended = attended.masked_fill(layout.is_padding_T[:, None], 0)
+        out, _ = self.o_proj(attended)
         return out
 
 

@@ -143,7 +143,7 @@ class NemotronHTwoTowerForCausalLM(NemotronHForCausalLM):
         wanted = checked(weights, self.config, self.denoiser is not None, self.placement.has_context)
         loaded = AutoWeightsLoader(self).load_weights(wanted, mapper=self.hf_to_vllm_mapper)
         if self.denoiser is not None:
-            self.denoiser.conditioning.forget()
+            self.denoiser.conditioning.refresh()
         return loaded
 
     def _no_hidden_states(self, positions: torch.Tensor) -> torch.Tensor:

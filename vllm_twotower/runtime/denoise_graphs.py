@@ -37,6 +37,9 @@ Recorder = Callable[[Callable[[], AbstractContextManager[None]], Callable[[], No
 MOST_CAPTURED_TOKENS = 1024
 """Of one pass; more keep a GPU busy for longer than their launches take."""
 
+MOST_SPLIT_ROWS = 128
+"""Rows times FlashAttention's splits of a row's keys."""
+
 CAPTURABLE_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 """Attention backends whose kernels read lengths and block tables on the device, and plan nothing on the host."""
 
@@ -59,6 +62,8 @@ class CanvasPlaces:
 class _Recorded:
     hidden_TD: torch.Tensor
     replay: Callable[[], None]
+    run: Callable[[], None]
+    """What was recorded: a graph holds addresses only, and this keeps the tensors there alive."""
 
 
 class DenoiseGraph:
@@ -124,6 +129,7 @@ class DenoiseGraphs:
         self.slot_mappings_GT = torch.full(
             (len(block_tables), most * canvas_length), PAD_SLOT_ID, dtype=torch.int64, device=device
         )
+        self.is_padding_T = torch.zeros(most * canvas_length, dtype=torch.bool, device=device)
         self.mamba_groups = [
             (group.layer_names, torch.zeros_like(self.level_B))
             for group in kv_cache_config.kv_cache_groups
@@ -143,16 +149,26 @@ class DenoiseGraphs:
                 device=self.device,
             )
             slots = {name: slots_B[:num_rows] for names, slots_B in self.mamba_groups for name in names}
-            layout = CanvasLayout.from_widths([self.canvas_length] * num_rows, self.device, mamba_slots=slots)
+            layout = CanvasLayout.from_widths(
+                [self.canvas_length] * num_rows,
+                self.device,
+                mamba_slots=slots,
+                is_padding_T=self.is_padding_T[:num_tokens],
+            )
             tokens, levels = self.token_BS.view(-1)[:num_tokens], self.level_B[:num_rows]
             run = functools.partial(self._run_pass, hidden_TD, tokens, levels, layout)
             replay = record(functools.partial(self._forward_context, num_rows), run)
-            self._recorded[num_rows] = _Recorded(hidden_TD, replay)
+            self._recorded[num_rows] = _Recorded(hidden_TD, replay, run)
 
     def _run_pass(
         self, out_TD: torch.Tensor, token_T: torch.Tensor, level_R: torch.Tensor, layout: CanvasLayout
     ) -> None:
         out_TD.copy_(self.denoiser(token_T, level_R, layout, self.context_layers))
+
+    @property
+    def num_captured(self) -> int:
+        """Passes that can be replayed."""
+        return len(self._recorded)
 
     def load(self, widths: Sequence[int], places: CanvasPlaces) -> DenoiseGraph | None:
         """A captured pass with a step's rows in its buffers; None where none has their shape."""
@@ -168,6 +184,8 @@ class DenoiseGraphs:
             self._copy_padded(table, rows[:num_rows], captured, 0)
         for slots, step in zip(self.slot_mappings_GT, places.slot_mappings_GT, strict=True):
             self._copy_padded(slots, step[:num_tokens], captured * self.canvas_length, PAD_SLOT_ID)
+        self.is_padding_T[:num_tokens] = False
+        self.is_padding_T[num_tokens:] = True
         for names, slots_B in self.mamba_groups:
             self._copy_padded(slots_B, places.mamba_slots[names[0]], captured, 0)
         return DenoiseGraph(self, self._recorded[captured], num_rows)
@@ -209,9 +227,17 @@ class DenoiseGraphs:
             if getattr(of_layer, "scheduler_metadata", None) is not None and not current_platform.is_cpu():
                 # FlashAttention's plan would be that of the dummies for ever: leave it to the kernel, within a bound
                 of_layer.scheduler_metadata = None
-                of_layer.max_num_splits = self.vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
+                bound = self.vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
+                # a split's workspace grows with the rows, and many rows fill a GPU without splits
+                of_layer.max_num_splits = min(bound, max(1, MOST_SPLIT_ROWS // num_rows))
         by_layer = build_slot_mappings_by_layer(slot_mappings, self.kv_cache_config)
-        with set_forward_context(metadata, self.vllm_config, num_tokens=num_tokens, slot_mapping=by_layer):
+        with set_forward_context(
+            metadata,
+            self.vllm_config,
+            num_tokens=num_tokens,
+            slot_mapping=by_layer,
+            is_padding=self.is_padding_T[:num_tokens],
+        ):
             yield
 
 

@@ -236,7 +236,7 @@ class TwoTowerModelState(MambaHybridModelState):
             reads_between_passes=self.reads_are_free or self.trace is not None or self.proposals.follows_reveals(slots),
             start_pass=start_pass,
             link=self.link,
-            graph=self._graph,
+            graph=None if any(mock_ar) else self._graph,  # a captured pass modulates every row
         )
 
     # ---- start-up ----------------------------------------------------------------------------------------------------
@@ -248,12 +248,7 @@ class TwoTowerModelState(MambaHybridModelState):
         attn_groups: list[list[Any]],
         kv_cache_config: KVCacheConfig,
     ) -> None:
-        """Capture denoise passes; vLLM asks after its own captures, and once before to measure the memory.
-
-        What was captured for the measurement is kept until the real capture: it fills just the memory that was
-        measured, and no denoise step comes in between.
-        """
-        self.graphs = None
+        """Capture denoise passes; vLLM asks after its own captures, and once before to measure the memory."""
         if self.model.denoiser is None:
             return
         if not can_capture(attn_groups):
@@ -285,5 +280,9 @@ class TwoTowerModelState(MambaHybridModelState):
         return CanvasSampler(sampler, self), None
 
     def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
-        """No full CUDA graphs: they are chosen by shape alone, and a canvas can have the shape of a decode step."""
+        """No full CUDA graphs: they are chosen by shape alone, and a canvas can have the shape of a decode step.
+
+        vLLM asks whenever it sets up caches: graphs of passes over earlier ones, such as the memory measurement's, go.
+        """
+        self.graphs = self._graph = None
         return AttentionCGSupport.NEVER, type(self).__name__

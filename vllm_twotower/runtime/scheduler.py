@@ -48,9 +48,9 @@ class BlockCommitScheduler(Scheduler):
         self._last_denoised: dict[str, int] = {}
         self._held_prompt_logprobs: dict[str, tuple[Any, Any]] = {}
         self._counts = StepCounts()
-        # A context step with nothing else to do admitted nobody although there was a free place (no KV blocks, say):
-        # until something changes, the queue is no reason for another one. One that did something proves nothing: vLLM
-        # keeps the queue back while a prefix that its first one shares is being written.
+        # A context step admitted nobody although there was a free place (no KV blocks, say): until something changes,
+        # the queue is no reason for another one. One that wrote a prompt proves nothing: vLLM keeps the queue back
+        # while a prefix that its first one shares is being written.
         self._queue_is_stuck = False
         # Commits took all of the last context step's budget, and somebody else got nothing.
         self._commits_step_aside = False
@@ -102,6 +102,11 @@ class BlockCommitScheduler(Scheduler):
         left = request.num_tokens - request.num_computed_tokens
         return options.mode is Mode.MASK_DIFFUSION and request.num_output_tokens > 0 and left <= options.canvas_length
 
+    def _is_prompt(self, request: Request) -> bool:
+        """Whether more is left to compute than a request's newest token: a prompt, or all of a preempted request."""
+        left = request.num_tokens - request.num_computed_tokens
+        return left > 1 + _context_lag(self._options_of(request).mode)
+
     def _is_denoisable(self, request: Request) -> bool:
         """Whether the denoiser is next: the context holds all tokens, or in mock-AR all but the last."""
         mode = self._options_of(request).mode
@@ -122,11 +127,13 @@ class BlockCommitScheduler(Scheduler):
         where they left nothing for somebody else, they step aside once."""
         self._denoising = frozenset()
         commits = [r for r in self.running if not self._is_denoisable(r) and self._is_commit(r)]
+        prompts = [r for r in self.running if not self._is_commit(r) and self._is_prompt(r)]
         hidden = [*hidden, *(commits if self._commits_step_aside else self._late_commits(commits))]
         output = self._schedule_without(hidden, self.max_num_active_reqs, args, kwargs)
         nobody_came = not output.scheduled_new_reqs and not output.scheduled_cached_reqs.resumed_req_ids
         self._commits_step_aside = self._commits_took_all(output, commits, hidden, nobody_came)
-        self._queue_is_stuck |= nobody_came and not output.total_num_scheduled_tokens
+        wrote_a_prompt = any(r.request_id in output.num_scheduled_tokens for r in prompts)
+        self._queue_is_stuck |= nobody_came and not wrote_a_prompt and not self._commits_step_aside
         return output
 
     def _late_commits(self, commits: list[Request]) -> list[Request]:
