@@ -275,10 +275,10 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--requests", type=int, default=32, help="questions, so many at a time as the batch says")
-    parser.add_argument("--workload", choices=WORKLOADS, default="questions")
-    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--workload", choices=WORKLOADS, default="beginnings")
+    parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, on every engine")
-    parser.add_argument("--passes-per-step", type=int, default=1)
+    parser.add_argument("--passes-per-step", type=int, default=4)
     parser.add_argument("--out", type=pathlib.Path, help="folder for the table and the picture")
     parser.add_argument("--skip-tests", action="store_true", help="for work on this script; writes no file")
 
