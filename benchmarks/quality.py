@@ -66,8 +66,8 @@ def main() -> None:
     from vllm_twotower.cli import DEMO_MODEL
 
     parser.add_argument("--model", type=pathlib.Path, default=DEMO_MODEL)
-    parser.add_argument("--per-family", type=int, default=24, help="questions of each family")
-    parser.add_argument("--ablation-per-family", type=int, default=8, help="the same for the ablations; 0 for none")
+    parser.add_argument("--per-family", type=int, default=16, help="questions of each family")
+    parser.add_argument("--ablation-per-family", type=int, default=4, help="the same for the ablations; 0 for none")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     started = time.perf_counter()
