@@ -39,7 +39,7 @@ MODEL = "vllm_twotower/assets/demo"
 MAX_MODEL_LEN = 512
 COMMAND = (
     f"vllm serve {MODEL} --diffusion '{{\"passes_per_step\": 8}}' --served-model-name demo --dtype float32"
-    f" --max-model-len {MAX_MODEL_LEN} --max-num-seqs 16 --enforce-eager --num-gpu-blocks-override 48"
+    f" --max-model-len {MAX_MODEL_LEN} --max-num-seqs 16 --enforce-eager --num-gpu-blocks-override 28"
 )
 """The KV cache is small: some requests are preempted, and the warm-up touches all of it (a page counts as memory from
 its first use on)."""
