@@ -31,7 +31,6 @@ from vllm_twotower.runtime.canvas_table import CanvasTable, request_seed
 from vllm_twotower.runtime.denoise_graphs import (
     CAPTURABLE_BACKENDS,
     CanvasPlaces,
-    DenoiseGraph,
     DenoiseGraphs,
     can_capture,
 )
@@ -62,7 +61,7 @@ class TwoTowerModelState(MambaHybridModelState):
         self.step: DenoiseStep | None = None
         self.proposals: ProposalSampler | None = None
         self.graphs: DenoiseGraphs | None = None
-        self._graph: DenoiseGraph | None = None
+        self._places: CanvasPlaces | None = None
         self._mamba_slots: dict[str, torch.Tensor] = {}
         self.link: TowerLink | None = None
         if model.placement.is_split:
@@ -142,9 +141,7 @@ class TwoTowerModelState(MambaHybridModelState):
         computed = input_batch.num_computed_tokens_np[: input_batch.num_reqs]
         self._mamba_slots = self._state_slots(np.arange(input_batch.num_reqs), computed, block_tables, kv_cache_config)
         num_reqs = input_batch.num_reqs
-        if self.graphs is not None:
-            places = CanvasPlaces(input_batch.seq_lens, block_tables, slot_mappings, self._mamba_slots)
-            self._graph = self.graphs.load([int(n) for n in input_batch.num_scheduled_tokens[:num_reqs]], places)
+        self._places = CanvasPlaces(input_batch.seq_lens, block_tables, slot_mappings, self._mamba_slots)
         seq_lens_upper_bound = input_batch.seq_lens_cpu_upper_bound
         return build_attn_metadata(
             attn_groups=[[g for g in gs if not isinstance(g.kv_cache_spec, MambaSpec)] for gs in attn_groups],
@@ -224,6 +221,10 @@ class TwoTowerModelState(MambaHybridModelState):
         start_pass = None
         if self.trace is not None:
             start_pass = functools.partial(self.trace.start_pass, batch.req_ids, slots, widths)
+        graph = None
+        if self.graphs is not None and not any(mock_ar):  # a captured pass modulates every row
+            assert self._places is not None, "the runner prepares attention before inputs"
+            graph = self.graphs.load(widths, self._places)
         assert self.proposals is not None, "the sampler is there before the first request"
         return DenoiseStep(
             rows,
@@ -236,7 +237,7 @@ class TwoTowerModelState(MambaHybridModelState):
             reads_between_passes=self.reads_are_free or self.trace is not None or self.proposals.follows_reveals(slots),
             start_pass=start_pass,
             link=self.link,
-            graph=None if any(mock_ar) else self._graph,  # a captured pass modulates every row
+            graph=graph,
         )
 
     # ---- start-up ----------------------------------------------------------------------------------------------------
@@ -284,5 +285,5 @@ class TwoTowerModelState(MambaHybridModelState):
 
         vLLM asks whenever it sets up caches: graphs of passes over earlier ones, such as the memory measurement's, go.
         """
-        self.graphs = self._graph = None
+        self.graphs = None
         return AttentionCGSupport.NEVER, type(self).__name__
