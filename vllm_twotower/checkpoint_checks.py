@@ -8,14 +8,12 @@ import json
 import pathlib
 from typing import Any
 
-from vllm_twotower.models.tensor_shapes import check_tensor, checkpoint_shapes
+from vllm_twotower.models.tensor_shapes import check_tensor, checkpoint_shapes, shown
 from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
 from vllm_twotower.planning.model_facts import ARCHITECTURE, ModelFacts
 
 LOADED_FROM_SHARDS = ("auto", "hf", "safetensors")
 """Values of ``--load-format`` that read the shards."""
-
-NUM_NAMES_SHOWN = 8
 
 
 def check_checkpoint(engine_args: Any) -> None:
@@ -36,9 +34,8 @@ def check_checkpoint(engine_args: Any) -> None:
     if engine_args.load_format not in LOADED_FROM_SHARDS or engine_args.quantization is not None:
         return
     if folder.missing_shards:
-        more = len(folder.missing_shards) - NUM_NAMES_SHOWN
-        names = ", ".join(folder.missing_shards[:NUM_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
-        raise ValueError(f"{path} lacks {len(folder.missing_shards)} of the files that its index names: {names}")
+        missing = folder.missing_shards
+        raise ValueError(f"{path} lacks {len(missing)} of the files that its index names: {shown(missing)}")
     expected = checkpoint_shapes(facts)
     for name, stored in (folder.tensors or {}).items():
         if name in expected:

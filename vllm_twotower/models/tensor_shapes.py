@@ -58,6 +58,12 @@ def check_tensor(
         raise ValueError(f"checkpoint tensor {name} holds {dtype}: weights have to be floating point")
 
 
+def shown(names: Sequence[str], most: int = 8) -> str:
+    """The first of some names, for a message."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
 def _mixer_shapes(kind: str, config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden = config.hidden_size
     if kind == "M":

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_twotower.models.tensor_shapes import CONTEXT_PREFIXES, check_tensor, checkpoint_shapes
-
-NUM_NAMES_SHOWN = 8
+from vllm_twotower.models.tensor_shapes import CONTEXT_PREFIXES, check_tensor, checkpoint_shapes, shown
 
 CHECKPOINT_TO_MODULE = WeightsMapper(
     orig_to_new_substr={"A_log": "A", "embeddings": "embed_tokens"},
@@ -65,13 +63,8 @@ def checked(
         yield name, tensor
     problems = []
     if missing := sorted(needed - seen):
-        problems.append(f"{len(missing)} missing: {_shown(missing)}")
+        problems.append(f"{len(missing)} missing: {shown(missing)}")
     if unknown:
-        problems.append(f"{len(unknown)} not part of the model: {_shown(sorted(unknown))}")
+        problems.append(f"{len(unknown)} not part of the model: {shown(sorted(unknown))}")
     if problems:
         raise ValueError("the checkpoint does not match its config.json; tensors " + "; ".join(problems))
-
-
-def _shown(names: list[str]) -> str:
-    more = len(names) - NUM_NAMES_SHOWN
-    return ", ".join(names[:NUM_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
