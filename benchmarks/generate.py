@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from machine import described
 from markdown_table import table
 from smoke_parts.engine import engine as vllm_engine
 from smoke_parts.engine import runner_of
@@ -292,9 +293,14 @@ def report(rows: list[dict[str, Any]], environment: dict[str, Any], args: Any) -
     settings["model"] = args.model.name
     content = {"environment": environment, "arguments": settings, "rows": rows}
     (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    machine = ", ".join(f"{key} {value}" for key, value in environment.items())
     command = shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]])
-    lines = ["# Whole generations, one workload", "", f"Written by `{command}`; {machine}.", "", *table(rows)]
+    lines = [
+        "# Whole generations, one workload",
+        "",
+        f"Written by `{command}`; {described(environment)}.",
+        "",
+        *table(rows),
+    ]
     (out / f"{name}.md").write_text("\n".join(lines) + "\n")
     draw(rows, out / f"{name}.png")
 

@@ -22,7 +22,8 @@ import tempfile
 import urllib.request
 from typing import Any
 
-from machine import environment
+from machine import described, environment
+from markdown_table import table
 from server import VLLM, vllm_server
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -153,12 +154,10 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     name = f"headline-{'gpu' if found['gpu'] else 'cpu'}"
     (args.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     note = "" if found["gpu"] else "\nON A CPU: shows that the comparison works, says nothing about a GPU.\n"
-    table = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    table += ["| " + " | ".join("" if r[c] is None else str(r[c]) for c in COLUMNS) + " |" for r in rows]
-    machine = ", ".join(f"{k} {v}" for k, v in found.items())
-    head = f"# Mask diffusion against AR\n\n{machine}.\nWritten by `benchmarks/headline.py`.\n{note}\n"
+    lines = table([{column: r[column] for column in COLUMNS} for r in rows])
+    head = f"# Mask diffusion against AR\n\n{described(found)}.\nWritten by `benchmarks/headline.py`.\n{note}\n"
     steps = "".join(f"```bash\n{command}\n```\n\n" for command in (*commands.values(), client_text))
-    text = head + "\n".join(table) + "\n\n" + steps.rstrip() + "\n"
+    text = head + "\n".join(lines) + "\n\n" + steps.rstrip() + "\n"
     (args.out / f"{name}.md").write_text(text)
     print(text)
 

@@ -17,8 +17,8 @@ def environment() -> dict[str, Any]:
     """Commit, versions and hardware; a package that is not installed is None."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     found: dict[str, Any] = {
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(_output("git", "status", "--porcelain")),
+        "commit": output_of("git", "rev-parse", "--short", "HEAD"),
+        "uncommitted_changes": bool(output_of("git", "status", "--porcelain")),
         **{package: _version(package) for package in ("vllm", "torch", "triton")},
         "python": platform.python_version(),
         "cores": os.cpu_count(),
@@ -26,11 +26,17 @@ def environment() -> dict[str, Any]:
         "gpu": gpu,
     }
     if gpu is not None and shutil.which("nvidia-smi"):
-        found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return found
 
 
-def _output(*command: str) -> str:
+def described(found: dict[str, Any]) -> str:
+    """An ``environment`` as a line of text."""
+    return ", ".join(f"{name} {value}" for name, value in found.items())
+
+
+def output_of(*command: str) -> str:
+    """What a command prints in the repository's root."""
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 

@@ -20,7 +20,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to the workers
 
-from machine import environment
+from machine import described, environment
 from rank_clock import LINK, STEPS, TOWER, start_clock, take_clock
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -105,8 +105,7 @@ def main() -> None:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
-    machine = ", ".join(f"{key} {value}" for key, value in environment().items())
-    text = HEAD.format(machine=machine, prompt=NUM_PROMPT_TOKENS, tokens=NUM_TOKENS, passes=NUM_PASSES)
+    text = HEAD.format(machine=described(environment()), prompt=NUM_PROMPT_TOKENS, tokens=NUM_TOKENS, passes=NUM_PASSES)
     text += "\n".join(lines) + "\n"
     print(text)
     if args.write:

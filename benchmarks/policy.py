@@ -15,11 +15,11 @@ import itertools
 import json
 import pathlib
 import statistics
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 
+from machine import output_of
 from roofline import CONFIG, REFERENCE, SETUPS, Setup, costs_of, read_towers, step_times
 from scripted_worker import STEP_BUDGET, ScriptedRun, Tally, make_scheduler
 
@@ -279,8 +279,8 @@ def command(args: argparse.Namespace) -> str:
 
 def commit() -> str:
     """The commit that was run; `+` for changes on top of it."""
-    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout
-    return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain", "vllm_twotower") else "")
+    changed = output_of("git", "status", "--porcelain", "vllm_twotower")
+    return output_of("git", "rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 def print_row(row: dict) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 import httpx
 import psutil
-from machine import environment
+from machine import described, environment
 from server import processes_of, vllm_server
 from soak_client import ANSWER_SECONDS, Outcome, ask
 from soak_metrics import check_exact, check_under_load, grown, held, read_counters
@@ -198,7 +198,7 @@ def summary(record: Record, seconds: float) -> dict[str, Any]:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    machine = described(result["machine"])
     modes = ", ".join(f"{number} {mode}" for mode, number in result["answered_by_mode"].items())
     rows = [
         ("minutes, clients, seed", f"{result['minutes']}, {result['clients']}, {result['seed']}"),

@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import tempfile
 
-from machine import environment
+from machine import described, environment
 from server import VLLM, vllm_server
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -68,8 +68,7 @@ def main() -> None:
             for title, more in (("mask diffusion", ""), ("ar on the same server", AR_BODY)):
                 output = run(CLIENT + more, f" --base-url {url}")
                 sections.append(section(f"Serving, {title}", f"{SERVE}\n{CLIENT}{more}", output))
-    machine = ", ".join(f"{name} {value}" for name, value in environment().items())
-    head = HEAD.format(machine=machine)
+    head = HEAD.format(machine=described(environment()))
     RESULT.write_text("\n".join([head, *sections]), encoding="utf-8")
     print(RESULT.read_text(encoding="utf-8"))
 
