@@ -4,7 +4,6 @@ For a bf16 checkpoint vLLM 0.32 reads ``fp8`` as ``fp8_per_tensor``: ``OnlineQua
 ``LinearBase`` and ``RoutedExperts`` that was built with a ``quant_config`` a method that quantises as it loads.
 """
 
-import json
 from collections import Counter
 from types import SimpleNamespace
 
@@ -12,9 +11,8 @@ import pytest
 import torch
 from engine_harness import engine
 from safetensors.torch import load_file
-from test_loading import REAL_CONFIG
+from test_loading import REAL_CONFIG, real_engine_config
 from vllm.config import set_current_vllm_config
-from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization.online import fp8 as online_fp8
 from vllm.model_executor.model_loader.reload import layerwise
 
@@ -48,19 +46,6 @@ def gpu_modules(monkeypatch):
         monkeypatch.setattr(module, "current_platform", LikeCuda())
 
 
-def engine_config(folder, quantization):
-    (folder / "config.json").write_text(json.dumps(REAL_CONFIG))
-    args = EngineArgs(
-        model=str(folder),
-        skip_tokenizer_init=True,
-        max_model_len=4096,
-        additional_config={"diffusion": True},
-        kv_cache_memory_bytes=1 << 30,
-        quantization=quantization,
-    )
-    return args.create_engine_config()
-
-
 def tower_of(module_name):
     return Tower.DENOISER if module_name.startswith("denoiser.") else Tower.CONTEXT
 
@@ -76,7 +61,7 @@ def complete(monkeypatch):
 def test_fp8_reaches_every_linear_and_expert_of_both_towers_and_nothing_else(
     tmp_path, single_process_group, gpu_modules, complete
 ):
-    config = engine_config(tmp_path, "fp8")
+    config = real_engine_config(tmp_path, quantization="fp8")
     with set_current_vllm_config(config), single_process_group(config), torch.device("meta"):
         torch.set_default_dtype(torch.bfloat16)
         try:
@@ -113,7 +98,8 @@ def test_fp8_reaches_every_linear_and_expert_of_both_towers_and_nothing_else(
 
 def test_fp8_and_fp8_per_tensor_are_the_same(tmp_path):
     assert (
-        engine_config(tmp_path, "fp8").quant_config.args == engine_config(tmp_path, "fp8_per_tensor").quant_config.args
+        real_engine_config(tmp_path, quantization="fp8").quant_config.args
+        == real_engine_config(tmp_path, quantization="fp8_per_tensor").quant_config.args
     )
 
 

@@ -87,17 +87,23 @@ def test_the_real_checkpoint_has_12544_tensors_of_the_published_shapes():
     assert {name: shapes[name] for name in published} == published
 
 
-def test_every_tensor_of_the_real_checkpoint_reaches_a_parameter(tmp_path, single_process_group):
-    """The real module tree on the meta device: nothing is allocated, every weight loader runs with the real shapes."""
-    (tmp_path / "config.json").write_text(json.dumps(REAL_CONFIG))
+def real_engine_config(folder, **more):
+    """Of the real model, from its config alone."""
+    (folder / "config.json").write_text(json.dumps(REAL_CONFIG))
     args = EngineArgs(
-        model=str(tmp_path),
+        model=str(folder),
         skip_tokenizer_init=True,
         max_model_len=4096,
         additional_config={"diffusion": True},
         kv_cache_memory_bytes=1 << 30,
+        **more,
     )
-    config = args.create_engine_config()
+    return args.create_engine_config()
+
+
+def test_every_tensor_of_the_real_checkpoint_reaches_a_parameter(tmp_path, single_process_group):
+    """The real module tree on the meta device: nothing is allocated, every weight loader runs with the real shapes."""
+    config = real_engine_config(tmp_path)
     with set_current_vllm_config(config), single_process_group(config), torch.device("meta"):
         torch.set_default_dtype(torch.bfloat16)
         try:
