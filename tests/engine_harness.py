@@ -2,14 +2,17 @@
 ran."""
 
 import contextlib
-import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from smoke_parts.engine import engine as vllm_engine
+from smoke_parts.engine import runner_of
+from smoke_parts.goldens import golden_params
 from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
 
-from vllm_twotower import diffusion_params, diffusion_stats
+from vllm_twotower import diffusion_stats
+
+__all__ = ["MAX_MODEL_LEN", "Engine", "engine", "golden_params"]
 
 MAX_MODEL_LEN = 512
 
@@ -19,9 +22,8 @@ class Engine:
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
-        core = llm.llm_engine.engine_core.engine_core
-        self.scheduler = core.scheduler
-        self.runner = core.model_executor.driver_worker.worker.model_runner
+        self.scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        self.runner = runner_of(llm)
         self.model = self.runner.model
         self.towers_of_steps: list[list[str]] = []
         """For each engine step that ran the model, the towers it ran, in order and without repeats."""
@@ -90,35 +92,13 @@ class Engine:
 def engine(model: Any, diffusion: Any = True, **settings: Any) -> Iterator[Engine]:
     """Start an engine, and take it down so that the next one can start."""
     defaults = {
-        "skip_tokenizer_init": True,
         "dtype": "float32",
         "enforce_eager": True,
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": 64,
         "kv_cache_memory_bytes": 128 << 20,
-        "disable_log_stats": True,
     }
     if diffusion:
         defaults["additional_config"] = {"diffusion": diffusion}
-    llm = LLM(model=str(model), **{**defaults, **settings})
-    try:
+    with vllm_engine(model, **{**defaults, **settings}) as llm:
         yield Engine(llm)
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
-
-
-def golden_params(case: dict, **more: Any) -> SamplingParams:
-    """The request that a golden ``mask_diffusion`` case stands for."""
-    p = case["params"]
-    return diffusion_params(
-        temperature=p["temperature"],
-        max_tokens=p["max_new_tokens"],
-        confidence_threshold=p["confidence_threshold"],
-        max_steps=p["steps_per_block"],
-        ignore_eos=True,
-        detokenize=False,
-        **more,
-    )

@@ -20,7 +20,7 @@ def one(folder: pathlib.Path, args: Any, dtype: str, backend: str, eager: bool) 
     import torch
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from vllm_twotower import diffusion_params, diffusion_stats
+    from vllm_twotower import diffusion_stats
 
     cases = json.loads((folder / "expected.json").read_text())["mask_diffusion"]
     cases = [c for c in cases if c["params"]["block_size"] == CANVAS_LENGTH][: args.cases]
@@ -30,17 +30,7 @@ def one(folder: pathlib.Path, args: Any, dtype: str, backend: str, eager: bool) 
     diffusion = {"canvas_length": CANVAS_LENGTH, "passes_per_step": 1 if eager else 3}
     with engine(folder, additional_config={"diffusion": diffusion}, **settings) as llm:
         chosen = backends_of(llm)
-        requests = [
-            diffusion_params(
-                temperature=p["temperature"],
-                max_tokens=p["max_new_tokens"],
-                confidence_threshold=p["confidence_threshold"],
-                max_steps=p["steps_per_block"],
-                ignore_eos=True,
-                detokenize=False,
-            )
-            for p in (c["params"] for c in cases)
-        ]
+        requests = [golden_params(c) for c in cases]
         outputs = llm.generate([{"prompt_token_ids": c["prompt"]} for c in cases], requests, use_tqdm=False)
         passes = diffusion_stats(llm)["denoise_passes"]
         graphs = num_denoise_graphs(llm)
@@ -54,6 +44,22 @@ def one(folder: pathlib.Path, args: Any, dtype: str, backend: str, eager: bool) 
         "denoise_passes_of_reference": sum(c["nfe"] for c in cases),
         **compare([c["output"] for c in cases], written),
     }
+
+
+def golden_params(case: dict[str, Any], **more: Any) -> Any:
+    """The request that a golden ``mask_diffusion`` case stands for: ``SamplingParams``."""
+    from vllm_twotower import diffusion_params
+
+    p = case["params"]
+    return diffusion_params(
+        temperature=p["temperature"],
+        max_tokens=p["max_new_tokens"],
+        confidence_threshold=p["confidence_threshold"],
+        max_steps=p["steps_per_block"],
+        ignore_eos=True,
+        detokenize=False,
+        **more,
+    )
 
 
 def compare(expected: list[list[int]], written: list[list[int]]) -> dict[str, Any]:
