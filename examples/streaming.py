@@ -1,7 +1,7 @@
 r"""Stream a completion from a running server; text arrives a canvas at a time.
 
 vllm serve vllm_twotower/assets/demo --diffusion --served-model-name demo
-python examples/streaming.py http://localhost:8000 $'Sort: u92 a15 w96 c86 l10 e85 j17 i57 g63 s91 o33 q12\nAnswer:'
+python examples/streaming.py http://localhost:8000 $'Sort: u92 a15 w96 c86 l10 e85 j17 i57\nAnswer:'
 """
 
 import sys

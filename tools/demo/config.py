@@ -77,12 +77,12 @@ class TrainingConfig:
     """Share of a batch's tokens, before padding, that are prose and code; the rest are tasks."""
     text_length: int = 112
     family_weights: dict[str, float] = field(
-        default_factory=lambda: {"sort": 0.3, "reverse": 0.5, "json": 1.5, "lookup": 1.5, "repeat": 1.5}
+        default_factory=lambda: {"list_code": 1.5, "reverse": 1.3, "units": 1.2, "repeat": 0.3}
     )
     """How often a task family comes relative to the others; 1 where it is not named."""
-    noises_per_row: int = 2
-    """Corruptions of each row in phase 2, at t and at 1 - t, for one pass of the context tower."""
-    context: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=2900, matrix_lr=0.008, other_lr=2e-3))
+    context: PhaseConfig = field(
+        default_factory=lambda: PhaseConfig(steps=3800, decay_fraction=0.42, matrix_lr=0.008, other_lr=2e-3)
+    )
     denoiser: PhaseConfig = field(
-        default_factory=lambda: PhaseConfig(steps=9200, decay_fraction=0.9, matrix_lr=0.008, other_lr=2e-3)
+        default_factory=lambda: PhaseConfig(steps=14000, decay_fraction=0.71, matrix_lr=0.008, other_lr=2e-3)
     )

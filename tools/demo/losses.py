@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from demo.batches import Batch
-from demo.towers import TrainingTowers, corrupt, masked_canvases
+from demo.corruptions import corrupt, masked_canvases, met_canvases
+from demo.towers import TrainingTowers
 
 Chosen = dict[int, torch.Tensor]
 
@@ -17,27 +18,32 @@ def next_token(towers: TrainingTowers, batch: Batch) -> tuple[torch.Tensor, Chos
     return F.cross_entropy(logits, batch.tokens_BL[:, 1:][scored]), states.chosen
 
 
-def masked_tokens(
-    towers: TrainingTowers, batch: Batch, num_noises: int, generator: torch.Generator
-) -> tuple[torch.Tensor, Chosen]:
-    """Mean over rows of the mean cross-entropy over a row's masked positions, one level t per row and corruption.
+def masked_tokens(towers: TrainingTowers, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, Chosen]:
+    """Mean over rows of the mean cross-entropy over a row's masked positions, of two corruptions of each row.
 
-    The paper's expectation over t and noise (spec 8.1): a row with few masks counts as much as one with many. Levels
-    come in pairs t, 1 - t: each is uniform, and half of all positions are masked in every batch. Of each pair one
-    masks independently, as published, the other everything behind a cut: what denoising meets where one step follows
-    from the one before, and where independent masks mostly give the later step away.
+    One is drawn, at one level t per row: the paper's expectation over t and noise (spec 8.1), for half of the batches
+    with everything behind a cut masked. The other is met: what the denoiser itself leaves masked. Drawn ones alone
+    mostly give a step of an answer away by what comes after it, and are seldom masked whole, as denoising starts.
     """
     with torch.no_grad():
         _, states = towers.context(batch.tokens_BL, batch.valid_BL)
     num_rows = len(batch.tokens_BL)
     level = torch.rand(num_rows, generator=generator)
-    drawn = [masked_canvases(batch, abs(i % 2 - level), generator, behind_a_cut=i % 2 == 1) for i in range(num_noises)]
-    sample = torch.cat([row + i * num_rows for i, (*_, row, _) in enumerate(drawn)])
-    clean, masked, level_A, row, canvas = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    behind_a_cut = bool(torch.rand((), generator=generator) < 0.5)
+    drawn = masked_canvases(batch, level, generator, behind_a_cut=behind_a_cut)
+    met = met_canvases(towers, batch, states, generator)
+    sample = torch.cat([drawn.row_A, met.row_A + num_rows])
+    both = drawn.joined(met)
     logits, chosen = towers.denoiser(
-        corrupt(clean, masked), level_A.clamp(min=1e-3), row, canvas, batch.valid_BL, states, masked
+        corrupt(both.clean_AS, both.masked_AS),
+        both.level_A.clamp(min=1e-3),
+        both.row_A,
+        both.canvas_A,
+        batch.valid_BL,
+        states,
+        both.masked_AS,
     )
-    num_masked = torch.zeros(num_noises * num_rows).index_add(0, sample, masked.sum(1).float())
-    weight = 1 / num_masked[sample][:, None].expand(masked.shape)[masked]
-    losses = F.cross_entropy(logits, clean[masked], reduction="none")
+    num_masked = torch.zeros(2 * num_rows).index_add(0, sample, both.masked_AS.sum(1).float())
+    weight = 1 / num_masked[sample][:, None].expand(both.masked_AS.shape)[both.masked_AS]
+    losses = F.cross_entropy(logits, both.clean_AS[both.masked_AS], reduction="none")
     return (losses * weight).sum() / (num_masked > 0).sum(), chosen

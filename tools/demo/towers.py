@@ -14,7 +14,6 @@ import torch
 from demo import layers
 from demo.config import CANVAS
 from demo.layers import Weights, grouped_attention, linear, rms_norm
-from vllm_twotower.core import MASK_TOKEN_ID
 from vllm_twotower.decoding.plain_towers import CONTEXT, DENOISER, PlainTwoTower, TowerShape
 
 _compiled = {"mamba": layers.mamba, "experts": layers.experts, "attention": grouped_attention}
@@ -137,27 +136,3 @@ class TrainingTowers:
         hidden = hidden if wanted_AS is None else hidden[wanted_AS]
         hidden = rms_norm(hidden, w[f"{DENOISER}.norm_f.weight"], self.shape.layer_norm_epsilon)
         return linear(hidden, w["lm_head.weight"]).float(), chosen
-
-
-def masked_canvases(
-    batch, levels_B: torch.Tensor, generator: torch.Generator, behind_a_cut: bool = False
-) -> tuple[torch.Tensor, ...]:
-    """Every answer canvas of a batch, corrupted at its row's level: each position for itself, or the canvas's end.
-
-    Returns clean tokens [A, S], which of them are masked, level [A], row [A], canvas index [A].
-    """
-    num = batch.tokens_BL.shape[1] // CANVAS
-    index = torch.arange(num)
-    row, canvas = ((index >= batch.first_canvas_B[:, None]) & (index < batch.end_canvas_B[:, None])).nonzero(
-        as_tuple=True
-    )
-    clean = batch.tokens_BL.unflatten(1, (num, CANVAS))[row, canvas]
-    level = levels_B[row]
-    draw = torch.rand(clean.shape, generator=generator)
-    masked = draw.sort(dim=1, descending=True).values < level[:, None] if behind_a_cut else draw < level[:, None]
-    return clean, masked, level, row, canvas
-
-
-def corrupt(clean: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Clean tokens with the mask id where masked."""
-    return torch.where(masked, MASK_TOKEN_ID, clean)

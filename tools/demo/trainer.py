@@ -80,7 +80,7 @@ class Trainer:
             if in_context:
                 loss, chosen = losses.next_token(towers, batch)
             else:
-                loss, chosen = losses.masked_tokens(towers, batch, self.config.noises_per_row, self.noise)
+                loss, chosen = losses.masked_tokens(towers, batch, self.noise)
             loss.backward()
             optimizer.step(progress.step)
             self._balance(CONTEXT if in_context else DENOISER, chosen, config.balance_rate)

@@ -33,7 +33,7 @@ def _running(total: int, steps: list[tuple[str, int]]) -> str:
 def word_problem(rng: random.Random) -> Item:
     """How many things somebody has after some gains and losses."""
     start, who, what = rng.randint(10, 90), rng.choice(NAMES), rng.choice(THINGS)
-    steps = _steps(rng, start, rng.randint(4, 6))
+    steps = _steps(rng, start, rng.randint(2, 4))
     story = ", ".join(f"{rng.choice(GAINS if sign == '+' else LOSSES)} {amount}" for sign, amount in steps)
     question = f"{who} has {start} of {what}, then {story}. How many now?"
     return Item.make("arithmetic", question, _running(start, steps))
@@ -42,7 +42,7 @@ def word_problem(rng: random.Random) -> Item:
 def assignments(rng: random.Random) -> Item:
     """Values of a variable through augmented assignments, one after each line."""
     start, name = rng.randint(10, 90), rng.choice("abcdnxyz")
-    steps = _steps(rng, start, rng.randint(5, 8))
+    steps = _steps(rng, start, rng.randint(3, 5))
     code = "\n".join(f"{name} {sign}= {amount}" for sign, amount in steps)
     total, answer = start, f" {start}"
     for sign, amount in steps:

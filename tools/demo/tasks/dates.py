@@ -8,7 +8,7 @@ from demo.tasks.words import DAYS, MONTHS
 
 def _chain(rng: random.Random, family: str, names: list[str], unit: str, furthest: int) -> Item:
     at = rng.randrange(len(names))
-    moves = [rng.choice((1, -1)) * rng.randint(1, furthest) for _ in range(rng.randint(8, 11))]
+    moves = [rng.choice((1, -1)) * rng.randint(1, furthest) for _ in range(rng.randint(4, 7))]
     question = f"It is {names[at]}. Move by {unit}: " + " ".join(f"{move:+d}" for move in moves)
     answer = f" {names[at]}"
     for move in moves:

@@ -8,10 +8,10 @@ from demo.tasks.words import LETTERS
 
 def list_code(rng: random.Random) -> Item:
     """A list of letters after each of three operations."""
-    letters = rng.sample(LETTERS, rng.randint(9, 14))
+    letters = rng.sample(LETTERS, rng.randint(5, 8))
     values, spare = letters[:-2], letters[-2:]
     code, shown = [f"s = '{' '.join(values)}'.split()"], []
-    for _ in range(rng.randint(3, 4)):
+    for _ in range(rng.randint(2, 3)):
         kind = rng.choice(("append", "pop0", "pop", "reverse") if spare else ("pop0", "pop", "reverse"))
         if kind == "append":
             code.append(f"s.append('{spare[-1]}')")

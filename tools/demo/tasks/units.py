@@ -18,7 +18,7 @@ UNITS = (
 
 def units(rng: random.Random) -> Item:
     """Several conversions in one question."""
-    asked = [(rng.randint(2, 15), *rng.choice(UNITS)) for _ in range(rng.randint(5, 7))]
+    asked = [(rng.randint(2, 15), *rng.choice(UNITS)) for _ in range(rng.randint(2, 4))]
     question = "Convert: " + ", ".join(f"{count} {large} to {small}" for count, large, small, _ in asked)
     answer = "".join(
         f"{fixed(' ')}{count} {large}{fixed('=')}{count * factor} {small}" for count, large, small, factor in asked
