@@ -4,6 +4,7 @@ Legend: as in ``towers.py``; N masked positions of all canvases.
 """
 
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 
@@ -87,10 +88,7 @@ def met_canvases(towers: TrainingTowers, batch: Batch, states: ContextStates, ge
         left = masked.any(1)
         canvases, passes_A = canvases.only(left), passes_A[left]
         reached.append(canvases.only(passes_A == number))
-    first, *others = reached
-    for other in others:
-        first = first.joined(other)
-    return first
+    return reduce(Canvases.joined, reached)
 
 
 def revealed(masked_AS: torch.Tensor, logits_NV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
