@@ -11,9 +11,10 @@ import pathlib
 import sys
 
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `apply_model` sends a function
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "tools"))  # what pytest adds by its settings
 
 from conftest import Golden  # sets the environment
-from engine_harness import golden_params
+from smoke_parts.goldens import golden_params
 
 
 def weight_bytes(model) -> int:
