@@ -70,7 +70,7 @@ lm-eval: setup
 		($(PYTHON) -m venv $(VENV)/lm-eval && $(VENV)/lm-eval/bin/pip install -q "lm_eval[api]" transformers)
 	$(BIN)/python benchmarks/lm_eval_local.py --lm-eval $(VENV)/lm-eval/bin/lm_eval
 
-# on the demo model, six minutes on an idle core
+# on the demo model, three minutes on an idle core
 quality: bench-extras
 	$(BIN)/python benchmarks/quality.py
 

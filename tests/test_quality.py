@@ -16,9 +16,13 @@ def report():
 
 
 def test_the_published_setting_on_a_few_questions(report):
+    """With room below results/quality.md: AR 98.9 %, and 80.1 % at 5.01 tokens per forward."""
     (row,) = report["mask_diffusion"]
     assert report["questions"] == PER_FAMILY * len(FAMILIES)
     assert row["tokens"] >= 20 * report["questions"]
+    assert report["ar"]["exact"]["overall"] >= 0.9
+    assert row["exact"]["overall"] >= 0.65
+    assert row["tokens_per_forward"] >= 4
     assert row["tokens_per_forward"] == pytest.approx(
         row["tokens"] / (row["denoise_passes"] + row["context_passes"]), abs=1e-3
     )
