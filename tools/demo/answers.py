@@ -15,6 +15,7 @@ from demo.tasks import FAMILIES, instances
 from demo.tokenizer import EOS
 from demo.towers import TrainingTowers
 from vllm_twotower.core import MASK_TOKEN_ID
+from vllm_twotower.decoding import unmask
 
 
 def held_out_rows(tokenizer, per_family: int, seed: int = 0) -> list[Row]:
@@ -79,17 +80,15 @@ def _decode_batch(
             if not masked.any():
                 break
             level = masked.float().mean(1)
-            logits, _ = towers.denoiser(canvas, level, torch.tensor(running), at, batch.valid_BL, states)
-            logits[..., MASK_TOKEN_ID] = float("-inf")
-            confidence, proposal = logits.softmax(-1).max(-1)
-            confidence = confidence.masked_fill(~masked, -1.0)
-            due = -(-masked.sum(1) // (max_steps - step))
-            count = torch.maximum((confidence > threshold).sum(1), due.clamp(min=1))
-            rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            reveal = masked & (rank < count[:, None])
+            logits, _ = towers.denoiser(canvas, level, torch.tensor(running), at, batch.valid_BL, states, masked)
+            token_N, confidence_N = unmask.propose(logits, MASK_TOKEN_ID, torch.zeros(len(logits)), noise_NV=None)
+            proposal = canvas.masked_scatter(masked, token_N)
+            confidence = torch.zeros(canvas.shape).masked_scatter(masked, confidence_N)
+            rules = (torch.full((len(running),), value) for value in (threshold, step, max_steps))
+            count = unmask.num_to_reveal(confidence, masked, *rules)
             for i, row in enumerate(running):
                 forwards[row] += bool(masked[i].any())
-            canvas = torch.where(reveal, proposal, canvas)
+            canvas = unmask.reveal(canvas, proposal, confidence, masked, count)
         still = []
         for i, row in enumerate(running):
             new = canvas[i].tolist()

@@ -12,6 +12,7 @@ from demo.batches import Batch
 from demo.config import CANVAS
 from demo.towers import ContextStates, TrainingTowers
 from vllm_twotower.core import MASK_TOKEN_ID
+from vllm_twotower.decoding import unmask
 
 MAX_PASSES = 4
 THRESHOLDS = (0.8, 0.95)
@@ -74,16 +75,8 @@ def met_canvases(towers: TrainingTowers, batch: Batch, states: ContextStates, ge
         canvases, passes_A = canvases.only(passes_A >= number), passes_A[passes_A >= number]
         if not len(passes_A):
             break
-        logits, _ = towers.denoiser(
-            corrupt(canvases.clean_AS, canvases.masked_AS),
-            canvases.level_A,
-            canvases.row_A,
-            canvases.canvas_A,
-            batch.valid_BL,
-            states,
-            canvases.masked_AS,
-        )
-        masked = canvases.masked_AS & ~revealed(canvases.masked_AS, logits, generator)
+        logits, _ = masked_logits(towers, canvases, batch, states)
+        masked = canvases.masked_AS & ~revealed(canvases.masked_AS, logits, number - 1, generator)
         canvases = replace(canvases, masked_AS=masked, level_A=masked.float().mean(1))
         left = masked.any(1)
         canvases, passes_A = canvases.only(left), passes_A[left]
@@ -91,11 +84,29 @@ def met_canvases(towers: TrainingTowers, batch: Batch, states: ContextStates, ge
     return reduce(Canvases.joined, reached)
 
 
-def revealed(masked_AS: torch.Tensor, logits_NV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """[A, S]: what decoding would reveal now, surer than the threshold or the surest of its canvas."""
-    probs = logits_NV.index_fill(1, torch.tensor([MASK_TOKEN_ID]), float("-inf")).softmax(-1)
-    confidence = torch.full(masked_AS.shape, -1.0)
-    confidence[masked_AS] = probs.amax(-1)
-    drawn = torch.randint(len(THRESHOLDS), (len(confidence), 1), generator=generator)
-    surest = torch.zeros_like(masked_AS).scatter(1, confidence.argmax(1, keepdim=True), True)
-    return surest | (confidence > torch.tensor(THRESHOLDS)[drawn])
+def masked_logits(
+    towers: TrainingTowers, canvases: Canvases, batch: Batch, states: ContextStates
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """The denoiser's logits [N, V] at masked positions, and experts chosen per layer."""
+    return towers.denoiser(
+        corrupt(canvases.clean_AS, canvases.masked_AS),
+        canvases.level_A.clamp(min=1e-3),
+        canvases.row_A,
+        canvases.canvas_A,
+        batch.valid_BL,
+        states,
+        canvases.masked_AS,
+    )
+
+
+def revealed(
+    masked_AS: torch.Tensor, logits_NV: torch.Tensor, pass_index: int, generator: torch.Generator
+) -> torch.Tensor:
+    """[A, S]: what decoding would reveal now; writes into ``logits_NV``."""
+    num_canvases = len(masked_AS)
+    _, confidence_N = unmask.propose(logits_NV, MASK_TOKEN_ID, torch.zeros(len(logits_NV)), noise_NV=None)
+    confidence_AS = torch.zeros(masked_AS.shape).masked_scatter(masked_AS, confidence_N)
+    threshold_A = torch.tensor(THRESHOLDS)[torch.randint(len(THRESHOLDS), (num_canvases,), generator=generator)]
+    passes_A, max_steps_A = torch.full((num_canvases,), pass_index), torch.full((num_canvases,), CANVAS)
+    num_A = unmask.num_to_reveal(confidence_AS, masked_AS, threshold_A, passes_A, max_steps_A)
+    return unmask.chosen(confidence_AS, masked_AS, num_A)

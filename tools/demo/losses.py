@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from demo.batches import Batch
-from demo.corruptions import corrupt, masked_canvases, met_canvases
+from demo.corruptions import masked_canvases, masked_logits, met_canvases
 from demo.towers import TrainingTowers
 
 Chosen = dict[int, torch.Tensor]
@@ -34,15 +34,7 @@ def masked_tokens(towers: TrainingTowers, batch: Batch, generator: torch.Generat
     met = met_canvases(towers, batch, states, generator)
     sample = torch.cat([drawn.row_A, met.row_A + num_rows])
     both = drawn.joined(met)
-    logits, chosen = towers.denoiser(
-        corrupt(both.clean_AS, both.masked_AS),
-        both.level_A.clamp(min=1e-3),
-        both.row_A,
-        both.canvas_A,
-        batch.valid_BL,
-        states,
-        both.masked_AS,
-    )
+    logits, chosen = masked_logits(towers, both, batch, states)
     num_masked = torch.zeros(2 * num_rows).index_add(0, sample, both.masked_AS.sum(1).float())
     weight = 1 / num_masked[sample][:, None].expand(both.masked_AS.shape)[both.masked_AS]
     losses = F.cross_entropy(logits, both.clean_AS[both.masked_AS], reduction="none")
