@@ -243,12 +243,12 @@ def started(engine: str, args: Any) -> Iterator[EngineRun | ReferenceRun]:
 def measure(args: Any) -> list[dict[str, Any]]:
     """Every engine at every batch; the reference, which has no batches, once."""
     rows, written, threads = [], {}, None
+    prompts = WORKLOADS[args.workload](args.requests)
     for engine in args.engine:
         with started(engine, args) as run:
             torch.set_num_threads(args.threads)
             threads = torch.get_num_threads()
             for batch in [1] if engine == "reference" else args.batches:
-                prompts = WORKLOADS[args.workload](args.requests)
                 run.run(prompts, batch)  # untimed: oneDNN compiles a product for every new number of tokens
                 timing = run.run(prompts, batch)
                 written[engine, batch] = timing.outputs
@@ -275,7 +275,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--model", type=pathlib.Path, default=DEMO_MODEL)
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
-    parser.add_argument("--requests", type=int, default=32, help="questions, so many at a time as the batch says")
+    parser.add_argument("--requests", type=int, default=32, help="prompts, so many at a time as the batch says")
     parser.add_argument("--workload", choices=WORKLOADS, default="beginnings")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, on every engine")
