@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from vllm_twotower.cli import DEMO_MODEL
-from vllm_twotower.ops.adaln import cpp as adaln_cpp
+from vllm_twotower.commands.cli import DEMO_MODEL
+from vllm_twotower.cpu.ops import adaln as adaln_cpp
+from vllm_twotower.cpu.ops import canvas_sample as sample_cpp
+from vllm_twotower.cpu.ops import mixture_of_experts as experts_cpp
+from vllm_twotower.cpu.ops import seeded_scan as scan_cpp
 from vllm_twotower.ops.adaln import reference as adaln_reference
 from vllm_twotower.ops.adaln.reference import Modulation
-from vllm_twotower.ops.canvas_sample import cpp as sample_cpp
 from vllm_twotower.ops.canvas_sample import reference as sample_reference
-from vllm_twotower.ops.mixture_of_experts import cpp as experts_cpp
 from vllm_twotower.ops.mixture_of_experts import reference as experts_reference
 from vllm_twotower.ops.mixture_of_experts.reference import Routing
-from vllm_twotower.ops.seeded_scan import cpp as scan_cpp
 from vllm_twotower.ops.seeded_scan import reference as scan_reference
 
 WIDTH, LEVELS = 16, 152

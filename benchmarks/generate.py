@@ -31,7 +31,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ENGINES = ("twotower", "ar", "reference")
-PARITY = ["tests/test_reference_goldens.py", "tests/test_engine_goldens.py", "tests/test_plain_kernels.py"]
+PARITY = ["tests/test_reference_goldens.py", "tests/test_engine_goldens.py", "tests/test_runner_kernels.py"]
 MAX_MODEL_LEN = 512
 BEGINNING = 60
 """Characters of a text that is to be continued."""
@@ -162,13 +162,13 @@ class EngineRun:
 
 
 class ReferenceRun:
-    """``decoding/reference.py`` over the plain towers, request after request."""
+    """``oracle/reference.py`` over the plain towers, request after request."""
 
     def __init__(self, model: pathlib.Path, max_tokens: int) -> None:
         from safetensors.torch import load_file
         from tokenizers import Tokenizer
 
-        from vllm_twotower.decoding.plain_towers import PlainTwoTower, TowerShape
+        from vllm_twotower.oracle.plain_towers import PlainTwoTower, TowerShape
 
         config = json.loads((model / "config.json").read_text())
         weights = {name: tensor.float() for name, tensor in load_file(model / "model.safetensors").items()}
@@ -187,8 +187,8 @@ class ReferenceRun:
         return timing
 
     def _one(self, prompt: list[int], timing: Timing) -> None:
-        from vllm_twotower.decoding.plain_towers import ContextCache
-        from vllm_twotower.decoding.reference import MaskDiffusion, generate_mask_diffusion
+        from vllm_twotower.oracle.plain_towers import ContextCache
+        from vllm_twotower.oracle.reference import MaskDiffusion, generate_mask_diffusion
 
         cache, arrivals = ContextCache(), [now()]
 
@@ -270,7 +270,7 @@ def require_same(written: dict[tuple[str, int], list[list[int]]]) -> None:
 
 def add_arguments(parser: Any) -> None:
     """The command's options."""
-    from vllm_twotower.cli import DEMO_MODEL
+    from vllm_twotower.commands.cli import DEMO_MODEL
 
     parser.add_argument("--model", type=pathlib.Path, default=DEMO_MODEL)
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))

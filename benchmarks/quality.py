@@ -63,7 +63,7 @@ def _say(title: str, row: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    from vllm_twotower.cli import DEMO_MODEL
+    from vllm_twotower.commands.cli import DEMO_MODEL
 
     parser.add_argument("--model", type=pathlib.Path, default=DEMO_MODEL)
     parser.add_argument("--per-family", type=int, default=16, help="questions of each family")

@@ -14,10 +14,10 @@ import torch
 from request_mixes import MixedRequest
 
 from vllm_twotower.core import MASK_TOKEN_ID, Mode
-from vllm_twotower.decoding.logits_rules import LogitsRules
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.decoding.noise_level import noise_level
-from vllm_twotower.decoding.plain_towers import ContextCache, PlainTwoTower
+from vllm_twotower.oracle.logits_rules import LogitsRules
+from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower
 
 NEAR = 1e-5
 MAX_PASSES = 1000

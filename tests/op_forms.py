@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_twotower.ops.cpu_library import library
+from vllm_twotower.cpu.library import library
 
 NATIVE = os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available()
 

@@ -12,7 +12,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm_twotower import diffusion_params
 from vllm_twotower.config import EngineOptions, RequestOptions
 from vllm_twotower.core import Mode
-from vllm_twotower.request_checks import check_worker_limits
+from vllm_twotower.frontend.request_checks import check_worker_limits
 from vllm_twotower.runtime import admission
 
 canvas_16, autoregressive = admission.canvas_16, admission.canvas_0

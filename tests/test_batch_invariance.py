@@ -18,7 +18,7 @@ from request_mixes import alone, draw_mix, longest_queue_allowed, longest_wait_a
 from safetensors.torch import load_file
 
 from vllm_twotower.core import Mode
-from vllm_twotower.decoding.plain_towers import PlainTwoTower, TowerShape
+from vllm_twotower.oracle.plain_towers import PlainTwoTower, TowerShape
 
 QUORUMS = (0, 0.4, 1)
 PASSES_PER_STEP = (1, 4)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_twotower import diffusion_params
-from vllm_twotower.checkpoint_checks import check_checkpoint
+from vllm_twotower.frontend.checkpoint_checks import check_checkpoint
 
 TENSOR = "denoiser_tower.layers.3.mixer.q_proj.weight"
 QUICK_SECONDS = 10

@@ -17,8 +17,8 @@ from demo.tasks import FAMILIES, instances
 from demo.towers import TrainingTowers
 from tokenizers import Tokenizer
 
-from vllm_twotower.cli import DEMO_MODEL
-from vllm_twotower.decoding.plain_towers import DENOISER, ContextCache, PlainTwoTower, TowerShape
+from vllm_twotower.commands.cli import DEMO_MODEL
+from vllm_twotower.oracle.plain_towers import DENOISER, ContextCache, PlainTwoTower, TowerShape
 
 SMALL = {**MODEL, "vocab_size": 64, "hidden_size": 32, "mamba_head_dim": 8, "head_dim": 8, "ssm_state_size": 8}
 

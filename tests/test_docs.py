@@ -9,7 +9,7 @@ import sys
 import make_readme
 from demo.item import PROMPT_END, Item
 
-from vllm_twotower.cli import DEMO_QUESTION_END, DEMO_QUESTIONS, DEMO_RUNS, demo_prompt
+from vllm_twotower.commands.cli import DEMO_QUESTION_END, DEMO_QUESTIONS, DEMO_RUNS, demo_prompt
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def test_the_offline_example_prints_what_readme_says():
 
 def test_the_demo_answers_its_own_questions():
     """At the published setting all are right; the other settings and AR are shown beside it."""
-    printed = run("-m", "vllm_twotower.cli", "demo")
+    printed = run("-m", "vllm_twotower.commands.cli", "demo")
     count = len(DEMO_QUESTIONS)
     right = re.findall(r"(\d) of (\d) answers are right", printed)
     assert right[0] == (str(count), str(count))
@@ -52,7 +52,7 @@ def test_the_demo_answers_its_own_questions():
 
 def test_the_demo_takes_a_question_of_ones_own():
     question = next(iter(DEMO_QUESTIONS))
-    printed = run("-m", "vllm_twotower.cli", "demo", "--prompt", question, "--max-tokens", "8")
+    printed = run("-m", "vllm_twotower.commands.cli", "demo", "--prompt", question, "--max-tokens", "8")
     assert printed.count(f"  {question}\nAnswer:\033[1m") == len(DEMO_RUNS)
     assert "are right" not in printed
 

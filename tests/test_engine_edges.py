@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from vllm.exceptions import VLLMValidationError
 
 from vllm_twotower import diffusion_params
-from vllm_twotower.decoding.plain_towers import PlainTwoTower, TowerShape
-from vllm_twotower.decoding.reference import MaskDiffusion
+from vllm_twotower.oracle.plain_towers import PlainTwoTower, TowerShape
+from vllm_twotower.oracle.reference import MaskDiffusion
 
 CANVAS, KV_BLOCK, VOCAB, MASK, EOS = 16, 128, 512, 3, 2
 THRESHOLD = 0.5

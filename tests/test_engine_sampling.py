@@ -7,9 +7,9 @@ from engine_harness import engine
 from safetensors.torch import load_file
 
 from vllm_twotower import diffusion_params
-from vllm_twotower.decoding.logits_rules import LogitsRules
-from vllm_twotower.decoding.plain_towers import ContextCache, PlainTwoTower, TowerShape
-from vllm_twotower.decoding.reference import MaskDiffusion, generate_mask_diffusion
+from vllm_twotower.oracle.logits_rules import LogitsRules
+from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower, TowerShape
+from vllm_twotower.oracle.reference import MaskDiffusion, generate_mask_diffusion
 
 MAX_TOKENS = 32
 
@@ -81,7 +81,7 @@ def test_every_parameter_acts_as_in_the_reference(tiny_mlp, model, prompt):
 
 def test_bad_words_need_a_tokenizer_and_forbid_their_last_token():
     """On the demo model, which has one."""
-    from vllm_twotower.cli import DEMO_MODEL, DEMO_QUESTIONS, demo_prompt
+    from vllm_twotower.commands.cli import DEMO_MODEL, DEMO_QUESTIONS, demo_prompt
 
     (prompt,) = (demo_prompt(question) for question in DEMO_QUESTIONS if "silver" in question)
 
@@ -100,7 +100,7 @@ def test_bad_words_need_a_tokenizer_and_forbid_their_last_token():
 
 def test_stop_strings_inside_and_across_canvases():
     """On the demo model, which has a tokenizer."""
-    from vllm_twotower.cli import DEMO_MODEL
+    from vllm_twotower.commands.cli import DEMO_MODEL
 
     greedy = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True}
 

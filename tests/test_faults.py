@@ -19,7 +19,7 @@ import pytest
 from demo_questions import LONG
 from server import START_SECONDS, is_healthy, starting_server, terminate, wait_until_healthy
 
-from vllm_twotower.cli import DEMO_MODEL
+from vllm_twotower.commands.cli import DEMO_MODEL
 
 OPTIONS = ["--diffusion", "--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "512"]
 OPTIONS += ["--max-num-seqs", "8", "--enforce-eager"]

@@ -11,8 +11,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_twotower.cli import DEMO_MODEL
-from vllm_twotower.startup_rules import SCHEDULER_CLASS
+from vllm_twotower.commands.cli import DEMO_MODEL
+from vllm_twotower.frontend.startup_rules import SCHEDULER_CLASS
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from demo_questions import LONG, OPEN, SHORT
 from hostile_requests import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, UNSATISFIABLE, Hostile, base, hostile_requests
 from server import vllm_server
 
-from vllm_twotower.cli import DEMO_MODEL
+from vllm_twotower.commands.cli import DEMO_MODEL
 
 NUM_REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "150"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))

@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from test_loading import REAL_CONFIG
 
-from vllm_twotower.cli import DEMO_MODEL, main
-from vllm_twotower.inspection import inspect, inspect_checkpoint
+from vllm_twotower.commands.cli import DEMO_MODEL, main
+from vllm_twotower.planning.inspection import inspect, inspect_checkpoint
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_twotower import diffusion_params
-from vllm_twotower.cli import DEMO_MODEL
+from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.models.tensor_shapes import checkpoint_shapes
 from vllm_twotower.models.twotower import NemotronHTwoTowerForCausalLM
 from vllm_twotower.models.weights import checked

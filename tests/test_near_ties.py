@@ -13,9 +13,9 @@ from request_mixes import MixedRequest
 from safetensors.torch import load_file
 
 from vllm_twotower.core import Mode
-from vllm_twotower.decoding.logits_rules import LogitsRules
-from vllm_twotower.decoding.plain_towers import ContextCache, PlainTwoTower, TowerShape
-from vllm_twotower.decoding.reference import MaskDiffusion, generate_greedy
+from vllm_twotower.oracle.logits_rules import LogitsRules
+from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower, TowerShape
+from vllm_twotower.oracle.reference import MaskDiffusion, generate_greedy
 
 MAX_TOKENS = 8
 

@@ -8,9 +8,9 @@ import torch
 
 from vllm_twotower import ops
 from vllm_twotower.core import KERNELS_VARIABLE
-from vllm_twotower.ops import cpu_library
+from vllm_twotower.cpu import library as cpu_library
+from vllm_twotower.cpu.library import library
 from vllm_twotower.ops.backend import Form, form_for
-from vllm_twotower.ops.cpu_library import library
 from vllm_twotower.ops.launch import launch, recorded_launches
 
 LOGITS = torch.zeros(1, 8)

@@ -5,9 +5,9 @@ import torch
 from op_forms import IN_CPP, kernels_of
 from tolerances import BF16_OP, FP32_OP
 
+from vllm_twotower.cpu.ops import canvas_sample as cpp
 from vllm_twotower.decoding.noise import gumbel_from_bits, gumbel_noise, philox_4x32
 from vllm_twotower.decoding.unmask import propose
-from vllm_twotower.ops.canvas_sample import cpp
 from vllm_twotower.ops.canvas_sample import kernel as kernel_module
 from vllm_twotower.ops.canvas_sample.reference import Draw
 from vllm_twotower.ops.canvas_sample.reference import canvas_sample as reference

@@ -25,11 +25,14 @@ def test_public_names():
     ("module", "forbidden"),
     [
         ("vllm_twotower.core, vllm_twotower.config, vllm_twotower.registration", ["torch", "vllm", "triton"]),
-        ("vllm_twotower.compat, vllm_twotower.cli, vllm_twotower.startup_rules", ["torch", "vllm", "triton"]),
-        ("vllm_twotower.inspection", ["torch", "vllm", "triton"]),
-        ("vllm_twotower.decoding.reference", ["vllm", "triton"]),
+        (
+            "vllm_twotower.compat, vllm_twotower.commands.cli, vllm_twotower.frontend.startup_rules",
+            ["torch", "vllm", "triton"],
+        ),
+        ("vllm_twotower.planning.inspection", ["torch", "vllm", "triton"]),
+        ("vllm_twotower.oracle.reference", ["vllm", "triton"]),
         ("vllm_twotower.decoding.unmask", ["vllm", "triton"]),
-        ("vllm_twotower.decoding.plain_towers", ["vllm", "triton"]),
+        ("vllm_twotower.oracle.plain_towers", ["vllm", "triton"]),
         ("vllm_twotower.ops", ["vllm", "triton"]),
         ("vllm_twotower.models.twotower", ["vllm_twotower.runtime"]),
     ],

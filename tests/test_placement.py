@@ -16,7 +16,7 @@ import pytest
 from demo_questions import LONG
 from server import is_healthy, vllm_server
 
-from vllm_twotower.cli import DEMO_MODEL
+from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.config import EngineOptions
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.tower_sizes import Tower, TowerSizes

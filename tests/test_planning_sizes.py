@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 from test_loading import REAL_CONFIG
 
-from vllm_twotower.cli import DEMO_MODEL
+from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
 from vllm_twotower.planning.gpus import B200, H100, H200, Assumptions
 from vllm_twotower.planning.model_facts import ModelFacts

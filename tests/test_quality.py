@@ -5,7 +5,7 @@ from quality import evaluate
 from quality_parts.questions import FAMILIES, Outcome, held_out, shares
 from quality_parts.report import markdown
 
-from vllm_twotower.cli import DEMO_MODEL
+from vllm_twotower.commands.cli import DEMO_MODEL
 
 PER_FAMILY = 3
 

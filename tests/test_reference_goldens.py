@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from tolerances import GOLDEN_LOGITS
 
-from vllm_twotower.decoding.plain_towers import ContextCache, PlainTwoTower, TowerShape
-from vllm_twotower.decoding.reference import MaskDiffusion, generate_greedy
+from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower, TowerShape
+from vllm_twotower.oracle.reference import MaskDiffusion, generate_greedy
 
 
 @pytest.fixture(params=["tiny_moe", "tiny_mlp"])

@@ -9,8 +9,8 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_twotower import compat, register
 from vllm_twotower.config import EngineOptions
+from vllm_twotower.frontend.startup_rules import SCHEDULER_CLASS, STARTUP_RULES, refuse
 from vllm_twotower.registration import ADMISSION_MODULE, DEFAULT_MAX_NUM_SEQS, TwoTowerConfigHook
-from vllm_twotower.startup_rules import SCHEDULER_CLASS, STARTUP_RULES, refuse
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from demo_questions import LONG, OPEN, SHORT
 from server import VLLM, vllm_server
 
-from vllm_twotower.cli import DEMO_MODEL
+from vllm_twotower.commands.cli import DEMO_MODEL
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

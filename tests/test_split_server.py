@@ -14,7 +14,7 @@ import httpx
 import pytest
 from server import vllm_server
 
-from vllm_twotower.cli import DEMO_MODEL
+from vllm_twotower.commands.cli import DEMO_MODEL
 
 OPTIONS = ["--diffusion", '{"passes_per_step": 16}', "--tensor-parallel-size", "2", "--served-model-name", "demo"]
 OPTIONS += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager"]

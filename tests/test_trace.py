@@ -9,8 +9,8 @@ import subprocess
 import pytest
 from engine_harness import engine, golden_params
 
-from vllm_twotower.live import Recording
-from vllm_twotower.trace_page import canvases_of, render_page
+from vllm_twotower.commands.live import Recording
+from vllm_twotower.commands.trace_page import canvases_of, render_page
 
 # Drives the page as a person would, and leaves what it saw in the document's title.
 CLICKS = """

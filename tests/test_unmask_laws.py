@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.decoding.noise_level import all_noise_levels, level_index
-from vllm_twotower.decoding.reference import MaskDiffusion, generate_mask_diffusion
 from vllm_twotower.decoding.unmask import num_to_reveal, propose, reveal
+from vllm_twotower.oracle.reference import MaskDiffusion, generate_mask_diffusion
 
 MASK, VOCAB = 3, 12
 

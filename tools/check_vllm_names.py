@@ -70,7 +70,7 @@ RELIED_ON = {
         has :NemotronHForCausalLM hf_to_vllm_mapper forward_context:ForwardContext attn_metadata
             model_executor.models.nemotron_h:NemotronHModel layers
         takes :AutoWeightsLoader.load_weights weights mapper""",
-    "models/portable_moe.py": """
+    "cpu/portable_moe.py": """
         reads :NemotronHMoEDecoderLayer.forward mixer norm model_executor.models.utils:AutoWeightsLoader load_weights
             model_executor.models.nemotron_h:NemotronHForCausalLM n_routed_experts n_shared_experts n_logical_experts
             n_physical_experts n_local_physical_experts n_redundant_experts""",

@@ -13,11 +13,11 @@ import re
 import sys
 
 from vllm_twotower import diffusion_stats
-from vllm_twotower.cli import make_parser
+from vllm_twotower.commands.cli import make_parser
 from vllm_twotower.config import CONFIG_KEY, REQUEST_PREFIX, EngineOptions, RequestOptions
 from vllm_twotower.core import Mode
+from vllm_twotower.frontend.startup_rules import STARTUP_RULES
 from vllm_twotower.runtime.stat_loggers import COUNTERS, PASSES_PER_CANVAS
-from vllm_twotower.startup_rules import STARTUP_RULES
 
 FILE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 

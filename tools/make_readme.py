@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 
-from vllm_twotower.cli import DEMO_MODEL
+from vllm_twotower.commands.cli import DEMO_MODEL
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -72,8 +72,8 @@ def wrap_engine_args(architecture: str) -> None:
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_twotower import cli_flag
-    from vllm_twotower.checkpoint_checks import check_checkpoint
+    from vllm_twotower.frontend import cli_flag
+    from vllm_twotower.frontend.checkpoint_checks import check_checkpoint
 
     if getattr(EngineArgs, "_twotower_flag", False):
         return
@@ -301,7 +301,7 @@ def portable_moe_layers(needed: bool) -> Iterator[None]:
         return
     from vllm.model_executor.models import nemotron_h
 
-    from vllm_twotower.models.portable_moe import PortableMoEDecoderLayer
+    from vllm_twotower.cpu.portable_moe import PortableMoEDecoderLayer
 
     table = nemotron_h.ALL_DECODER_LAYER_TYPES
     fused = table["E"]
@@ -370,7 +370,7 @@ def use_torch_for_runner_kernels() -> None:
     from vllm.v1.worker.mamba_utils import MambaSpecDecodeGPUContext
     from vllm.v1.worker.utils import KVBlockZeroer
 
-    from vllm_twotower.runtime import plain_kernels as plain
+    from vllm_twotower.cpu import runner_kernels as plain
 
     if getattr(BlockTables, "_twotower_plain", False):
         return

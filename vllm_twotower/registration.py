@@ -10,8 +10,8 @@ from typing import Any
 from vllm_twotower import compat, compat_requests
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
 from vllm_twotower.core import KERNELS_VARIABLE
-from vllm_twotower.request_checks import check_beam_search, check_request
-from vllm_twotower.startup_rules import SCHEDULER_CLASS, WORKER_EXTENSION_CLASS, refuse
+from vllm_twotower.frontend.request_checks import check_beam_search, check_request
+from vllm_twotower.frontend.startup_rules import SCHEDULER_CLASS, WORKER_EXTENSION_CLASS, refuse
 
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 MODEL_CLASS = "vllm_twotower.models.twotower:NemotronHTwoTowerForCausalLM"

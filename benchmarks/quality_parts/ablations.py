@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from quality_parts.ablated_towers import AblatedTwoTower, Ablation
 from quality_parts.questions import MAX_TOKENS, Item, Outcome, shares
-from vllm_twotower.decoding.ablated_towers import AblatedTwoTower, Ablation
-from vllm_twotower.decoding.plain_towers import TowerShape
-from vllm_twotower.decoding.reference import MaskDiffusion
+from vllm_twotower.oracle.plain_towers import TowerShape
+from vllm_twotower.oracle.reference import MaskDiffusion
 
 EOS = 2
 CASES: dict[str, tuple[Ablation, dict]] = {

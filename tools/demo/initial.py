@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from vllm_twotower.decoding.plain_towers import CONTEXT, DENOISER, TIMESTEP_FEATURES, TowerShape
+from vllm_twotower.oracle.plain_towers import CONTEXT, DENOISER, TIMESTEP_FEATURES, TowerShape
 
 
 class _Weights(dict[str, torch.Tensor]):

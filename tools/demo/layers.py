@@ -12,7 +12,7 @@ Legend: as in ``plain_towers.py``; n chunks, c tokens in a chunk, g query heads 
 import torch
 import torch.nn.functional as F
 
-from vllm_twotower.decoding.plain_towers import TowerShape
+from vllm_twotower.oracle.plain_towers import TowerShape
 
 Weights = dict[str, torch.Tensor]
 HALF = torch.bfloat16

@@ -14,7 +14,7 @@ import torch
 from demo import layers
 from demo.config import CANVAS
 from demo.layers import Weights, grouped_attention, linear, rms_norm
-from vllm_twotower.decoding.plain_towers import CONTEXT, DENOISER, PlainTwoTower, TowerShape
+from vllm_twotower.oracle.plain_towers import CONTEXT, DENOISER, PlainTwoTower, TowerShape
 
 _compiled = {"mamba": layers.mamba, "experts": layers.experts, "attention": grouped_attention}
 

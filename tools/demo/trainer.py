@@ -14,7 +14,7 @@ from demo.config import MODEL, PhaseConfig, TrainingConfig
 from demo.initial import context_weights, denoiser_weights
 from demo.optimizer import Optimizer
 from demo.towers import TrainingTowers
-from vllm_twotower.decoding.plain_towers import CONTEXT, DENOISER, TowerShape
+from vllm_twotower.oracle.plain_towers import CONTEXT, DENOISER, TowerShape
 
 SAVE_EVERY_S = 120
 LOG_EVERY = 25

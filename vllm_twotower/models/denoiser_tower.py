@@ -28,8 +28,8 @@ from vllm.model_executor.models.nemotron_h import NemotronHMLP, NemotronHMoE
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
+from vllm_twotower.cpu.portable_moe import PortableMoE
 from vllm_twotower.models.conditioning import TimeConditioning
-from vllm_twotower.models.portable_moe import PortableMoE
 from vllm_twotower.ops import (
     UNMODULATED,
     Modulation,

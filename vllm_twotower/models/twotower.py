@@ -18,11 +18,11 @@ from vllm.platforms import current_platform
 from vllm_twotower import compat
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
 from vllm_twotower.decoding.noise import gumbel_noise
-from vllm_twotower.models.context_mirror import ContextMirror
 from vllm_twotower.models.denoiser_tower import LOGITS_TILE, CanvasLayout, DenoiserTower
-from vllm_twotower.models.tower_placement import take_place
 from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, checked
 from vllm_twotower.ops.canvas_sample.reference import NOISE_TILE
+from vllm_twotower.split.context_mirror import ContextMirror
+from vllm_twotower.split.placement import take_place
 
 
 class DenoiseStep(Protocol):
@@ -47,7 +47,7 @@ class NemotronHTwoTowerForCausalLM(NemotronHForCausalLM):
 
     Without ``additional_config["diffusion"]`` only the context tower is built and loaded: a plain autoregressive
     Nemotron-H. With the towers split, a rank builds and loads its own; the other one's part of a step does nothing here
-    (``models/tower_placement.py``).
+    (``split/placement.py``).
     """
 
     hf_to_vllm_mapper = CHECKPOINT_TO_MODULE

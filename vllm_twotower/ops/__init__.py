@@ -59,7 +59,7 @@ def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None
         case Form.TRITON:
             from vllm_twotower.ops.canvas_sample.kernel import canvas_sample as form
         case Form.CPP:
-            from vllm_twotower.ops.canvas_sample.cpp import canvas_sample as form
+            from vllm_twotower.cpu.ops.canvas_sample import canvas_sample as form
     return form(logits_NV, mask_token_id, draw)
 
 
@@ -116,7 +116,7 @@ def modulate_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modula
         case Form.TRITON:
             from vllm_twotower.ops.adaln.kernel import modulate_norm as form
         case Form.CPP:
-            from vllm_twotower.ops.adaln.cpp import modulate_norm as form
+            from vllm_twotower.cpu.ops.adaln import modulate_norm as form
     return form(x_TD, weight_D, eps, modulation)
 
 
@@ -127,7 +127,7 @@ def norm_modulate(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modula
         case Form.TRITON:
             from vllm_twotower.ops.adaln.kernel import norm_modulate as form
         case Form.CPP:
-            from vllm_twotower.ops.adaln.cpp import norm_modulate as form
+            from vllm_twotower.cpu.ops.adaln import norm_modulate as form
     return form(x_TD, weight_D, eps, modulation)
 
 
@@ -151,7 +151,7 @@ def gate_add(x_TD: torch.Tensor, residual_TD: torch.Tensor, modulation: Modulati
         case Form.TRITON:
             from vllm_twotower.ops.adaln.kernel import gate_add as form
         case Form.CPP:
-            from vllm_twotower.ops.adaln.cpp import gate_add as form
+            from vllm_twotower.cpu.ops.adaln import gate_add as form
     return form(x_TD, residual_TD, modulation)
 
 
@@ -183,7 +183,7 @@ def seeded_conv(
         case Form.TRITON:
             from vllm_twotower.ops.seeded_scan.kernel import seeded_conv as form
         case Form.CPP:
-            from vllm_twotower.ops.seeded_scan.cpp import seeded_conv as form
+            from vllm_twotower.cpu.ops.seeded_scan import seeded_conv as form
     return form(x_RWC, weight_CK, bias_C, cache_BKC, slot_R)
 
 
@@ -229,7 +229,7 @@ def seeded_scan(
         case Form.TRITON:
             from vllm_twotower.ops.seeded_scan.kernel import seeded_scan as form
         case Form.CPP:
-            from vllm_twotower.ops.seeded_scan.cpp import seeded_scan as form
+            from vllm_twotower.cpu.ops.seeded_scan import seeded_scan as form
     return form(x_RWHP, dt_RWH, a_H, b_RWGN, c_RWGN, skip_H, dt_bias_H, state_BHPN, slot_R, out_dtype)
 
 
@@ -253,5 +253,5 @@ def mixture_of_experts(
     """
     form = _mixture_of_experts_reference
     if form_for(x_TD) is Form.CPP:
-        from vllm_twotower.ops.mixture_of_experts.cpp import mixture_of_experts as form
+        from vllm_twotower.cpu.ops.mixture_of_experts import mixture_of_experts as form
     return form(x_TD, routing, up_EDI, down_EID)

@@ -17,7 +17,7 @@ import os
 import torch
 
 from vllm_twotower.core import KERNELS_VARIABLE
-from vllm_twotower.ops.cpu_library import library
+from vllm_twotower.cpu.library import library
 
 CHOICES = ("auto", "reference", "triton")
 

@@ -1,4 +1,4 @@
-"""Traffic between the towers in ``split`` placement (``runtime/tower_link.py``): after each context forward the new KV
+"""Traffic between the towers in ``split`` placement (``split/link.py``): after each context forward the new KV
 rows, and the Mamba states of the requests whose next canvas starts from them, go to the denoiser's mirrored caches;
 after each denoise step its canvases come back. ``tests/test_placement.py`` compares the formula with what is sent."""
 

@@ -28,7 +28,7 @@ from vllm_twotower.ops import CanvasRules, reveal
 from vllm_twotower.runtime.canvas_table import CanvasRows
 from vllm_twotower.runtime.denoise_graphs import DenoiseGraph
 from vllm_twotower.runtime.proposals import ProposalSampler, Tile
-from vllm_twotower.runtime.tower_link import TowerLink
+from vllm_twotower.split.link import TowerLink
 
 
 @dataclass(frozen=True)

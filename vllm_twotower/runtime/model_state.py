@@ -35,10 +35,10 @@ from vllm_twotower.runtime.denoise_graphs import (
     can_capture,
 )
 from vllm_twotower.runtime.denoise_step import DenoiseStep
-from vllm_twotower.runtime.metrics import DiffusionStats
 from vllm_twotower.runtime.proposals import ProposalSampler
-from vllm_twotower.runtime.tower_link import ContextStep, TowerLink
+from vllm_twotower.runtime.stats import DiffusionStats
 from vllm_twotower.runtime.trace import CanvasTrace
+from vllm_twotower.split.link import ContextStep, TowerLink
 
 logger = init_logger("vllm.twotower")
 

@@ -2,9 +2,9 @@
 
 import torch
 
+from vllm_twotower.cpu.library import are_fp32, function
 from vllm_twotower.ops.canvas_sample import reference
 from vllm_twotower.ops.canvas_sample.reference import Draw, Sample, check_arguments
-from vllm_twotower.ops.cpu_library import are_fp32, function
 
 
 def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None = None) -> Sample:

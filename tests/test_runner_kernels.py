@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.sample import gumbel
 from vllm.v1.worker.utils import KVBlockZeroer
 
 from vllm_twotower import compat
-from vllm_twotower.runtime import plain_kernels as plain
+from vllm_twotower.cpu import runner_kernels as plain
 
 SLOTS, MODEL_LEN, VOCAB = 6, 40, 11
 seeds = st.integers(0, 2**31 - 1)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_twotower.live import Recording
+    from vllm_twotower.commands.live import Recording
 
-TEMPLATE = pathlib.Path(__file__).parent / "assets" / "trace.html"
+TEMPLATE = pathlib.Path(__file__).parents[1] / "assets" / "trace.html"
 PLACEHOLDER = "/*TRACE*/"
 
 

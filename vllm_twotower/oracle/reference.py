@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_twotower.core import MASK_TOKEN_ID, CanvasSnapshot, DecodingResult
-from vllm_twotower.decoding.logits_rules import LogitsRules
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.decoding.noise_level import noise_level
+from vllm_twotower.oracle.logits_rules import LogitsRules
 
 
 @dataclass(frozen=True, kw_only=True)

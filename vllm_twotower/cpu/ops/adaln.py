@@ -2,9 +2,9 @@
 
 import torch
 
+from vllm_twotower.cpu.library import ModulationStruct, are_fp32, function
 from vllm_twotower.ops.adaln import reference
 from vllm_twotower.ops.adaln.reference import Modulation, check_modulation, check_norm, check_residual
-from vllm_twotower.ops.cpu_library import ModulationStruct, are_fp32, function
 
 
 def _pointers(modulation: Modulation) -> ModulationStruct:

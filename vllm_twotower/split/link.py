@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
 
-from vllm_twotower.models.tower_placement import TowerPlacement
+from vllm_twotower.split.placement import TowerPlacement
 
 
 @dataclass

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_twotower.core import TIMESTEP_SCALE, DecodingResult
-from vllm_twotower.decoding.reference import MaskDiffusion, generate_mask_diffusion
+from vllm_twotower.oracle.reference import MaskDiffusion, generate_mask_diffusion
 
 CONTEXT, DENOISER = "context_tower", "denoiser_tower"
 TIMESTEP_FEATURES = 256

@@ -2,7 +2,7 @@
 
 There Triton only interprets, at a millisecond per program: most of an engine step. Each function has the parameters of
 the vLLM function it stands in for (named in its docstring) and writes exactly the elements that one writes;
-``compat.use_torch_for_runner_kernels`` puts them in place, ``tests/test_plain_kernels.py`` holds them equal to the
+``compat.use_torch_for_runner_kernels`` puts them in place, ``tests/test_runner_kernels.py`` holds them equal to the
 kernels. Shapes: R rows of the batch, N scheduled tokens, Q request slots, G cache groups.
 """
 

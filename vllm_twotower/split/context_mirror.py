@@ -1,7 +1,7 @@
 """The context tower's caches without its weights, for ranks that hold the denoiser only.
 
 The layers register with vLLM under the context tower's own names, so that every rank of the group asks for the same
-caches and gets the same blocks and slots. ``runtime/tower_link.py`` fills them.
+caches and gets the same blocks and slots. ``split/link.py`` fills them.
 """
 
 from typing import Any

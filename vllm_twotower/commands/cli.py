@@ -6,7 +6,7 @@ import pathlib
 import sys
 from typing import Any
 
-DEMO_MODEL = pathlib.Path(__file__).parent / "assets" / "demo"
+DEMO_MODEL = pathlib.Path(__file__).parents[1] / "assets" / "demo"
 DEMO_QUESTIONS = {
     "Sam has 60 of hat, then finds 27, loses 21, wins 21, drops 4. How many now?": (
         "60+27=87 87-21=66 66+21=87 87-4=83"
@@ -99,7 +99,7 @@ def demo_prompt(question: str) -> str:
 
 def _demo(args: argparse.Namespace) -> int:
     from vllm_twotower import diffusion_params
-    from vllm_twotower.live import Run, print_table, start_engine, write_live
+    from vllm_twotower.commands.live import Run, print_table, start_engine, write_live
 
     print(f"Starting vLLM with the demo model ({DEMO_MODEL.name}), a few seconds ...", flush=True)
     # in fp32, where every machine writes the same tokens
@@ -122,9 +122,9 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _trace(args: argparse.Namespace) -> int:
     from vllm_twotower import diffusion_params
+    from vllm_twotower.commands.live import print_table, start_engine, write_live
+    from vllm_twotower.commands.trace_page import render_page
     from vllm_twotower.config import EngineOptions
-    from vllm_twotower.live import print_table, start_engine, write_live
-    from vllm_twotower.trace_page import render_page
 
     if not args.html.parent.is_dir():
         raise ValueError(f"--html {args.html}: the folder {args.html.parent} does not exist; make it or name another")
@@ -153,9 +153,9 @@ def _inspect(args: argparse.Namespace) -> int:
     """Print the report; 1 where shards and ``config.json`` disagree."""
     import json
 
-    from vllm_twotower.inspection import InspectOptions, inspect
-    from vllm_twotower.inspection_text import describe
     from vllm_twotower.planning.gpus import Assumptions
+    from vllm_twotower.planning.inspection import InspectOptions, inspect
+    from vllm_twotower.planning.inspection_text import describe
 
     options = InspectOptions(
         tokens_per_request=args.tokens_per_request,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_twotower.decoding.plain_towers import (
+from vllm_twotower.oracle.plain_towers import (
     AttentionCache,
     ContextCache,
     PlainTwoTower,

@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from vllm_twotower.ops.cpu_library import ConvInputs, ScanInputs, are_fp32, function
+from vllm_twotower.cpu.library import ConvInputs, ScanInputs, are_fp32, function
 from vllm_twotower.ops.seeded_scan import reference
 from vllm_twotower.ops.seeded_scan.reference import check_conv, check_scan
 

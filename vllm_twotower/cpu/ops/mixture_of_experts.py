@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from vllm_twotower.ops.cpu_library import Router, are_fp32, function
+from vllm_twotower.cpu.library import Router, are_fp32, function
 from vllm_twotower.ops.mixture_of_experts import reference
 from vllm_twotower.ops.mixture_of_experts.reference import Routing, check_experts
 

@@ -1,0 +1,1 @@
+"""The ``vllm-twotower`` command: demo, trace, inspect."""

@@ -1,0 +1,1 @@
+"""What only a CPU needs: plain kernels for vLLM's runner, portable experts, C++ ops, Triton's interpreter."""

@@ -1,0 +1,1 @@
+"""The C++ forms of the ops, by op."""

@@ -1,0 +1,1 @@
+"""Everything that can refuse a user: the flag, the start-up rules, the checkpoint, each request."""

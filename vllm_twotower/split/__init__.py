@@ -1,0 +1,1 @@
+"""The towers on different ranks: who holds what, what crosses, and what a step does differently there."""
