@@ -57,7 +57,7 @@ def start(overrides: dict[str, int], most_requests: int) -> Any:
         enforce_eager=True,
         enable_prefix_caching=False,
         kv_cache_memory_bytes=256 << 20,
-        additional_config={"diffusion": True},
+        additional_config={"diffusion": {"tower_placement": "split"}},
     )
     llm.collective_rpc(start_clock)
     return llm

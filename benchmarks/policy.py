@@ -22,6 +22,7 @@ from functools import cached_property
 from machine import output_of
 from roofline import CONFIG, REFERENCE, SETUPS, Setup, costs_of, read_towers, step_times
 from scripted_worker import STEP_BUDGET, ScriptedRun, Tally, make_scheduler
+from vllm_twotower.runtime.step_costs import StepCosts
 
 from vllm_twotower.core import Mode, StepKind
 from vllm_twotower.planning.canvas_passes import THIRD_PARTY_COUNTS, CanvasPasses
@@ -29,7 +30,6 @@ from vllm_twotower.planning.forward_cost import Forward, Machine, context_step
 from vllm_twotower.planning.gpus import Assumptions
 from vllm_twotower.planning.throughput import StepTimes, Workload
 from vllm_twotower.planning.tower_sizes import Part, Tower, TowerSizes
-from vllm_twotower.runtime.step_costs import StepCosts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODEL = CONFIG.parent

@@ -28,13 +28,13 @@ def _timed(owner: Any, name: str, what: str) -> None:
 
 def start_clock(worker: Any) -> None:
     """Time this rank's own tower, its calls of the link between the towers, and its whole steps."""
-    from vllm_twotower.runtime.denoise_step import DenoiseStep
+    from vllm_twotower.runtime.denoise_loop import DenoiseLoop
 
     model = worker.model_runner.model
     if model.placement.has_context:
         _timed(model.model, "forward", TOWER)
-    if model.placement.has_denoiser:
-        _timed(DenoiseStep, "_run_passes", TOWER)
+    if model.denoiser is not None:
+        _timed(DenoiseLoop, "run_passes", TOWER)
     for name in ("send", "recv", "broadcast"):  # which return once the other side has done its part
         _timed(torch.distributed, name, LINK)
     for name in ("execute_model", "sample_tokens"):

@@ -15,6 +15,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from vllm_twotower.runtime.step_costs import StepCosts
+
 from vllm_twotower.core import StepKind
 from vllm_twotower.planning.canvas_passes import CanvasPasses, masked_fraction
 from vllm_twotower.planning.forward_cost import (
@@ -37,7 +39,6 @@ from vllm_twotower.planning.throughput import (
 )
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes
 from vllm_twotower.runtime.policy import StepPolicy
-from vllm_twotower.runtime.step_costs import StepCosts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "benchmarks" / "models" / "30b-a3b" / "config.json"

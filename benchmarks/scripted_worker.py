@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before vLLM imports triton, on a machine without a GPU
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+from vllm_twotower.runtime.commit_timing import CommitTiming
+from vllm_twotower.runtime.step_costs import MeasuredCosts
+
 from vllm_twotower.core import Mode
 from vllm_twotower.planning.canvas_passes import PassCounts
 from vllm_twotower.planning.forward_cost import ar_step, context_step
 from vllm_twotower.planning.throughput import StepTimes
 from vllm_twotower.planning.tower_sizes import Tower
-from vllm_twotower.runtime.commit_timing import CommitTiming
-from vllm_twotower.runtime.step_costs import MeasuredCosts
 
 TOKEN = 7
 BLOCK_TOKENS = 256

@@ -8,7 +8,7 @@ import contextlib
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from engine_harness import Engine
@@ -123,8 +123,8 @@ def _settings(rng: random.Random, mode: Mode) -> dict[str, Any]:
 def set_timing(e: Engine, commit_quorum: float, passes_per_step: int) -> None:
     """What the engine options of these names set at start; between two mixes, when nothing runs."""
     assert not e.llm.llm_engine.has_unfinished_requests()
-    e.scheduler.policy_of_steps = StepPolicy(commit_quorum)
-    e.runner.model_state.options = replace(e.runner.model_state.options, passes_per_step=passes_per_step)
+    e.scheduler.step_policy = StepPolicy(commit_quorum)
+    e.runner.model_state.loop.passes_per_step = passes_per_step
 
 
 def alone(e: Engine, request: MixedRequest) -> list[int]:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_twotower import diffusion_params
 from vllm_twotower.runtime import denoise_graphs
-from vllm_twotower.runtime.denoise_step import DenoiseStep
+from vllm_twotower.runtime.denoise_loop import DenoiseLoop
 
 SIZES = [1, 2, 4, 8, 4096]
 """``cudagraph_capture_sizes``; there is no room for the last."""
@@ -66,7 +66,7 @@ def test_goldens_through_captured_passes_that_read_once(tiny_moe, recorder):
     cases = tiny_moe.cases(16)[:3]
     with engine(tiny_moe.path, {"passes_per_step": 3, "commit_quorum": 1}) as e:
         capture(e)
-        e.runner.model_state.reads_are_free = False
+        e.runner.model_state.loop.reads_are_free = False
         assert sorted(recorder.num_replays) == [1, 2, 4, 8]
         assert ask(e, cases) == [c["output"] for c in cases]
         assert e.stats()["denoise_passes"] == sum(c["nfe"] for c in cases)
@@ -86,7 +86,7 @@ def test_other_shapes_run_layer_by_layer(tiny_moe, recorder):
     with engine(tiny_moe.path, {"passes_per_step": 2}, max_model_len=room) as e:
         expected = e.tokens(prompts, [settings, mock_ar])
         capture(e)
-        e.runner.model_state.reads_are_free = False
+        e.runner.model_state.loop.reads_are_free = False
         assert e.tokens(prompts, [settings, mock_ar]) == expected
     assert sum(recorder.num_replays.values()) > 0
 
@@ -104,7 +104,7 @@ def test_rows_that_are_looked_at_still_read_every_pass(tiny_moe):
     with engine(tiny_moe.path, {"passes_per_step": 4}) as e:
         answers = []
         for free in (True, False):
-            e.runner.model_state.reads_are_free = free
+            e.runner.model_state.loop.reads_are_free = free
             outputs = e.llm.generate([{"prompt_token_ids": case["prompt"]}] * 4, settings, use_tqdm=False)
             answers.append([(list(o.outputs[0].token_ids), o.outputs[0].logprobs) for o in outputs])
     assert answers[0] == answers[1]
@@ -128,12 +128,12 @@ def test_a_step_reads_nothing_between_its_passes(tiny_moe, recorder, monkeypatch
     """Counted over the passes, with the denoiser's own layers, which are captured, left out."""
     case = tiny_moe.cases(16)[2]
     counts = {}
-    passes = DenoiseStep._run_passes
+    passes = DenoiseLoop.run_passes
 
-    def counted(step, *args):
+    def counted(loop, step, *args):
         with Reads() as reads:
-            result = passes(step, *args)
-        counts.setdefault(step.reads_between_passes, []).append(reads.num_reads)
+            result = passes(loop, step, *args)
+        counts.setdefault(loop.reads_between_passes(step), []).append(reads.num_reads)
         return result
 
     def replay_unseen(graph, *args):
@@ -141,12 +141,12 @@ def test_a_step_reads_nothing_between_its_passes(tiny_moe, recorder, monkeypatch
             return run(graph, *args)
 
     run = denoise_graphs.DenoiseGraph.run
-    monkeypatch.setattr(DenoiseStep, "_run_passes", counted)
+    monkeypatch.setattr(DenoiseLoop, "run_passes", counted)
     monkeypatch.setattr(denoise_graphs.DenoiseGraph, "run", replay_unseen)
     with engine(tiny_moe.path, {"passes_per_step": 3}) as e:
         capture(e)
         for free in (True, False):
-            e.runner.model_state.reads_are_free = free
+            e.runner.model_state.loop.reads_are_free = free
             assert ask(e, [case]) == [case["output"]]
     assert set(counts[False]) == {0}
     assert min(counts[True]) > 0, "else nothing is counted"

@@ -7,8 +7,6 @@ Every test runs under a step bound, so nothing can wait for ever.
 import pytest
 from engine_harness import engine, golden_params
 
-from vllm_twotower.core import StepKind
-
 NUM_CASES = 16
 
 
@@ -33,22 +31,6 @@ def test_quorum_and_passes_per_step_do_not_change_tokens(tiny_moe, cases, commit
     options = {"commit_quorum": commit_quorum, "passes_per_step": passes_per_step}
     with engine(tiny_moe.path, options, enable_prefix_caching=False) as e:
         check(e, cases)
-
-
-@pytest.mark.parametrize(
-    "step_costs",
-    ["measured", pytest.param({"denoise": [[1, 1.0], [16, 16.0]], "commit": [[1, 9.0]]}, marks=pytest.mark.slow)],
-    ids=["measured", "table"],
-)
-def test_what_steps_cost_does_not_change_tokens(tiny_moe, cases, step_costs):
-    options = {"commit_quorum": "auto", "step_costs": step_costs}
-    with engine(tiny_moe.path, options, enable_prefix_caching=False) as e:
-        check(e, cases)
-        costs = e.scheduler.step_costs
-        if step_costs == "measured":
-            assert costs.cost(StepKind.DENOISE, 4) != 1.0, "this engine's own times"
-        else:
-            assert costs.cost(StepKind.DENOISE, 8) == 8.0
 
 
 @pytest.mark.parametrize("budget", [48, 50])

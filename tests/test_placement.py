@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import httpx
 import openai
@@ -23,8 +24,9 @@ from vllm_twotower.planning.tower_sizes import Tower, TowerSizes
 from vllm_twotower.planning.traffic import SplitTraffic
 
 HERE = pathlib.Path(__file__).parent
-SPLIT = {"passes_per_step": 4}  # tower_placement auto: split on two ranks
-COLOCATED = {"passes_per_step": 4, "tower_placement": "colocated"}
+ROOT = HERE.parent
+SPLIT = {"passes_per_step": 4, "tower_placement": "split"}
+COLOCATED = {"passes_per_step": 4}  # tower_placement auto: colocated where the heads divide
 SOME = {"mask_diffusion": [24, 27, 30, 33, 36, 40], "ar": [0, 1], "mock_ar": [0, 1]}
 
 
@@ -56,7 +58,7 @@ def test_split_towers_write_the_references_tokens(tiny_moe):
     """With log-probabilities; each rank loads its own tower; what crosses is what the formula says."""
     cases = {"mask_diffusion": SOME["mask_diffusion"]}
     assert {tiny_moe.mask_diffusion[i]["params"]["block_size"] for i in cases["mask_diffusion"]} == {16}
-    answer = run(tiny_moe, {"passes_per_step": 1}, cases)
+    answer = run(tiny_moe, {"passes_per_step": 1, "tower_placement": "split"}, cases)
     assert answer["num_logprobs"] == [len(tokens) for tokens in answer["tokens"]]
 
     facts = dataclasses.replace(ModelFacts.from_config(tiny_moe.config), dtype="float32")
@@ -120,10 +122,19 @@ def test_two_ranks_per_tower(tiny_moe):
 
 @pytest.mark.parametrize(
     ("placement", "size", "split"),
-    [("auto", 1, False), ("auto", 2, True), ("colocated", 4, False), ("split", 2, True), ("split", 4, True)],
+    [
+        ("auto", 1, False),
+        ("auto", 2, False),
+        ("auto", 8, False),
+        ("auto", 16, True),  # the released model has 8 Mamba groups
+        ("colocated", 4, False),
+        ("split", 2, True),
+        ("split", 4, True),
+    ],
 )
 def test_what_auto_means(placement, size, split):
-    assert EngineOptions(tower_placement=placement).is_split(size) is split
+    config = json.loads((ROOT / "benchmarks" / "models" / "30b-a3b" / "config.json").read_text())
+    assert EngineOptions(tower_placement=placement).is_split(size, types.SimpleNamespace(**config)) is split
 
 
 @pytest.mark.slow
@@ -131,7 +142,8 @@ def test_what_auto_means(placement, size, split):
 @pytest.mark.parametrize("victim", [0, 1], ids=["context rank", "denoiser rank"])
 def test_a_killed_worker_ends_the_server_and_no_client_hangs(tmp_path, victim):
     log = tmp_path / "log"
-    options = ["--diffusion", "--tensor-parallel-size", "2", "--served-model-name", "demo", "--dtype", "float32"]
+    options = ["--diffusion", '{"tower_placement": "split"}', "--tensor-parallel-size", "2"]
+    options += ["--served-model-name", "demo", "--dtype", "float32"]
     options += ["--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager"]
     with vllm_server(DEMO_MODEL, *options, log=log) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)

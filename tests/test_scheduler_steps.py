@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import pytest
 from engine_harness import engine, golden_params
 
+from vllm_twotower.core import StepKind
+
 CANVAS = 16
 
 
@@ -26,11 +28,11 @@ def watch(e):
     def recorded(*args, **kwargs):
         before = {r.request_id: r.num_computed_tokens for r in scheduler.running}
         output = schedule(*args, **kwargs)
-        denoising = scheduler._denoising
         scheduled = dict(output.num_scheduled_tokens)
-        assert not scheduled or not denoising or set(scheduled) <= denoising, "one kind per step"
+        assert scheduler.last_step.req_ids == set(scheduled)
+        denoising = scheduler.last_step.req_ids if scheduler.last_step.kind is StepKind.DENOISE else frozenset()
         assert not output.scheduled_spec_decode_tokens, "no drafts are sent"
-        for req_id in denoising & set(scheduled):
+        for req_id in denoising:
             assert scheduler.requests[req_id].num_computed_tokens == before[req_id], "denoising computes nothing"
         for request in scheduler.running:
             assert request.num_computed_tokens <= request.num_tokens

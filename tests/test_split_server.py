@@ -16,7 +16,8 @@ from server import vllm_server
 
 from vllm_twotower.commands.cli import DEMO_MODEL
 
-OPTIONS = ["--diffusion", '{"passes_per_step": 16}', "--tensor-parallel-size", "2", "--served-model-name", "demo"]
+OPTIONS = ["--diffusion", '{"passes_per_step": 16, "tower_placement": "split"}', "--tensor-parallel-size", "2"]
+OPTIONS += ["--served-model-name", "demo"]
 OPTIONS += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager"]
 OPTIONS += ["--num-gpu-blocks-override", "20"]  # so few that requests are preempted and the warm-up touches all of them
 MOST_TOKENS = 64

@@ -3,8 +3,6 @@
 Imports neither torch nor vLLM: the front end, the scheduler and the workers all read settings through here.
 """
 
-import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -25,14 +23,11 @@ MAX_STEPS_LIMIT = 1024
 
 PLACEMENTS = ("auto", "colocated", "split")
 
-AUTO = "auto"
-"""``commit_quorum``: finished canvases wait for each other as long as that pays."""
+SHARDED_SIZES = ("num_attention_heads", "mamba_num_heads", "n_groups")
+"""Fields of ``config.json`` that tensor parallelism has to divide."""
 
 DEFAULT_COMMIT_QUORUM = 0.4
 """As good as any rule from 8 to 100 requests (benchmarks/results/policy.md), and a function of the requests alone."""
-
-MEASURED = "measured"
-STEP_COST_KINDS = ("denoise", "commit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,39 +43,40 @@ class EngineOptions:
     confidence_threshold: float = 0.8
     """Gamma; the default of the request's ``diffusion_confidence_threshold``."""
 
-    commit_quorum: float | str = DEFAULT_COMMIT_QUORUM
-    """Finished canvases wait until they are this fraction of the mask-diffusion requests, then are committed together;
-    ``auto``: as long as waiting pays, by what steps cost."""
-
-    step_costs: str | Mapping[str, Any] = MEASURED
-    """What ``commit_quorum=auto`` takes steps to cost: ``measured`` (by this engine, as it runs; which step comes next
-    then depends on timing), or points of requests and milliseconds such as ``{"denoise": [[1, 9.0], [64, 15.5]],
-    "commit": [[1, 9.0], [64, 15.9]]}``."""
+    commit_quorum: float = DEFAULT_COMMIT_QUORUM
+    """Finished canvases wait until they are this fraction of the mask-diffusion requests, then are committed
+    together: 0 at once, 1 all."""
 
     passes_per_step: int = 1
     """Denoise passes inside one engine step; more share its host work, fewer let requests join and leave sooner."""
 
     tower_placement: str = "auto"
     """Where the towers live: ``colocated`` on every device, ``split`` (the context tower on the first half of the
-    devices, the denoiser on the other), or ``auto``: colocated on one device, split on two and more."""
+    devices, the denoiser on the other), or ``auto``: colocated wherever the model's heads divide over the devices,
+    else split."""
 
     def __post_init__(self) -> None:
         where = "engine option"
         _check_int(where, "canvas_length", self.canvas_length, 1, MAX_CANVAS_LENGTH)
         _check_int(where, "max_steps", self.max_steps, 1, MAX_STEPS_LIMIT)
         _check_threshold(where, "confidence_threshold", self.confidence_threshold)
-        if self.commit_quorum != AUTO:
-            _check_fraction(where, "commit_quorum", self.commit_quorum)
-        _check_step_costs(where, self.step_costs)
+        if not _is_number(self.commit_quorum) or not 0 <= self.commit_quorum <= 1:  # written so that NaN fails
+            raise ValueError(
+                _refusal(
+                    where, "commit_quorum", self.commit_quorum, "a number from 0 (commit at once) to 1 (wait for all)"
+                )
+            )
         _check_int(where, "passes_per_step", self.passes_per_step, 1, MAX_STEPS_LIMIT)
         if self.tower_placement not in PLACEMENTS:
             raise ValueError(
                 _refusal(where, "tower_placement", self.tower_placement, f"one of {', '.join(PLACEMENTS)}")
             )
 
-    def is_split(self, tensor_parallel_size: int) -> bool:
+    def is_split(self, tensor_parallel_size: int, hf_config: Any) -> bool:
         """Whether the towers live on different ranks of a tensor-parallel group of this size."""
-        return self.tower_placement == "split" or (self.tower_placement == "auto" and tensor_parallel_size > 1)
+        if self.tower_placement == "auto":
+            return not all(getattr(hf_config, name) % tensor_parallel_size == 0 for name in SHARDED_SIZES)
+        return self.tower_placement == "split"
 
     @classmethod
     def from_additional_config(cls, value: Any) -> "EngineOptions | None":
@@ -119,6 +115,20 @@ class RequestOptions:
     """Denoise passes per canvas at most."""
     confidence_threshold: float
     """Gamma: proposals surer than this are revealed."""
+
+    @property
+    def context_lag(self) -> int:
+        """Tokens at a request's end that the context does not hold while the denoiser runs."""
+        return 1 if self.mode is Mode.MOCK_AR else 0
+
+    def is_denoisable(self, num_computed: int, num_tokens: int) -> bool:
+        """Whether the denoiser is next for a request of so many tokens: the context holds all it may hold."""
+        return self.mode is not Mode.AR and num_computed == num_tokens - self.context_lag
+
+    def canvas_width(self, num_computed: int, max_model_len: int) -> int:
+        """Tokens of the request's next canvas, narrower only at the end of ``max_model_len``; in mock-AR its last
+        token."""
+        return 1 if self.mode is Mode.MOCK_AR else min(self.canvas_length, max_model_len - num_computed)
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None, engine: EngineOptions) -> "RequestOptions":
@@ -210,36 +220,3 @@ def _check_threshold(where: str, name: str, value: Any) -> None:
                 "a number above 0 and at most 1 (1: one token per pass unless max_steps forces more)",
             )
         )
-
-
-def _check_fraction(where: str, name: str, value: Any) -> None:
-    if not _is_number(value) or not math.isfinite(value) or not 0 <= value <= 1:
-        raise ValueError(
-            _refusal(where, name, value, f"{AUTO}, or a number from 0 (commit at once) to 1 (wait for all)")
-        )
-
-
-def _check_step_costs(where: str, value: Any) -> None:
-    if value == MEASURED:
-        return
-    if not isinstance(value, Mapping) or set(value) != set(STEP_COST_KINDS) or not all(map(_is_curve, value.values())):
-        raise ValueError(
-            _refusal(
-                where,
-                "step_costs",
-                value,
-                f'{MEASURED}, or {{"denoise": [[requests, ms], ...], "commit": [[requests, ms], ...]}} with '
-                "rising requests from 1 and times above 0",
-            )
-        )
-
-
-def _is_curve(points: Any) -> bool:
-    """Whether these are pairs of requests, rising from 1, and times above 0."""
-    if not isinstance(points, list | tuple) or not points:
-        return False
-    if not all(isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_number, pair)) for pair in points):
-        return False
-    requests, times = zip(*points, strict=True)
-    rising = all(low < high for low, high in itertools.pairwise(requests))
-    return rising and requests[0] >= 1 and all(0 < time < math.inf for time in times)

@@ -14,7 +14,7 @@ from vllm_twotower.frontend.request_checks import check_beam_search, check_reque
 from vllm_twotower.frontend.startup_rules import SCHEDULER_CLASS, WORKER_EXTENSION_CLASS, refuse
 
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
-MODEL_CLASS = "vllm_twotower.models.twotower:NemotronHTwoTowerForCausalLM"
+MODEL_CLASS = "vllm_twotower.models.entry:NemotronHTwoTowerForCausalLM"
 ADMISSION_MODULE = "vllm_twotower.runtime.admission"
 
 DEFAULT_MAX_NUM_SEQS = 64

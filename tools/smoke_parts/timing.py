@@ -49,7 +49,7 @@ class StepClock:
 
     def _begin(self, seconds: float, scheduled: Any, *_: Any) -> None:
         tokens = list(scheduled.num_scheduled_tokens.values())
-        self.steps.append(Step(self.runner.model_state.step is not None, tokens, seconds))
+        self.steps.append(Step(self.runner.model_state.last_step.kind == "denoise", tokens, seconds))
 
     def _add(self, seconds: float, *_: Any) -> None:
         self.steps[-1].seconds += seconds

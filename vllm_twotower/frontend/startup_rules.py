@@ -127,13 +127,15 @@ def _model_length(c: Any, options: EngineOptions) -> str | None:
 
 def _uneven_split(c: Any, options: EngineOptions) -> str | None:
     size = c.parallel_config.tensor_parallel_size
-    uneven = options.is_split(size) and size % 2
+    uneven = options.is_split(size, c.model_config.hf_config) and size % 2
     return f"tensor_parallel_size={size} with tower_placement={options.tower_placement}" if uneven else None
 
 
 def _split_replicas(c: Any, options: EngineOptions) -> str | None:
     p = c.parallel_config
-    if options.is_split(p.tensor_parallel_size) and (p.data_parallel_size > 1 or p.enable_expert_parallel):
+    if options.is_split(p.tensor_parallel_size, c.model_config.hf_config) and (
+        p.data_parallel_size > 1 or p.enable_expert_parallel
+    ):
         return f"data_parallel_size={p.data_parallel_size}, enable_expert_parallel={p.enable_expert_parallel}"
     return None
 
@@ -259,7 +261,7 @@ STARTUP_RULES = (
         _model_length,
     ),
     StartupRule(
-        "an odd `--tensor-parallel-size` with `tower_placement` split, or auto above 1",
+        "an odd `--tensor-parallel-size` with the towers split",
         "each tower gets half of the ranks",
         'use an even --tensor-parallel-size, or --diffusion \'{{"tower_placement": "colocated"}}\'',
         _uneven_split,

@@ -5,12 +5,11 @@ slots that the commit will overwrite; Mamba starts from the aligned context laye
 holds no ``Attention`` and no ``MambaMixer2`` (vLLM would allocate caches for them) and is never compiled as a whole (a
 graph could replay in the wrong step).
 
-Legend: T tokens of all canvases in batch order, R rows (requests), W widest canvas of the batch, D hidden, C conv
+Legend: T tokens of all canvases in batch order, R rows (requests), S widest canvas of the batch, D hidden, C conv
     channels.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,48 +38,10 @@ from vllm_twotower.ops import (
     seeded_conv,
     seeded_scan,
 )
+from vllm_twotower.runtime.step import CanvasLayout
 
 LOGITS_TILE = 1024
 """Most rows whose logits exist at once: 0.5 GiB at a vocabulary of 131,072 where something needs them in fp32."""
-
-
-@dataclass(frozen=True)
-class CanvasLayout:
-    """How the canvases of a batch lie in the flat token dimension, and where each row's Mamba states are."""
-
-    row_T: torch.Tensor
-    """int64 [T], each token's row."""
-    column_T: torch.Tensor
-    """int64 [T], each token's position in its canvas."""
-    num_rows: int
-    max_width: int
-    unmodulated_R: torch.Tensor | None = None
-    """bool [R], rows that run without time conditioning (mock-AR); None where there are none."""
-    mamba_slots: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Layer name of a context Mamba layer -> int64 [R], slot of each row's committed state; empty in a profile run."""
-    is_padding_T: torch.Tensor | None = None
-    """bool [T], tokens of no canvas (``runtime/denoise_graphs.py``); None where there are none."""
-
-    @classmethod
-    def from_widths(cls, widths: Sequence[int], device: torch.device, **more: Any) -> "CanvasLayout":
-        """Canvases of the given widths, one after the other; ``more`` are other fields."""
-        width_R = torch.tensor(widths)
-        row_T = torch.arange(len(widths)).repeat_interleave(width_R)
-        first_R = width_R.cumsum(0) - width_R
-        column_T = torch.arange(int(width_R.sum())) - first_R[row_T]
-        return cls(row_T.to(device), column_T.to(device), len(widths), max(widths), **more)
-
-    def pad(self, x_TC: torch.Tensor) -> torch.Tensor:
-        """[T, C] -> [R, W, C]; positions past a canvas are zero."""
-        if x_TC.shape[0] == self.num_rows * self.max_width:
-            return x_TC.view(self.num_rows, self.max_width, -1)
-        padded = x_TC.new_zeros(self.num_rows, self.max_width, x_TC.shape[-1])
-        padded[self.row_T, self.column_T] = x_TC
-        return padded
-
-    def unpad(self, x_RWC: torch.Tensor) -> torch.Tensor:
-        """[R, W, C] -> [T, C]."""
-        return x_RWC[self.row_T, self.column_T]
 
 
 class DenoiserAttention(nn.Module):
@@ -176,9 +137,9 @@ class DenoiserMamba(nn.Module):
         gate_TC, xbc_TC, dt_TH = projected.split([self.inner, channels, self.heads], dim=-1)
         conv_cache, ssm_cache, slot_R = self._seed(context_mixer, layout, xbc_TC)
         filters_CK = self.conv1d.weight.squeeze(1)
-        conv_RWC = seeded_conv(layout.pad(xbc_TC), filters_CK, self.conv1d.bias, conv_cache, slot_R)
-        x, b, c = conv_RWC.split([self.inner, self.group_channels, self.group_channels], dim=-1)
-        y_RWHP = seeded_scan(
+        conv_RSC = seeded_conv(layout.pad(xbc_TC), filters_CK, self.conv1d.bias, conv_cache, slot_R)
+        x, b, c = conv_RSC.split([self.inner, self.group_channels, self.group_channels], dim=-1)
+        y_RSHP = seeded_scan(
             x.unflatten(-1, (self.heads, -1)),
             layout.pad(dt_TH),
             self.A,
@@ -190,7 +151,7 @@ class DenoiserMamba(nn.Module):
             slot_R,
             out_dtype=gate_TC.dtype,
         )
-        out, _ = self.out_proj(self.norm(layout.unpad(y_RWHP.flatten(2)), gate_TC))
+        out, _ = self.out_proj(self.norm(layout.unpad(y_RSHP.flatten(2)), gate_TC))
         return out
 
     def _seed(

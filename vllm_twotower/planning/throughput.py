@@ -135,8 +135,8 @@ class _Simulation:
         """One engine step."""
         finished = [row for row, left in enumerate(self.passes_left) if left == 0]
         unfinished = len(self.passes_left) - len(finished)
-        rows = RunnableRows(commits=len(finished), canvases=unfinished, urgent=0, admissible=False)
-        kind = self.policy.choose(rows)
+        rows = RunnableRows(commits=len(finished), canvases=unfinished, context_only=0, admissible=False)
+        kind = self.policy.choose_kind(rows)
         if kind is StepKind.CONTEXT:
             self.now_s += self.times.commit_s(len(finished))
             self.num_canvases += len(finished)
@@ -145,7 +145,7 @@ class _Simulation:
         else:
             self.now_s += self.times.denoise_s(unfinished)
             self.passes_left = [max(0, left - 1) for left in self.passes_left]
-        self.policy.ran(kind, rows)
+        self.policy.record_step(kind)
 
 
 def overlapped_split_tokens_per_s(times: StepTimes, rows: int, seed: int = 0) -> float:

@@ -7,18 +7,16 @@ Legend: R rows of a step, S widest canvas, B request slots.
 """
 
 import hashlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from vllm_twotower.config import RequestOptions
+from vllm_twotower.core import Mode
+from vllm_twotower.runtime.step import CanvasRows, DenoiseOutcome, Step
 
-if TYPE_CHECKING:
-    from vllm_twotower.runtime.denoise_step import DenoiseOutcome
 
-
-def request_seed(req_id: str, seed: int | None, engine_seed: int) -> int:
+def resolve_seed(req_id: str, seed: int | None, engine_seed: int) -> int:
     """The request's seed, or one derived from its id, so that all ranks draw the same noise."""
     if seed is not None:
         return seed
@@ -26,35 +24,12 @@ def request_seed(req_id: str, seed: int | None, engine_seed: int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-@dataclass(frozen=True)
-class CanvasRows:
-    """The settings and canvases of one step's rows, gathered from the table."""
-
-    slots: list[int]
-    """Request slot of each row, on the host."""
-    slot_R: torch.Tensor
-    """The same, int64 [R]."""
-    token_RS: torch.Tensor
-    """int64 [R, S], the mask id where undecided; positions past a row's width hold 0."""
-    pass_index_R: torch.Tensor
-    """int64 [R], passes already run over each canvas."""
-    max_steps_R: torch.Tensor
-    threshold_R: torch.Tensor
-    temperature_R: torch.Tensor
-    seed_R: torch.Tensor
-    any_random: bool
-    """Whether any row has a temperature above 0."""
-    undecided: list[int]
-    """On the host, per row: bit j is set where position j is masked."""
-    passes_before: list[int]
-    """``pass_index_R``, on the host."""
-
-
 class CanvasTable:
     """Canvases and per-request denoise settings, on the device."""
 
     def __init__(self, num_slots: int, max_width: int, mask_token_id: int, device: torch.device) -> None:
         self.mask_token_id = mask_token_id
+        self.device = device
         self.token_BS = torch.zeros(num_slots, max_width, dtype=torch.int64, device=device)
         self.pass_index_B = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.max_steps_B = torch.zeros(num_slots, dtype=torch.int64, device=device)
@@ -75,8 +50,17 @@ class CanvasTable:
         self._random[slot] = temperature > 0
         self._started[slot] = False
 
-    def gather(self, slots: list[int], widths: list[int], slot_R: torch.Tensor) -> CanvasRows:
-        """The rows of a step; a canvas that has not started yet is all mask."""
+    def gather(self, step: Step, slot_R: torch.Tensor, last_token_R: torch.Tensor | None) -> CanvasRows:
+        """The rows of a denoise step; a canvas that has not started yet is all mask.
+
+        Args:
+            step: of which rows, widths and positions are read.
+            slot_R: int64 [R], the step's slots.
+            last_token_R: int64 [R], each row's first scheduled token, which mock-AR rows start from; None where there
+                are no such rows.
+
+        """
+        slots, widths = step.slots, step.widths
         for slot, width in zip(slots, widths, strict=True):
             if not self._started[slot]:
                 self.token_BS[slot] = 0
@@ -84,27 +68,33 @@ class CanvasTable:
                 self.pass_index_B[slot] = 0
                 self._started[slot] = True
                 self._undecided[slot], self._pass_index[slot] = (1 << width) - 1, 0
+        token_RS = self.token_BS[slot_R]
+        mock_ar_RS = torch.zeros_like(token_RS, dtype=torch.bool)
+        if last_token_R is not None:
+            mock_ar_RS[:, 0] = torch.tensor([mode is Mode.MOCK_AR for mode in step.modes])
+            token_RS[:, 0] = torch.where(mock_ar_RS[:, 0], last_token_R, token_RS[:, 0])
         return CanvasRows(
-            slots,
-            slot_R,
-            self.token_BS[slot_R],
-            self.pass_index_B[slot_R],
-            self.max_steps_B[slot_R],
-            self.threshold_B[slot_R],
-            self.temperature_B[slot_R],
-            self.seed_B[slot_R],
-            any(self._random[slot] for slot in slots),
-            [self._undecided[slot] for slot in slots],
-            [self._pass_index[slot] for slot in slots],
+            slots=slots,
+            slot_R=slot_R,
+            width_R=torch.tensor(widths, device=self.device),
+            first_position_R=torch.from_numpy(step.computed_np).to(self.device),
+            seq_lens_np=step.computed_np + np.array(widths),
+            token_RS=token_RS,
+            mock_ar_RS=mock_ar_RS,
+            pass_index_R=self.pass_index_B[slot_R],
+            max_steps_R=self.max_steps_B[slot_R],
+            threshold_R=self.threshold_B[slot_R],
+            temperature_R=self.temperature_B[slot_R],
+            seed_R=self.seed_B[slot_R],
+            any_random=any(self._random[slot] for slot in slots),
+            undecided=[self._undecided[slot] for slot in slots],
+            passes_before=[self._pass_index[slot] for slot in slots],
         )
 
-    def scatter(self, rows: CanvasRows, outcome: "DenoiseOutcome") -> None:
-        """Keep the rows as a step left them."""
+    def scatter(self, rows: CanvasRows, outcome: DenoiseOutcome) -> None:
+        """Keep the rows as a step left them; the canvas of a finished one starts from masks next time."""
         self.token_BS[rows.slot_R] = outcome.token_RS
         self.pass_index_B[rows.slot_R] = outcome.pass_index_R
-        for slot, undecided, passes in zip(rows.slots, outcome.undecided, outcome.pass_index, strict=True):
-            self._undecided[slot], self._pass_index[slot] = undecided, passes
-
-    def finish(self, slot: int) -> None:
-        """The slot's canvas was emitted; the next one starts from masks."""
-        self._started[slot] = False
+        for row, slot in enumerate(rows.slots):
+            self._undecided[slot], self._pass_index[slot] = outcome.undecided[row], outcome.pass_index[row]
+            self._started[slot] = not outcome.finished[row]

@@ -14,7 +14,7 @@ Legend: R rows, S canvas length, T = R S tokens, D hidden.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,8 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 
-from vllm_twotower.models.denoiser_tower import CanvasLayout, DenoiserTower
+from vllm_twotower.models.denoiser_tower import DenoiserTower
+from vllm_twotower.runtime.step import CanvasLayout, CanvasPlaces
 
 Recorder = Callable[[Callable[[], AbstractContextManager[None]], Callable[[], None]], Callable[[], None]]
 """Takes what sets the forward context and what runs a pass over the buffers; returns what runs it again."""
@@ -42,20 +43,6 @@ MOST_SPLIT_ROWS = 128
 
 CAPTURABLE_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 """Attention backends whose kernels read lengths and block tables on the device, and plan nothing on the host."""
-
-
-@dataclass(frozen=True)
-class CanvasPlaces:
-    """Where a step's canvases and what they read lie in the caches; tensors on the device."""
-
-    seq_lens_R: torch.Tensor
-    """int32, each row's length with its canvas."""
-    block_tables: Sequence[torch.Tensor]
-    """Per KV cache group, int32 [R, blocks]."""
-    slot_mappings_GT: torch.Tensor
-    """int64, per KV cache group, each token's slot."""
-    mamba_slots: Mapping[str, torch.Tensor]
-    """Layer name -> int64 [R]; layers of a KV cache group have the same."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
+from vllm_twotower.runtime.step import Tile
+
 
 class LogprobTable:
     """Log-probabilities of unfinished canvases, by request slot."""
@@ -37,7 +39,7 @@ class LogprobTable:
         """Whether logits must be kept as they were before processing."""
         return self.wanted(slots_np) and not self.of_processed
 
-    def record(self, logits_NV: torch.Tensor, tile: Any, token_N: torch.Tensor) -> None:
+    def record(self, logits_NV: torch.Tensor, tile: Tile, token_N: torch.Tensor) -> None:
         """Write the proposals of this pass over those of the last."""
         wants = torch.from_numpy(self.num_logprobs != NO_LOGPROBS).to(logits_NV.device)[tile.slot_N]
         if not wants.any():

@@ -2,22 +2,20 @@
 
 Every forward over 8 or more canvases reads nearly a whole tower, so forwards have to be shared. Committing each canvas
 the moment it is done makes every step pay for both towers; waiting for the slowest canvas wastes the fast ones.
-Finished canvases wait for each other (``commit_timing.py``), then are committed together; a context step that a prompt
-needs takes them along.
+Finished canvases wait until they are a quorum, then are committed together; a context step that a prompt needs takes
+them along.
 
 Invariants, pinned in ``tests/test_policy.py``: a kind of step with nothing to run is never chosen while the other has
-something; prompts and AR rows wait for one denoise step at most, whatever the timing; unfinished canvases wait for
-``MAX_CONTEXT_STEPS`` context steps at most. A finished canvas waits no longer than its slowest neighbour takes, and
-every canvas ends within its T passes. Where a step's budget does not hold everybody, these are turns and not steps: the
-scheduler serves canvases and commits in the order in which they have waited, and lets commits step aside for others.
+something; prompts and AR rows wait for one denoise step at most; unfinished canvases wait for ``MAX_CONTEXT_STEPS``
+context steps at most. A finished canvas waits no longer than its slowest neighbour takes, and every canvas ends within
+its T passes. Where a step's budget does not hold everybody, these are turns and not steps: the scheduler serves
+canvases and commits in the order in which they have waited, and lets commits step aside for others.
 """
 
 from dataclasses import dataclass
 
 from vllm_twotower.config import DEFAULT_COMMIT_QUORUM
 from vllm_twotower.core import StepKind
-from vllm_twotower.runtime.commit_timing import CommitTiming, MarginalValue, Quorum
-from vllm_twotower.runtime.step_costs import StepCosts
 
 MAX_CONTEXT_STEPS = 2
 """Context steps in a row that unfinished canvases may wait for."""
@@ -30,9 +28,9 @@ class RunnableRows:
     commits: int
     """Mask-diffusion requests whose finished canvas waits for its commit."""
     canvases: int
-    """Mask-diffusion requests with an unfinished canvas."""
-    urgent: int
-    """Requests that wait for a context step and not for a quorum: prompts in progress, AR rows."""
+    """Requests with an unfinished canvas."""
+    context_only: int
+    """Requests that wait for a context step and for no quorum: prompts in progress, AR rows."""
     admissible: bool
     """Somebody waits in the queue and there is a free place."""
 
@@ -41,42 +39,35 @@ class StepPolicy:
     """Chooses between a context step and a denoise step; remembers how long each side has waited.
 
     Args:
-        commit_quorum: fraction of the mask-diffusion requests whose canvases are committed together; ``auto`` to commit
-            when waiting stops paying.
-        costs: what steps cost, for that rule; by default every step the same.
+        commit_quorum: fraction of the mask-diffusion requests whose canvases are committed together: 0 at once, 1 in
+            lockstep.
 
     """
 
-    def __init__(self, commit_quorum: float | str = DEFAULT_COMMIT_QUORUM, costs: StepCosts | None = None) -> None:
-        self.costs = costs or StepCosts.flat()
-        self.timing: CommitTiming = (
-            MarginalValue(self.costs) if isinstance(commit_quorum, str) else Quorum(commit_quorum)
-        )
+    def __init__(self, commit_quorum: float = DEFAULT_COMMIT_QUORUM) -> None:
+        self.commit_quorum = commit_quorum
         self._denoise_steps_in_a_row = 0
         self._context_steps_in_a_row = 0
 
-    def choose(self, rows: RunnableRows) -> StepKind:
-        """The kind of the next step; what it does is remembered when ``ran`` is told."""
+    def choose_kind(self, rows: RunnableRows) -> StepKind:
+        """The kind of the next step; nothing is remembered until ``record_step``."""
         if not rows.canvases:
             return StepKind.CONTEXT
         if self._context_steps_in_a_row >= MAX_CONTEXT_STEPS:
             return StepKind.DENOISE
-        urgent_has_waited = rows.urgent > 0 and self._denoise_steps_in_a_row >= 1
-        if rows.admissible or urgent_has_waited or self._commits_are_due(rows):
+        others_have_waited = rows.context_only > 0 and self._denoise_steps_in_a_row >= 1
+        if rows.admissible or others_have_waited or self._are_commits_due(rows):
             return StepKind.CONTEXT
         return StepKind.DENOISE
 
-    def ran(self, kind: StepKind, rows: RunnableRows | None = None) -> None:
-        """Tell which kind of step was run, and over what."""
+    def record_step(self, kind: StepKind) -> None:
+        """Take note of the kind of step that was run."""
         if kind is StepKind.DENOISE:
             self._denoise_steps_in_a_row += 1
             self._context_steps_in_a_row = 0
-            if rows is not None and rows.canvases:
-                self.timing.denoised(rows.canvases, rows.commits)
         else:
             self._context_steps_in_a_row += 1
             self._denoise_steps_in_a_row = 0
-            self.timing.committed()
 
-    def _commits_are_due(self, rows: RunnableRows) -> bool:
-        return rows.commits > 0 and self.timing.is_due(rows.commits, rows.canvases)
+    def _are_commits_due(self, rows: RunnableRows) -> bool:
+        return rows.commits > 0 and rows.commits >= self.commit_quorum * (rows.commits + rows.canvases)

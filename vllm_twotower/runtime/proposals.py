@@ -8,7 +8,7 @@ Legend: N rows of logits, V vocabulary, R requests, S canvas positions, T tokens
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,49 +20,28 @@ from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.decoding.unmask import propose
-from vllm_twotower.ops import Draw, canvas_sample
+from vllm_twotower.ops import canvas_sample
 from vllm_twotower.ops.canvas_sample.reference import NOISE_TILE
 from vllm_twotower.runtime.admission import DiffusionParams
 from vllm_twotower.runtime.logprobs import LogprobTable
-from vllm_twotower.runtime.trace import CanvasTrace
+from vllm_twotower.runtime.step import Tile
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Consecutive rows of logits: some masked positions of some requests, or whole canvases."""
+@dataclass(frozen=True, kw_only=True)
+class Proposals:
+    """What a tile of logits proposes."""
 
-    slots_np: np.ndarray
-    """The requests' slots, on the host."""
-    seq_lens_np: np.ndarray
-    """The requests' lengths with their canvases, on the host."""
-    slot_N: torch.Tensor
-    """int64 [N], request slot of each row."""
-    column_N: torch.Tensor
-    """int64 [N], canvas position of each row."""
-    position_N: torch.Tensor
-    """int64 [N], absolute position of each row's token."""
+    tile: Tile
+    """The rows that were wanted."""
     token_N: torch.Tensor
-    """int64 [N], canvas tokens."""
-    pass_index_N: torch.Tensor
-    """int64 [N], passes already run over the row's canvas."""
-    temperature_N: torch.Tensor
-    """float32 [N]."""
-    seed_N: torch.Tensor
     """int64 [N]."""
-    any_random: bool
-    """Whether any request has a temperature above 0."""
-
-    def draw(self) -> Draw:
-        """How the rows' tokens are drawn."""
-        return Draw(self.temperature_N, self.seed_N, self.position_N, self.pass_index_N)
-
-    def only(self, keep_N: torch.Tensor) -> "Tile":
-        """Some of the rows: a bool mask or int64 indices."""
-        rows = {f.name: getattr(self, f.name)[keep_N] for f in fields(self) if f.name.endswith("_N")}
-        return replace(self, **rows)
+    confidence_N: torch.Tensor
+    """float32 [N], see ``decoding.unmask.propose``."""
+    logits_NV: torch.Tensor
+    """[N, V], processed, any float dtype; the mask id's column may be -inf or not."""
 
 
 class ProposalSampler:
@@ -80,7 +59,6 @@ class ProposalSampler:
         self.logprobs = LogprobTable(base)
         self._has_custom_processors = any(not _is_built_in(p) for p in base.logits_processors)
         self._processed_slots: set[int] = set()
-        self.trace: CanvasTrace | None = None
 
     def add_request(self, slot: int, params: "SamplingParams") -> None:
         """Remember whether a request's logits are processed; they are then computed for its whole canvas."""
@@ -97,18 +75,13 @@ class ProposalSampler:
         """Whether any of these requests' proposals must be made for what is still masked, and for nothing else."""
         return any(map(self.is_processed, slots)) or self.logprobs.wanted(np.array(slots))
 
-    def propose(
-        self, logits_NV: torch.Tensor, tile: Tile, wanted_N: torch.Tensor | None
-    ) -> tuple[Tile, torch.Tensor, torch.Tensor]:
+    def propose(self, logits_NV: torch.Tensor, tile: Tile, wanted_N: torch.Tensor | None) -> Proposals:
         """A token and its confidence for every wanted row.
 
         Args:
             logits_NV: [N, V], the model's dtype, may be written.
             tile: what the rows are.
             wanted_N: bool [N] where the tile is whole canvases whose logits are processed; None where all are wanted.
-
-        Returns:
-            The wanted rows, their tokens, int64, and confidences, float32 (see ``decoding.unmask.propose``).
 
         """
         if wanted_N is not None or self.logprobs.wanted(tile.slots_np):
@@ -124,9 +97,7 @@ class ProposalSampler:
             logits_NV[:, self.mask_token_id] = float("-inf")
             raw_NV[:, self.mask_token_id] = float("-inf")
             self.logprobs.record(logits_NV if self.logprobs.of_processed else raw_NV, tile, token_N)
-        if self.trace is not None:
-            self.trace.proposed(tile, logits_NV, token_N, confidence_N)
-        return tile, token_N, confidence_N
+        return Proposals(tile=tile, token_N=token_N, confidence_N=confidence_N, logits_NV=logits_NV)
 
     def _propose(self, logits_NV: torch.Tensor, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         """All rows at once, unless a draw is shaped by top-k, top-p or min-p; those rows in tiles of noise."""

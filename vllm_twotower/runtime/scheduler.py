@@ -10,7 +10,6 @@ noisy is ever hashed.
 """
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -22,7 +21,7 @@ from vllm_twotower.config import CONFIG_KEY, EngineOptions, RequestOptions
 from vllm_twotower.core import MASK_TOKEN_ID, Mode, StepKind
 from vllm_twotower.runtime.policy import RunnableRows, StepPolicy
 from vllm_twotower.runtime.stat_loggers import StepCounts
-from vllm_twotower.runtime.step_costs import MeasuredCosts, StepCosts
+from vllm_twotower.runtime.step import ScheduledStep
 
 logger = logging.getLogger("vllm.twotower")
 
@@ -38,12 +37,13 @@ class BlockCommitScheduler(Scheduler):
         options = EngineOptions.from_additional_config(self.vllm_config.additional_config.get(CONFIG_KEY))
         assert options is not None, "the config hook sets this scheduler with diffusion on only"
         self.options = options
-        self.step_costs = StepCosts.from_option(options.step_costs)
-        self.policy_of_steps = StepPolicy(options.commit_quorum, self.step_costs)
+        self.step_policy = StepPolicy(options.commit_quorum)
+        self.last_step = ScheduledStep(kind=StepKind.CONTEXT, req_ids=frozenset())
+        """For whoever watches; ``schedule`` replaces it."""
         # A canvas may end exactly at max_model_len: upstream must not keep a slot free for a token sampled after it.
         self.num_sampled_tokens_per_step = 0
         self._request_options: dict[str, RequestOptions] = {}
-        self._denoising: frozenset[str] = frozenset()
+        self._denoising: frozenset[str] = frozenset()  # the canvases of the step that is being scheduled or run
         self._num_denoise_steps = 0
         self._last_denoised: dict[str, int] = {}
         self._held_prompt_logprobs: dict[str, tuple[Any, Any]] = {}
@@ -61,40 +61,33 @@ class BlockCommitScheduler(Scheduler):
         """Schedule one step of one kind; a context step that finds nothing to do becomes a denoise step in the same
         call."""
         denoisable = [r for r in self.running if self._is_denoisable(r)]
-        rows = self._runnable_rows()
-        if self.policy_of_steps.choose(rows) is StepKind.CONTEXT:
+        kind = self.step_policy.choose_kind(self._runnable_rows())
+        if kind is StepKind.CONTEXT:
             output = self._schedule_context(denoisable, args, kwargs)
-            if output.total_num_scheduled_tokens or not denoisable:
-                self.policy_of_steps.ran(StepKind.CONTEXT, rows)
-                self._time_step(StepKind.CONTEXT, output, are_typical=not (rows.urgent or rows.admissible))
-                return output
-            # Nothing was admissible (no KV blocks, a grammar still compiling). Denoise instead of spinning, and let
-            # that step carry what the empty one had to tell the workers.
-            self.finished_req_ids |= output.finished_req_ids
-            self.reset_preempted_req_ids |= output.preempted_req_ids or set()
-        output = self._schedule_denoise(args, kwargs)
-        self.policy_of_steps.ran(StepKind.DENOISE, replace(rows, canvases=len(self._denoising)))
-        self._time_step(StepKind.DENOISE, output, are_typical=True)
+            if denoisable and not output.total_num_scheduled_tokens:
+                # Nothing was admissible (no KV blocks, a grammar still compiling). Denoise instead of spinning, and let
+                # that step carry what the empty one had to tell the workers.
+                self.finished_req_ids |= output.finished_req_ids
+                self.reset_preempted_req_ids |= output.preempted_req_ids or set()
+                kind = StepKind.DENOISE
+        if kind is StepKind.DENOISE:
+            output = self._schedule_denoise(args, kwargs)
+        self.step_policy.record_step(kind)
+        self.last_step = ScheduledStep(kind=kind, req_ids=frozenset(output.num_scheduled_tokens))
         return output
 
-    def _time_step(self, kind: StepKind, output: SchedulerOutput, are_typical: bool) -> None:
-        """Time the step until its results are back; prompts and AR rows say nothing about commits."""
-        num_rows = len(output.num_scheduled_tokens)
-        if isinstance(self.step_costs, MeasuredCosts) and are_typical and num_rows:
-            self.step_costs.step_started(kind, num_rows)
-
     def _runnable_rows(self) -> RunnableRows:
-        commits = canvases = urgent = 0
+        commits = canvases = context_only = 0
         for request in self.running:
             if self._is_denoisable(request):
                 canvases += 1
             elif self._is_commit(request):
                 commits += 1
             else:
-                urgent += 1
+                context_only += 1
         somebody_waits = bool(self.waiting or self.kv_holding_waiting) and not self._queue_is_stuck
         admissible = somebody_waits and len(self.running) < self.max_num_active_reqs
-        return RunnableRows(commits=commits, canvases=canvases, urgent=urgent, admissible=admissible)
+        return RunnableRows(commits=commits, canvases=canvases, context_only=context_only, admissible=admissible)
 
     def _is_commit(self, request: Request) -> bool:
         """Whether what is left to compute is one finished canvas (and not a prompt, or all of a preempted request)."""
@@ -105,12 +98,10 @@ class BlockCommitScheduler(Scheduler):
     def _is_prompt(self, request: Request) -> bool:
         """Whether more is left to compute than a request's newest token: a prompt, or all of a preempted request."""
         left = request.num_tokens - request.num_computed_tokens
-        return left > 1 + _context_lag(self._options_of(request).mode)
+        return left > 1 + self._options_of(request).context_lag
 
     def _is_denoisable(self, request: Request) -> bool:
-        """Whether the denoiser is next: the context holds all tokens, or in mock-AR all but the last."""
-        mode = self._options_of(request).mode
-        return mode is not Mode.AR and request.num_computed_tokens == request.num_tokens - _context_lag(mode)
+        return self._options_of(request).is_denoisable(request.num_computed_tokens, request.num_tokens)
 
     def _options_of(self, request: Request) -> RequestOptions:
         options = self._request_options.get(request.request_id)
@@ -189,18 +180,14 @@ class BlockCommitScheduler(Scheduler):
         return output
 
     def _canvas_width(self, request: Request) -> int:
-        """The request's canvas length, narrower only at the end of ``max_model_len``; in mock-AR the last token."""
-        options = self._options_of(request)
-        if options.mode is Mode.MOCK_AR:
-            return 1
-        return min(options.canvas_length, self.max_model_len - request.num_computed_tokens)
+        return self._options_of(request).canvas_width(request.num_computed_tokens, self.max_model_len)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Upstream's last word on a chunk: in mock-AR the context stops one token short."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if request.request_id in self._denoising:
             return num_new_tokens
-        lag = _context_lag(self._options_of(request).mode)
+        lag = self._options_of(request).context_lag
         return max(0, min(num_new_tokens, request.num_tokens - lag - num_computed_tokens)) if lag else num_new_tokens
 
     def add_request(self, request: Request) -> None:
@@ -237,8 +224,6 @@ class BlockCommitScheduler(Scheduler):
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """As upstream's, except that prompt logprobs wait for the request's first tokens, passes are counted, and NaN
         logits end a request."""
-        if isinstance(self.step_costs, MeasuredCosts):
-            self.step_costs.step_ended()
         self._count(scheduler_output, model_runner_output)
         self._hold_prompt_logprobs(model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
@@ -300,8 +285,3 @@ class BlockCommitScheduler(Scheduler):
             table.pop(request.request_id, None)
         self._queue_is_stuck = False
         return super()._free_request(request, *args, **kwargs)
-
-
-def _context_lag(mode: Mode) -> int:
-    """Tokens at a request's end that the context does not hold while the denoiser runs."""
-    return 1 if mode is Mode.MOCK_AR else 0

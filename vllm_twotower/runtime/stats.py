@@ -2,7 +2,8 @@
 
 from dataclasses import asdict, dataclass
 
-from vllm_twotower.runtime.denoise_step import DenoiseOutcome
+from vllm_twotower.core import Mode
+from vllm_twotower.runtime.step import DenoiseOutcome, Step
 
 
 @dataclass
@@ -18,14 +19,15 @@ class DiffusionStats:
     context_steps: int = 0
     denoise_forwards: int = 0
 
-    def count_denoise_step(self, outcome: DenoiseOutcome, widths: list[int], num_mock_ar: int) -> None:
+    def count_denoise_step(self, step: Step, outcome: DenoiseOutcome) -> None:
         """Count one denoise step; a mock-AR row is a pass and a token, and no canvas."""
-        emitted = [width for width, finished in zip(widths, outcome.finished, strict=True) if finished]
+        rows = zip(step.widths, step.modes, outcome.finished, strict=True)
+        emitted = [(width, mode) for width, mode, finished in rows if finished]
         self.denoise_steps += 1
         self.denoise_forwards += outcome.num_forwards
         self.denoise_passes += sum(outcome.num_passes)
-        self.canvases += len(emitted) - num_mock_ar
-        self.committed_tokens += sum(emitted)
+        self.canvases += sum(mode is not Mode.MOCK_AR for _, mode in emitted)
+        self.committed_tokens += sum(width for width, _ in emitted)
 
     def count_context_step(self, num_rows: int, num_commits: int) -> None:
         """Count one context step over ``num_rows`` requests."""

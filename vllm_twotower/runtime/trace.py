@@ -1,12 +1,12 @@
 """A record of canvases filling in, for ``vllm-twotower trace`` and for tests; off unless asked for."""
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from vllm_twotower.runtime.proposals import Tile
+from vllm_twotower.runtime.proposals import Proposals
+from vllm_twotower.runtime.step import Step
 
 NUM_CANDIDATES = 4
 """The proposal and its runners-up, by probability."""
@@ -29,41 +29,31 @@ class CanvasTrace:
         self._passes: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self._current: dict[int, dict[str, Any]] = {}
 
-    def start_pass(
-        self,
-        req_ids: list[str],
-        slots: list[int],
-        widths: list[int],
-        unfinished_R: torch.Tensor,
-        token_RS: torch.Tensor,
-    ) -> None:
-        """Record the canvases that a pass starts from; finished ones are left out."""
+    def start_pass(self, step: Step, unfinished_R: torch.Tensor, token_RS: torch.Tensor) -> None:
+        """Record the canvases that a pass starts from; finished ones are left out.
+
+        Args:
+            step: whose rows they are.
+            unfinished_R: bool [R].
+            token_RS: int64 [R, S].
+
+        """
         self._current.clear()
-        for row, (req_id, slot, width) in enumerate(zip(req_ids, slots, widths, strict=True)):
+        for row, (req_id, slot, width) in enumerate(zip(step.req_ids, step.slots, step.widths, strict=True)):
             if unfinished_R[row]:
                 self._current[slot] = {"tokens": token_RS[row, :width].tolist(), "proposals": {}}
                 self._passes[req_id].append(self._current[slot])
 
-    def proposed(
-        self, tile: "Tile", logits_NV: torch.Tensor, token_N: torch.Tensor, confidence_N: torch.Tensor
-    ) -> None:
-        """Record what the pass proposes.
-
-        Args:
-            tile: what the rows are.
-            logits_NV: [N, V], processed, any float dtype.
-            token_N: int64 [N].
-            confidence_N: float32 [N].
-
-        """
-        logits_NV = logits_NV.to(torch.float32, copy=True)
+    def record_proposals(self, made: Proposals) -> None:
+        """Record what the pass proposes."""
+        logits_NV = made.logits_NV.to(torch.float32, copy=True)
         logits_NV[:, self.mask_token_id] = float("-inf")
         top = logits_NV.softmax(dim=-1).topk(min(NUM_CANDIDATES, logits_NV.shape[1]), dim=-1)
         rows = zip(
-            tile.slot_N.tolist(),
-            tile.column_N.tolist(),
-            token_N.tolist(),
-            confidence_N.tolist(),
+            made.tile.slot_N.tolist(),
+            made.tile.column_N.tolist(),
+            made.token_N.tolist(),
+            made.confidence_N.tolist(),
             top.indices.tolist(),
             top.values.tolist(),
             strict=True,

@@ -15,7 +15,7 @@ class DiffusionWorkerExtension:
 
     def diffusion_traffic(self) -> dict[str, int]:
         """What this rank has sent to the other tower's ranks; empty where the towers are not split."""
-        link = self.model_runner.model_state.link
+        link = getattr(self.model_runner.model_state, "link", None)
         return dataclasses.asdict(link.traffic) if link is not None else {}
 
     def diffusion_trace_start(self) -> None:
@@ -24,5 +24,5 @@ class DiffusionWorkerExtension:
 
     def diffusion_trace_take(self) -> dict[str, list[dict[str, Any]]]:
         """The denoise passes recorded since the last call, by request id (``runtime.trace.CanvasTrace``)."""
-        trace = self.model_runner.model_state.trace
+        trace = self.model_runner.model_state.loop.trace
         return trace.take() if trace is not None else {}

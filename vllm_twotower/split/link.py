@@ -48,7 +48,6 @@ class TowerLink:
     def __init__(
         self, placement: TowerPlacement, layers: nn.ModuleList, dtype: torch.dtype, device: torch.device
     ) -> None:
-        assert placement.is_split
         self.placement = placement
         self.dtype = dtype
         self.device = device
@@ -153,18 +152,20 @@ class TowerLink:
         return len(next(iter(mamba_slots.values()))) if mamba_slots else 0
 
 
-class ContextStep:
-    """A context step's hand-over, passed to the model as an input of the step."""
+@dataclass(frozen=True, kw_only=True)
+class ContextHandover:
+    """What of one context step crosses, passed to the model as an input of the step."""
 
-    def __init__(self, link: TowerLink, num_tokens: int, mamba_slots: Mapping[str, torch.Tensor]) -> None:
-        self.link = link
-        self.num_tokens = num_tokens
-        self.mamba_slots = mamba_slots
+    link: TowerLink
+    num_tokens: int
+    """T, without padding."""
+    mamba_slots: Mapping[str, torch.Tensor]
+    """Layer name -> int64 [R], slots of the states that the next denoise steps start from."""
 
-    def hand_over(self) -> None:
-        """See ``TowerLink.hand_over``."""
+    def send(self) -> None:
+        """On the context tower's rank, after its forward."""
         self.link.hand_over(self.num_tokens, self.mamba_slots)
 
-    def take_over(self) -> None:
-        """See ``TowerLink.take_over``."""
+    def receive(self) -> None:
+        """On the denoiser's rank, instead of a forward."""
         self.link.take_over(self.num_tokens, self.mamba_slots)

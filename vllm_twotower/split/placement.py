@@ -1,34 +1,29 @@
 """Which tower this rank holds.
 
-``colocated``: every rank holds its shard of both. ``split``: of a tensor-parallel group of 2N ranks the first N hold
-the context tower, the others the denoiser, each sharded N ways by vLLM's own parallel layers, and rank i is paired with
-rank N + i. To every layer of a tower the tensor-parallel group *is* its N ranks.
+Of a tensor-parallel group of 2N ranks the first N hold the context tower, the others the denoiser, each sharded N ways
+by vLLM's own parallel layers, and rank i is paired with rank N + i. To every layer of a tower the tensor-parallel group
+*is* its N ranks.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
+from vllm.distributed.parallel_state import GroupCoordinator
 
 from vllm_twotower import compat
-from vllm_twotower.config import EngineOptions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TowerPlacement:
     """What one rank holds, and the ranks it works with."""
 
-    has_context: bool = True
-    has_denoiser: bool = True
-    ranks: tuple[int, ...] = ()
-    """Global ranks of the context tower, then of the denoiser; empty where the towers are not split."""
-    group: Any = None
-    """vLLM's ``GroupCoordinator`` of all these ranks; None where the towers are not split."""
-
-    @property
-    def is_split(self) -> bool:
-        """Whether the towers live on different ranks."""
-        return bool(self.ranks)
+    has_context: bool
+    """Whether it holds the context tower, or the denoiser."""
+    ranks: tuple[int, ...]
+    """Global ranks of the context tower, then of the denoiser."""
+    group: GroupCoordinator
+    """vLLM's group of all these ranks."""
 
     @property
     def first_context_rank(self) -> int:
@@ -48,19 +43,15 @@ class TowerPlacement:
         return self.ranks[index + half if index < half else index - half]
 
 
-def take_place(vllm_config: Any, options: EngineOptions | None) -> TowerPlacement:
-    """Find this rank's place; to be called before any layer is built.
+def resolve_placement(vllm_config: VllmConfig) -> TowerPlacement:
+    """Find this rank's place and narrow its tensor-parallel group to its tower's; to be called before any layer is
+    built.
 
-    With the towers split, vLLM's tensor-parallel group and size become the tower's own from here on, in this process:
-    shapes, cache sizes and collectives of its layers all follow from those two (traps B24).
+    vLLM's tensor-parallel group and size are the tower's own from here on, in this process: shapes, cache sizes and
+    collectives of its layers all follow from those two.
     """
-    if options is None:
-        return TowerPlacement(has_denoiser=False)
-    size = vllm_config.parallel_config.tensor_parallel_size
-    if not options.is_split(size):
-        return TowerPlacement()
-    group, half = get_tp_group(), size // 2
+    group, half = get_tp_group(), vllm_config.parallel_config.tensor_parallel_size // 2
     compat.replace_tensor_parallel_group([group.ranks[:half], group.ranks[half:]])
     vllm_config.parallel_config.tensor_parallel_size = half
     in_context = group.rank_in_group < half
-    return TowerPlacement(in_context, not in_context, tuple(group.ranks), group)
+    return TowerPlacement(has_context=in_context, ranks=tuple(group.ranks), group=group)

@@ -1,0 +1,219 @@
+"""The nouns of a step: what a worker knows of one engine step, from the scheduler's batch to the sampler's report.
+
+A ``Step`` is built once per batch and passed along. Its parts are filled in as the step goes by: ``places`` when vLLM
+has its block tables, ``rows`` and ``layout`` before the forward, ``outcome`` by the forward itself.
+
+Legend: R rows (requests), S widest canvas of the batch, T canvas tokens in batch order, N rows of logits, C channels,
+    G KV cache groups.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_twotower.config import RequestOptions
+from vllm_twotower.core import Mode, StepKind
+from vllm_twotower.ops import Draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanvasPlaces:
+    """Where a step's canvases and what they read lie in the caches; tensors on the device."""
+
+    seq_lens_R: torch.Tensor
+    """int32, each row's length with its canvas."""
+    block_tables: Sequence[torch.Tensor]
+    """Per KV cache group, int32 [R, blocks]."""
+    slot_mappings_GT: torch.Tensor
+    """int64, per KV cache group, each token's slot."""
+    mamba_slots: Mapping[str, torch.Tensor]
+    """Name of a context Mamba layer -> int64 [R], slot of each row's committed state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanvasLayout:
+    """How the canvases of a batch lie in the flat token dimension, and where each row's Mamba states are."""
+
+    row_T: torch.Tensor
+    """int64 [T], each token's row."""
+    column_T: torch.Tensor
+    """int64 [T], each token's position in its canvas."""
+    num_rows: int
+    max_width: int
+    """S."""
+    unmodulated_R: torch.Tensor | None = None
+    """bool [R], rows that run without time conditioning (mock-AR); None where there are none."""
+    mamba_slots: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """As ``CanvasPlaces.mamba_slots``; empty in a profile run."""
+    is_padding_T: torch.Tensor | None = None
+    """bool [T], tokens of no canvas (``runtime/denoise_graphs.py``); None where there are none."""
+
+    @classmethod
+    def from_widths(cls, widths: Sequence[int], device: torch.device, **more: Any) -> "CanvasLayout":
+        """Canvases of the given widths, one after the other; ``more`` are other fields."""
+        width_R = torch.tensor(widths)
+        row_T = torch.arange(len(widths)).repeat_interleave(width_R)
+        first_R = width_R.cumsum(0) - width_R
+        column_T = torch.arange(int(width_R.sum())) - first_R[row_T]
+        return cls(
+            row_T=row_T.to(device),
+            column_T=column_T.to(device),
+            num_rows=len(widths),
+            max_width=max(widths),
+            **more,
+        )
+
+    def pad(self, x_TC: torch.Tensor) -> torch.Tensor:
+        """[T, C] -> [R, S, C]; positions past a canvas are zero."""
+        if x_TC.shape[0] == self.num_rows * self.max_width:
+            return x_TC.view(self.num_rows, self.max_width, -1)
+        padded = x_TC.new_zeros(self.num_rows, self.max_width, x_TC.shape[-1])
+        padded[self.row_T, self.column_T] = x_TC
+        return padded
+
+    def unpad(self, x_RSC: torch.Tensor) -> torch.Tensor:
+        """[R, S, C] -> [T, C]."""
+        return x_RSC[self.row_T, self.column_T]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanvasRows:
+    """The canvases of a step and their requests' settings, gathered from the table (``runtime/canvas_table.py``)."""
+
+    slots: list[int]
+    """Request slot of each row, on the host."""
+    slot_R: torch.Tensor
+    """The same, int64 [R]."""
+    width_R: torch.Tensor
+    """int64 [R], tokens of each canvas."""
+    first_position_R: torch.Tensor
+    """int64 [R], absolute position of each canvas's first token."""
+    seq_lens_np: np.ndarray
+    """int64 [R] on the host, each row's length with its canvas."""
+    token_RS: torch.Tensor
+    """int64 [R, S], the mask id where undecided; positions past a row's width hold 0."""
+    mock_ar_RS: torch.Tensor
+    """bool [R, S], the one token of each mock-AR row: a known token, about whose successor the pass is asked."""
+    pass_index_R: torch.Tensor
+    """int64 [R], passes already run over each canvas."""
+    max_steps_R: torch.Tensor
+    """int64 [R]."""
+    threshold_R: torch.Tensor
+    """float32 [R]."""
+    temperature_R: torch.Tensor
+    """float32 [R]."""
+    seed_R: torch.Tensor
+    """int64 [R]."""
+    any_random: bool
+    """Whether any row has a temperature above 0."""
+    undecided: list[int]
+    """On the host, per row: bit j is set where position j is masked."""
+    passes_before: list[int]
+    """``pass_index_R``, on the host."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiseOutcome:
+    """What a denoise step did."""
+
+    token_RS: torch.Tensor
+    """int64 [R, S], the canvases after the step."""
+    pass_index_R: torch.Tensor
+    """int64 [R], passes run over each canvas so far."""
+    pass_index: list[int]
+    """The same, on the host."""
+    undecided: list[int]
+    """Per row: bit j is set where position j is still masked."""
+    broken: list[bool]
+    """Per row: a confidence of this step was NaN, so the canvas means nothing and its request has to end."""
+    num_passes: list[int]
+    """Per row: passes run in this step while the canvas was unfinished."""
+    num_forwards: int
+    """Forwards of the denoiser tower."""
+
+    @property
+    def finished(self) -> list[bool]:
+        """Per row: nothing is masked any more, and the canvas can be emitted."""
+        return [bits == 0 and not broken for bits, broken in zip(self.undecided, self.broken, strict=True)]
+
+
+@dataclass(kw_only=True)
+class Step:
+    """One engine step of a worker."""
+
+    kind: StepKind
+    """Which tower runs."""
+    req_ids: list[str]
+    options: list[RequestOptions | None]
+    """Per row; None for a request that vLLM invented (a dummy batch, its warm-up)."""
+    slots: list[int]
+    """Per row, the runner's request slot."""
+    widths: list[int]
+    """Per row, scheduled tokens; of a canvas all of it."""
+    computed_np: np.ndarray
+    """int64 [R], tokens that the context held before the step."""
+    places: CanvasPlaces | None = None
+    """Of a denoise step, once vLLM has its block tables."""
+    rows: CanvasRows | None = None
+    """Of a denoise step, before its forward."""
+    layout: CanvasLayout | None = None
+    """Likewise."""
+    outcome: DenoiseOutcome | None = None
+    """Of a denoise step, after its forward."""
+
+    @property
+    def modes(self) -> list[Mode | None]:
+        """Per row; None as in ``options``."""
+        return [options.mode if options else None for options in self.options]
+
+    @property
+    def is_real(self) -> bool:
+        """Whether any row is somebody's request."""
+        return any(options is not None for options in self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledStep:
+    """What the scheduler last scheduled."""
+
+    kind: StepKind
+    req_ids: frozenset[str]
+    """The requests with tokens in the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Consecutive rows of logits: some masked positions of some requests, or whole canvases."""
+
+    slots_np: np.ndarray
+    """int64, the slots of the step's requests, on the host."""
+    seq_lens_np: np.ndarray
+    """int64, their lengths with their canvases, on the host."""
+    slot_N: torch.Tensor
+    """int64 [N], request slot of each row."""
+    column_N: torch.Tensor
+    """int64 [N], canvas position of each row."""
+    position_N: torch.Tensor
+    """int64 [N], absolute position of the token that the row is about."""
+    token_N: torch.Tensor
+    """int64 [N], canvas tokens."""
+    pass_index_N: torch.Tensor
+    """int64 [N], passes already run over the row's canvas."""
+    temperature_N: torch.Tensor
+    """float32 [N]."""
+    seed_N: torch.Tensor
+    """int64 [N]."""
+    any_random: bool
+    """Whether any request has a temperature above 0."""
+
+    def draw(self) -> Draw:
+        """How the rows' tokens are drawn."""
+        return Draw(self.temperature_N, self.seed_N, self.position_N, self.pass_index_N)
+
+    def only(self, keep_N: torch.Tensor) -> "Tile":
+        """Some of the rows: a bool mask or int64 indices."""
+        rows = {f.name: getattr(self, f.name)[keep_N] for f in fields(self) if f.name.endswith("_N")}
+        return replace(self, **rows)
