@@ -78,6 +78,7 @@ class CanvasTable:
             slot_R=slot_R,
             width_R=torch.tensor(widths, device=self.device),
             first_position_R=torch.from_numpy(step.computed_np).to(self.device),
+            slots_np=np.array(slots, dtype=np.int64),
             seq_lens_np=step.computed_np + np.array(widths),
             token_RS=token_RS,
             mock_ar_RS=mock_ar_RS,

@@ -15,7 +15,6 @@ Legend: R rows (requests), S widest canvas, T tokens in batch order, D hidden, N
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,24 +27,8 @@ from vllm_twotower.models.denoiser_tower import LOGITS_TILE, DenoiserTower
 from vllm_twotower.ops import CanvasRules, reveal
 from vllm_twotower.runtime.denoise_graphs import DenoiseGraphs
 from vllm_twotower.runtime.proposals import ProposalSampler
-from vllm_twotower.runtime.step import CanvasLayout, CanvasRows, DenoiseOutcome, Step, Tile
+from vllm_twotower.runtime.step import Canvases, CanvasLayout, CanvasRows, DenoiseOutcome, Step, Tile
 from vllm_twotower.runtime.trace import CanvasTrace
-
-
-@dataclass(frozen=True, kw_only=True)
-class Canvases:
-    """The canvases of a step between two passes, on the device."""
-
-    token_RS: torch.Tensor
-    """int64 [R, S]."""
-    masked_RS: torch.Tensor
-    """bool [R, S], undecided positions."""
-    level_R: torch.Tensor
-    """int64 [R], noise level of each, see ``decoding.noise_level.level_index``."""
-    pass_index_R: torch.Tensor
-    """int64 [R], passes run over each so far."""
-    broken_R: torch.Tensor
-    """bool [R], rows with a confidence that was NaN."""
 
 
 class DenoiseLoop:
@@ -182,16 +165,13 @@ class DenoiseLoop:
         proposal_RS = torch.zeros(shape, dtype=torch.int64, device=wanted.device)
         confidence_RS = torch.zeros(shape, dtype=torch.float32, device=wanted.device)
         for token_N, whole_canvases in self._tiles(wanted, rows, layout):
-            tile = _tile(token_N, rows, layout, now)
+            tile = Tile(token_N=token_N, rows=rows, layout=layout, canvases=now)
             wanted_N = wanted[token_N] if whole_canvases else None
             made = self.proposals.propose(denoiser.logits(hidden_TD[token_N]), tile, wanted_N)
             if self.trace is not None:
                 self.trace.record_proposals(made)
-            row_N, column_N = layout.row_T[token_N], made.tile.column_N
-            if wanted_N is not None:
-                row_N = row_N[wanted_N]
-            proposal_RS[row_N, column_N] = made.token_N
-            confidence_RS[row_N, column_N] = made.confidence_N
+            proposal_RS[made.tile.row_N, made.tile.column_N] = made.token_N
+            confidence_RS[made.tile.row_N, made.tile.column_N] = made.confidence_N
         return proposal_RS, confidence_RS
 
     def _tiles(
@@ -221,21 +201,3 @@ def _undecided_at_start(widths: list[int], rows: CanvasRows, layout: CanvasLayou
     bits_RS = np.array(rows.undecided)[:, None] >> column_S & 1
     in_canvas_RS = column_S < np.array(widths)[:, None]
     return torch.from_numpy(bits_RS[in_canvas_RS].nonzero()[0]).to(rows.width_R.device)
-
-
-def _tile(token_N: torch.Tensor, rows: CanvasRows, layout: CanvasLayout, now: Canvases) -> Tile:
-    row_N, column_N = layout.row_T[token_N], layout.column_T[token_N]
-    # a canvas position is about its own token, a mock-AR row about the next one
-    position_N = rows.first_position_R[row_N] + column_N + rows.mock_ar_RS[row_N, column_N]
-    return Tile(
-        slots_np=np.array(rows.slots, dtype=np.int64),
-        seq_lens_np=rows.seq_lens_np,
-        slot_N=rows.slot_R[row_N],
-        column_N=column_N,
-        position_N=position_N,
-        token_N=now.token_RS[row_N, column_N],
-        pass_index_N=now.pass_index_R[row_N],
-        temperature_N=rows.temperature_R[row_N],
-        seed_N=rows.seed_R[row_N],
-        any_random=rows.any_random,
-    )

@@ -84,16 +84,16 @@ class ProposalSampler:
             wanted_N: bool [N] where the tile is whole canvases whose logits are processed; None where all are wanted.
 
         """
-        if wanted_N is not None or self.logprobs.wanted(tile.slots_np):
+        if wanted_N is not None or self.logprobs.wanted(tile.rows.slots_np):
             logits_NV = logits_NV.float()  # vLLM's kernels add to logits and score them in fp32
         raw_NV = logits_NV
         if wanted_N is not None:
-            if self.logprobs.wants_raw(tile.slots_np):
+            if self.logprobs.wants_raw(tile.rows.slots_np):
                 raw_NV = logits_NV.clone()
             processed_NV = self._process(logits_NV, tile)
             tile, logits_NV, raw_NV = tile.only(wanted_N), processed_NV[wanted_N], raw_NV[wanted_N]
         token_N, confidence_N = self._propose(logits_NV, tile)
-        if self.logprobs.wanted(tile.slots_np):
+        if self.logprobs.wanted(tile.rows.slots_np):
             logits_NV[:, self.mask_token_id] = float("-inf")
             raw_NV[:, self.mask_token_id] = float("-inf")
             self.logprobs.record(logits_NV if self.logprobs.of_processed else raw_NV, tile, token_N)
@@ -101,12 +101,12 @@ class ProposalSampler:
 
     def _propose(self, logits_NV: torch.Tensor, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         """All rows at once, unless a draw is shaped by top-k, top-p or min-p; those rows in tiles of noise."""
-        if not tile.any_random or self._shaping(tile) is None:
-            sample = canvas_sample(logits_NV, self.mask_token_id, tile.draw() if tile.any_random else None)
+        if not tile.rows.any_random or self._shaping(tile) is None:
+            sample = canvas_sample(logits_NV, self.mask_token_id, tile.draw() if tile.rows.any_random else None)
             return sample.token_N, sample.confidence_N
-        token_N = torch.empty(len(tile.slot_N), dtype=torch.int64, device=logits_NV.device)
+        token_N = torch.empty(len(tile.token_N), dtype=torch.int64, device=logits_NV.device)
         confidence_N = torch.empty_like(token_N, dtype=torch.float32)
-        random_N = tile.temperature_N > 0
+        random_N = tile.draw().temperature_N > 0
         greedy = (~random_N).nonzero().squeeze(1)
         if greedy.numel():
             sample = canvas_sample(logits_NV[greedy], self.mask_token_id)
@@ -115,9 +115,10 @@ class ProposalSampler:
             if not rows.numel():  # all rows of this tile are greedy
                 continue
             part = tile.only(rows)
-            noise = gumbel_noise(part.seed_N, part.position_N, part.pass_index_N, logits_NV.shape[1])
+            draw = part.draw()
+            noise = gumbel_noise(draw.seed_N, draw.position_N, draw.pass_index_N, logits_NV.shape[1])
             token_N[rows], confidence_N[rows] = propose(
-                logits_NV[rows].float(), self.mask_token_id, part.temperature_N, noise, self._shaping(part)
+                logits_NV[rows].float(), self.mask_token_id, draw.temperature_N, noise, self._shaping(part)
             )
         return token_N, confidence_N
 
@@ -125,20 +126,20 @@ class ProposalSampler:
         """Bias, allowed ids, minimum length, penalties, bad words, and processors of the user's own."""
         context = LogitsContext(
             expanded_idx_mapping=tile.slot_N,
-            idx_mapping=torch.from_numpy(tile.slots_np).to(logits_NV.device),
-            idx_mapping_np=tile.slots_np,
+            idx_mapping=torch.from_numpy(tile.rows.slots_np).to(logits_NV.device),
+            idx_mapping_np=tile.rows.slots_np,
             expanded_local_pos=tile.column_N.to(torch.int32),
             # the row of canvas position j finds the token of position k < j in row k + 1 of its request
-            input_ids=tile.token_N.roll(1).to(torch.int32),
+            input_ids=tile.canvas_token_N.roll(1).to(torch.int32),
             pos=tile.position_N - 1,
-            seq_lens_upper_bound_np=tile.seq_lens_np,
+            seq_lens_upper_bound_np=tile.rows.seq_lens_np,
         )
         for processor in self.base.logits_processors:
             logits_NV = processor.apply(logits_NV, context)
         return logits_NV
 
     def _shaping(self, tile: Tile) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        states, slots = self.base.sampling_states, tile.slots_np
+        states, slots = self.base.sampling_states, tile.rows.slots_np
         unshaped = (states.min_p.np[slots] == 0) & (states.top_p.np[slots] == 1)
         if np.all(unshaped & (states.top_k.np[slots] == states.vocab_size)):
             return None

@@ -8,7 +8,8 @@ Legend: R rows (requests), S widest canvas of the batch, T canvas tokens in batc
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,8 @@ class CanvasRows:
     """int64 [R], tokens of each canvas."""
     first_position_R: torch.Tensor
     """int64 [R], absolute position of each canvas's first token."""
+    slots_np: np.ndarray
+    """int64 [R] on the host, the same."""
     seq_lens_np: np.ndarray
     """int64 [R] on the host, each row's length with its canvas."""
     token_RS: torch.Tensor
@@ -185,35 +188,71 @@ class ScheduledStep:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Canvases:
+    """The canvases of a step between two passes, on the device."""
+
+    token_RS: torch.Tensor
+    """int64 [R, S]."""
+    masked_RS: torch.Tensor
+    """bool [R, S], undecided positions."""
+    level_R: torch.Tensor
+    """int64 [R], noise level of each, see ``decoding.noise_level.level_index``."""
+    pass_index_R: torch.Tensor
+    """int64 [R], passes run over each so far."""
+    broken_R: torch.Tensor
+    """bool [R], rows with a confidence that was NaN."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tile:
-    """Consecutive rows of logits: some masked positions of some requests, or whole canvases."""
+    """Rows of logits of one pass: some masked positions of some requests, or whole canvases.
 
-    slots_np: np.ndarray
-    """int64, the slots of the step's requests, on the host."""
-    seq_lens_np: np.ndarray
-    """int64, their lengths with their canvases, on the host."""
-    slot_N: torch.Tensor
-    """int64 [N], request slot of each row."""
-    column_N: torch.Tensor
-    """int64 [N], canvas position of each row."""
-    position_N: torch.Tensor
-    """int64 [N], absolute position of the token that the row is about."""
+    What a row is about is looked up when somebody asks: a greedy pass asks for next to nothing.
+    """
+
     token_N: torch.Tensor
-    """int64 [N], canvas tokens."""
-    pass_index_N: torch.Tensor
-    """int64 [N], passes already run over the row's canvas."""
-    temperature_N: torch.Tensor
-    """float32 [N]."""
-    seed_N: torch.Tensor
-    """int64 [N]."""
-    any_random: bool
-    """Whether any request has a temperature above 0."""
-
-    def draw(self) -> Draw:
-        """How the rows' tokens are drawn."""
-        return Draw(self.temperature_N, self.seed_N, self.position_N, self.pass_index_N)
+    """int64 [N], indices in T."""
+    rows: CanvasRows
+    layout: CanvasLayout
+    canvases: Canvases
+    """Before the pass."""
 
     def only(self, keep_N: torch.Tensor) -> "Tile":
         """Some of the rows: a bool mask or int64 indices."""
-        rows = {f.name: getattr(self, f.name)[keep_N] for f in fields(self) if f.name.endswith("_N")}
-        return replace(self, **rows)
+        return replace(self, token_N=self.token_N[keep_N])
+
+    @cached_property
+    def row_N(self) -> torch.Tensor:
+        """int64 [N], row of the step."""
+        return self.layout.row_T[self.token_N]
+
+    @cached_property
+    def column_N(self) -> torch.Tensor:
+        """int64 [N], canvas position."""
+        return self.layout.column_T[self.token_N]
+
+    @property
+    def slot_N(self) -> torch.Tensor:
+        """int64 [N], request slot."""
+        return self.rows.slot_R[self.row_N]
+
+    @property
+    def canvas_token_N(self) -> torch.Tensor:
+        """int64 [N], the token there."""
+        return self.canvases.token_RS[self.row_N, self.column_N]
+
+    @cached_property
+    def position_N(self) -> torch.Tensor:
+        """int64 [N], absolute position of the token that the logits are about: a canvas position's own, a mock-AR
+        row's next."""
+        return self.rows.first_position_R[self.row_N] + self.column_N + self.rows.mock_ar_RS[self.row_N, self.column_N]
+
+    def draw(self) -> Draw:
+        """How the rows' tokens are drawn."""
+        rows = self.rows
+        return Draw(
+            rows.temperature_R[self.row_N],
+            rows.seed_R[self.row_N],
+            self.position_N,
+            self.canvases.pass_index_R[self.row_N],
+        )

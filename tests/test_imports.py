@@ -1,0 +1,99 @@
+"""Which part of the package may import which: directions, and no circles, read from the source."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import vllm_twotower
+
+ROOT = pathlib.Path(vllm_twotower.__file__).parent
+NAME = "vllm_twotower"
+
+
+def module_name(path: pathlib.Path) -> str:
+    return ".".join([NAME, *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in ROOT.rglob("*.py")}
+
+
+def imports_of(module: str) -> set[str]:
+    """All modules that a module of ours imports anywhere in its text: ours by their full names, others by the first
+    part."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= inner
+            if len(inner) < len(node.names):
+                found.add(node.module)
+    return {name if name in MODULES else name.split(".")[0] for name in found}
+
+
+IMPORTS = {module: imports_of(module) for module in MODULES}
+
+
+def part_of(module: str) -> str:
+    """``ops`` for ``vllm_twotower.ops.reveal.kernel``, ``core`` for ``vllm_twotower.core``; others as they are."""
+    return module.split(".")[1] if module.startswith(f"{NAME}.") else module
+
+
+def test_there_are_no_circles():
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module in done or module not in MODULES:
+            return
+        for other in sorted(IMPORTS[module]):
+            visit(other, (*path, module))
+        done.add(module)
+
+    for module in sorted(MODULES):
+        visit(module, ())
+    assert done == set(MODULES)
+
+
+ABOVE = {"cpu", "split", "frontend", "commands", "planning", "registration"}
+ALLOWED = {  # of ours, besides itself
+    "core": set(),
+    "config": {"core"},
+    "decoding": {"core"},
+    "ops": {"core", "decoding"},
+    "oracle": {"core", "decoding"},
+    "compat": {"core", "config"},
+    "frontend": {"core", "config", "compat", "planning", "models"},
+}
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_lower_parts_know_nothing_of_higher_ones(part):
+    for module in MODULES:
+        if part_of(module) == part:
+            ours = {part_of(other) for other in IMPORTS[module] if other in MODULES} - {part}
+            assert ours <= ALLOWED[part], f"{module} imports {ours - ALLOWED[part]}"
+
+
+def test_runtime_does_not_know_the_wings():
+    modules = [module for module in MODULES if part_of(module) == "runtime"]
+    assert modules
+    for module in modules:
+        assert not {part_of(other) for other in IMPORTS[module]} & ABOVE, module
+
+
+@pytest.mark.parametrize("part", ["ops", "oracle", "decoding", "planning", "frontend"])
+def test_what_needs_no_vllm_imports_none(part):
+    """At import; the front desk asks vLLM a few things when it is called."""
+    modules = [module for module in MODULES if part_of(module) == part]
+    code = f"import sys, {', '.join(modules)}; assert 'vllm' not in sys.modules"
+    if part in ("planning", "frontend"):
+        code += "; assert 'torch' not in sys.modules"
+    kernels = [m for m in modules if m.endswith(".kernel")]  # these import Triton, nothing else of weight
+    code = code.replace(", ".join(modules), ", ".join(m for m in modules if m not in kernels))
+    subprocess.run([sys.executable, "-c", code], check=True)
