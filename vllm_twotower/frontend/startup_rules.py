@@ -3,12 +3,13 @@
 ``docs/configuration.md`` prints the same table.
 """
 
+import importlib.util
 import operator
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_twotower import compat
 from vllm_twotower.config import EngineOptions
 
 SCHEDULER_CLASS = "vllm_twotower.runtime.scheduler.BlockCommitScheduler"
@@ -52,9 +53,20 @@ def refuse(vllm_config: Any, options: EngineOptions | None) -> None:
 
 
 def _missing_interpreter() -> str | None:
+    """What a CPU lacks, or None. Without an active Triton driver vLLM silently takes its deprecated runner (V1), which
+    knows no model states; Triton decides at import whether kernels are interpreted."""
     from vllm.platforms import current_platform
 
-    return compat.missing_interpreter_problem() if current_platform.is_cpu() else None
+    if not current_platform.is_cpu():
+        return None
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed: pip install 'vllm-twotower[cpu]'"
+        return None
+    return (
+        "this model needs Triton's interpreter on a CPU: set TRITON_INTERPRET=1 before Python starts, for example "
+        "`TRITON_INTERPRET=1 vllm serve MODEL` (the vllm-twotower command and the Makefile set it themselves)"
+    )
 
 
 def _given(*paths: str) -> Callable[[Any, EngineOptions], str | None]:
@@ -184,6 +196,12 @@ STARTUP_RULES = (
         "canvases are sampled by every rank",
         LEAVE_OUT,
         _given("parallel_config.enable_batch_sharded_sampling"),
+    ),
+    StartupRule(
+        "`--return-sampling-mask`",
+        "a canvas is not drawn from one distribution per token",
+        LEAVE_OUT,
+        _given("model_config.return_sampling_mask"),
     ),
     StartupRule("watermarking", "revealed tokens cannot be watermarked", LEAVE_OUT, _given("watermark_config")),
     StartupRule(

@@ -19,10 +19,11 @@ from vllm_twotower import compat
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.models.denoiser_tower import LOGITS_TILE, CanvasLayout, DenoiserTower
-from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, checked
+from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, check_weights
 from vllm_twotower.ops.canvas_sample.reference import NOISE_TILE
+from vllm_twotower.registration import raise_recorded_problem
 from vllm_twotower.split.context_mirror import ContextMirror
-from vllm_twotower.split.placement import take_place
+from vllm_twotower.split.placement import resolve_placement
 
 
 class DenoiseStep(Protocol):
@@ -57,9 +58,9 @@ class NemotronHTwoTowerForCausalLM(NemotronHForCausalLM):
     read."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        compat.raise_recorded_problem()
+        raise_recorded_problem()
         options = EngineOptions.from_additional_config(vllm_config.additional_config.get(CONFIG_KEY))
-        placement = take_place(vllm_config, options)
+        placement = resolve_placement(vllm_config, options)
         on_cpu = current_platform.is_cpu()
         if placement.has_context:
             with compat.portable_moe_layers(on_cpu):
@@ -78,11 +79,15 @@ class NemotronHTwoTowerForCausalLM(NemotronHForCausalLM):
 
     def _mirror_context(self, vllm_config: VllmConfig, prefix: str) -> None:
         """What upstream's constructor leaves behind, with a mirror for a tower."""
-        nn.Module.__init__(self)
-        self.vllm_config, self.model_config = vllm_config, vllm_config.model_config
-        self.config, self.scheduler_config = vllm_config.model_config.hf_config, vllm_config.scheduler_config
-        self.quant_config = vllm_config.quant_config
-        self.model = ContextMirror(vllm_config, maybe_prefix(prefix, "model"))
+        compat.initialize_without_constructor(
+            self,
+            vllm_config=vllm_config,
+            model_config=vllm_config.model_config,
+            config=vllm_config.model_config.hf_config,
+            scheduler_config=vllm_config.scheduler_config,
+            quant_config=vllm_config.quant_config,
+            model=ContextMirror(vllm_config, maybe_prefix(prefix, "model")),
+        )
 
     def get_model_state_cls(self) -> type:
         """The runner asks for this class; with diffusion off it gets the one it would have chosen itself."""
@@ -140,7 +145,7 @@ class NemotronHTwoTowerForCausalLM(NemotronHForCausalLM):
             ValueError: tensors that are missing, unknown or of the wrong shape, by name.
 
         """
-        wanted = checked(weights, self.config, self.denoiser is not None, self.placement.has_context)
+        wanted = check_weights(weights, self.config, self.denoiser is not None, self.placement.has_context)
         loaded = AutoWeightsLoader(self).load_weights(wanted, mapper=self.hf_to_vllm_mapper)
         if self.denoiser is not None:
             self.denoiser.conditioning.refresh()
