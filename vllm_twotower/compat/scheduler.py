@@ -62,13 +62,7 @@ def end_with_error(scheduler: "Scheduler", req_id: str) -> None:
 
 
 def nan_rows(result: "ModelRunnerOutput") -> list[str]:
-    """The ids of a context step's rows whose logits held a NaN are read from a count, as far as somebody counted.
-
-    Symptom: see ``end_with_error``.
-    Upstream: vllm.v1.outputs.ModelRunnerOutput.num_nans_in_logits
-    Removed when: a sampler can end a request.
-    Test: tests/test_broken_checkpoints.py::test_nan_ends_a_request_with_an_error_and_nobody_else
-    """
+    """Whom to ``end_with_error``: rows of a context step whose logits held a NaN, as far as somebody counted."""
     return [req_id for req_id, count in (result.num_nans_in_logits or {}).items() if count > 0]
 
 

@@ -15,8 +15,6 @@ from vllm_twotower.config import EngineOptions
 SCHEDULER_CLASS = "vllm_twotower.runtime.scheduler.BlockCommitScheduler"
 WORKER_EXTENSION_CLASS = "vllm_twotower.runtime.worker_extension.DiffusionWorkerExtension"
 
-LEAVE_OUT = "leave it out"
-
 
 @dataclass(frozen=True)
 class StartupRule:
@@ -25,10 +23,10 @@ class StartupRule:
     refuses: str
     """The setting, as a user knows it."""
     because: str
-    instead: str
-    """What to do; ``{canvas_length}`` and ``{canvas_length_plus_1}`` stand for the engine's."""
     found: Callable[[Any, EngineOptions], str | None]
     """(vllm_config, options) -> the setting and its value where it is given, else None."""
+    instead: str = "leave it out"
+    """What to do; ``{canvas_length}`` and ``{canvas_length_plus_1}`` stand for the engine's."""
 
     def problem(self, vllm_config: Any, options: EngineOptions) -> str | None:
         """What is wrong and what to type instead, or None."""
@@ -158,142 +156,118 @@ STARTUP_RULES = (
     StartupRule(
         "`--pipeline-parallel-size` above 1",
         "both towers run in one stage",
-        "use --tensor-parallel-size instead",
         _above_one("parallel_config.pipeline_parallel_size"),
+        "use --tensor-parallel-size instead",
     ),
     StartupRule(
         "`--decode-context-parallel-size`, `--prefill-context-parallel-size` above 1",
         "a canvas attends to a whole context on one rank",
-        "leave it at 1",
         _above_one("parallel_config.decode_context_parallel_size", "parallel_config.prefill_context_parallel_size"),
+        "leave it at 1",
     ),
     StartupRule(
         "`--kv-transfer-config`, `--ec-transfer-config`",
         "connectors do not carry canvases",
-        LEAVE_OUT,
         _given("kv_transfer_config", "ec_transfer_config"),
     ),
     StartupRule(
-        "`--speculative-config`",
-        "diffusion already emits several tokens per step",
-        LEAVE_OUT,
-        _given("speculative_config"),
+        "`--speculative-config`", "diffusion already emits several tokens per step", _given("speculative_config")
     ),
     StartupRule(
-        "`--enable-lora`",
-        "adapters are not applied to the denoiser",
-        "leave out --enable-lora",
-        _given("lora_config"),
+        "`--enable-lora`", "adapters are not applied to the denoiser", _given("lora_config"), "leave out --enable-lora"
     ),
     StartupRule(
         "`--enable-dbo`, `--ubatch-size`",
         "a step runs one tower over one batch",
-        "leave out --enable-dbo and --ubatch-size",
         lambda c, o: _given("parallel_config.enable_dbo")(c, o) or _above_one("parallel_config.ubatch_size")(c, o),
+        "leave out --enable-dbo and --ubatch-size",
     ),
     StartupRule(
         "batch-sharded sampling",
         "canvases are sampled by every rank",
-        LEAVE_OUT,
         _given("parallel_config.enable_batch_sharded_sampling"),
     ),
     StartupRule(
         "`--return-sampling-mask`",
         "a canvas is not drawn from one distribution per token",
-        LEAVE_OUT,
         _given("model_config.return_sampling_mask"),
     ),
-    StartupRule("watermarking", "revealed tokens cannot be watermarked", LEAVE_OUT, _given("watermark_config")),
+    StartupRule("watermarking", "revealed tokens cannot be watermarked", _given("watermark_config")),
     StartupRule(
         "`--mamba-cache-mode all`",
         "the denoiser reads one state per block",
-        "use --mamba-cache-mode align, or none without prefix caching",
         _equals("cache_config.mamba_cache_mode", "all"),
+        "use --mamba-cache-mode align, or none without prefix caching",
     ),
-    StartupRule(
-        "ReplaySSM",
-        "the denoiser reads whole states, not replay rings",
-        LEAVE_OUT,
-        _given("cache_config.use_replayssm"),
-    ),
+    StartupRule("ReplaySSM", "the denoiser reads whole states, not replay rings", _given("cache_config.use_replayssm")),
     StartupRule(
         "`--scheduling-policy priority`",
         "untried with two kinds of step",
-        "use --scheduling-policy fcfs",
         _equals("scheduler_config.policy", "priority"),
+        "use --scheduling-policy fcfs",
     ),
     StartupRule(
         "`--data-parallel-size` above 1 with experts (on a CPU: with `--enable-expert-parallel`)",
         "vLLM's fused experts exchange tokens between data-parallel ranks, and ranks may be in different towers",
-        "start one engine per replica instead",
         _data_parallel_experts,
+        "start one engine per replica instead",
     ),
     StartupRule(
-        "`--enable-eplb`",
-        "only the context tower's experts would be balanced",
-        LEAVE_OUT,
-        _given("parallel_config.enable_eplb"),
+        "`--enable-eplb`", "only the context tower's experts would be balanced", _given("parallel_config.enable_eplb")
     ),
     StartupRule(
         "`--worker-extension-cls`",
         "diffusion brings its own",
-        LEAVE_OUT,
         _other_class("parallel_config.worker_extension_cls", WORKER_EXTENSION_CLASS),
     ),
     StartupRule(
-        "`--scheduler-cls`",
-        "diffusion brings its own",
-        LEAVE_OUT,
-        _other_class("scheduler_config.scheduler_cls", SCHEDULER_CLASS),
+        "`--scheduler-cls`", "diffusion brings its own", _other_class("scheduler_config.scheduler_cls", SCHEDULER_CLASS)
     ),
     StartupRule(
         "`VLLM_USE_BREAKABLE_CUDAGRAPH`",
         "a graph of the context tower would be replayed for denoise steps",
-        "set VLLM_USE_BREAKABLE_CUDAGRAPH=0",
         _breakable_graphs,
+        "set VLLM_USE_BREAKABLE_CUDAGRAPH=0",
     ),
     StartupRule(
         "`--prefill-schedule-interval` above 1",
         "it counts decode rows, and canvases are hidden from it",
-        "leave it at 1",
         _above_one("scheduler_config.prefill_schedule_interval"),
+        "leave it at 1",
     ),
     StartupRule(
         "`--max-num-batched-tokens` below the canvas length",
         "that is less than one canvas",
-        "use --max-num-batched-tokens {canvas_length} or more",
         _step_budget,
+        "use --max-num-batched-tokens {canvas_length} or more",
     ),
     StartupRule(
         "`--long-prefill-token-threshold` below the canvas length",
         "that would cut canvases",
-        "use {canvas_length} or more, or 0",
         _long_prefill_threshold,
+        "use {canvas_length} or more, or 0",
     ),
     StartupRule(
         "`--max-model-len` at or below the canvas length",
         "that leaves no room for a prompt and a canvas",
-        "use --max-model-len {canvas_length_plus_1} or more",
         _model_length,
+        "use --max-model-len {canvas_length_plus_1} or more",
     ),
     StartupRule(
         "an odd `--tensor-parallel-size` with `tower_placement` split, or auto above 1",
         "each tower gets half of the ranks",
-        'use an even --tensor-parallel-size, or --diffusion \'{{"tower_placement": "colocated"}}\'',
         _uneven_split,
+        'use an even --tensor-parallel-size, or --diffusion \'{{"tower_placement": "colocated"}}\'',
     ),
     StartupRule(
         "`--data-parallel-size` above 1 or `--enable-expert-parallel` with the towers split",
         "towers are split within one tensor-parallel group",
-        'start one engine per replica, or use --diffusion \'{{"tower_placement": "colocated"}}\'',
         _split_replicas,
+        'start one engine per replica, or use --diffusion \'{{"tower_placement": "colocated"}}\'',
     ),
     # last: some of the above also make vLLM choose it, and name the reason better
     StartupRule(
-        "vLLM's deprecated model runner (V1)",
-        "it cannot run diffusion",
-        "unset VLLM_USE_V2_MODEL_RUNNER",
-        _old_runner,
+        "vLLM's deprecated model runner (V1)", "it cannot run diffusion", _old_runner, "unset VLLM_USE_V2_MODEL_RUNNER"
     ),
 )
 """In the order in which they are asked."""
