@@ -4,8 +4,7 @@
 problem is kept and raised when *our* architecture is loaded.
 """
 
-import logging
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm_twotower import compat
 from vllm_twotower.config import CONFIG_KEY, EngineOptions, is_diffusion_on
@@ -16,13 +15,15 @@ from vllm_twotower.frontend.request_checks import check_beam_search, check_param
 from vllm_twotower.frontend.startup_rules import SCHEDULER_CLASS, WORKER_EXTENSION_CLASS, refuse
 from vllm_twotower.planning.model_facts import ARCHITECTURE
 
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
 MODEL_CLASS = "vllm_twotower.models.twotower:NemotronHTwoTowerForCausalLM"
 
 DEFAULT_MAX_NUM_SEQS = 64
 """Requests running at once at most where ``--max-num-seqs`` is not given. Each holds a Mamba state and a canvas of
 logits, and the gain over AR peaks here; vLLM's own default is 128 to 1,024."""
-
-logger = logging.getLogger("vllm.twotower")
 
 _recorded_problem: str | None = None
 
@@ -59,11 +60,11 @@ class TwoTowerConfigHook:
     """vLLM calls this while it builds the configuration of an engine for our architecture."""
 
     @staticmethod
-    def verify_and_update_model_config(model_config: Any) -> None:
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
         """Nothing to change in the model's own configuration."""
 
     @staticmethod
-    def verify_and_update_config(vllm_config: Any) -> None:
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         """Refuse what cannot work and set what diffusion needs.
 
         Raises:
@@ -86,7 +87,7 @@ class TwoTowerConfigHook:
         compat.end_requests_at_shutdown(ARCHITECTURE)
 
 
-def engine_options(vllm_config: Any) -> EngineOptions | None:
+def engine_options(vllm_config: "VllmConfig") -> EngineOptions | None:
     """Read our options, taking vLLM's own ``--diffusion-config`` to mean the same."""
     upstream = vllm_config.diffusion_config
     ours = vllm_config.additional_config.get(CONFIG_KEY)
@@ -105,7 +106,7 @@ def engine_options(vllm_config: Any) -> EngineOptions | None:
     return EngineOptions.from_additional_config(ours)
 
 
-def apply_defaults(vllm_config: Any) -> None:
+def apply_defaults(vllm_config: "VllmConfig") -> None:
     """Set what the decoding backend needs."""
     scheduler = vllm_config.scheduler_config
     scheduler.scheduler_cls = SCHEDULER_CLASS
@@ -114,7 +115,7 @@ def apply_defaults(vllm_config: Any) -> None:
     vllm_config.attention_config.use_non_causal = True
 
 
-def default_max_num_seqs(engine_args: Any, model_config: Any) -> int | None:
+def default_max_num_seqs(engine_args: "EngineArgs", model_config: "ModelConfig") -> int | None:
     """The most requests at once for an engine whose user did not say; None for other models and without diffusion."""
     diffusion = is_diffusion_on(engine_args) or engine_args.diffusion_config is not None
     if not diffusion or model_config.architecture != ARCHITECTURE:

@@ -15,7 +15,7 @@ def record_kv_updates(attention: "Attention", record: "Callable[[str, torch.Tens
 
     Symptom: the denoiser's ranks need the same keys and values, and a cache's layout is its backend's own affair.
     Upstream: vllm.model_executor.layers.attention.Attention.impl,
-        vllm.v1.attention.backend.AttentionImpl.do_kv_cache_update
+        vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.do_kv_cache_update
     Removed when: a KV connector can follow every step of a layer within one engine.
     Test: tests/test_placement.py::test_split_towers_write_the_references_tokens
     """

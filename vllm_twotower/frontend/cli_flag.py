@@ -7,10 +7,13 @@ another model is refused.
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
 from vllm_twotower.planning.model_facts import ARCHITECTURE
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
 
 FLAG = "--diffusion"
 DESTINATION = "twotower_diffusion"
@@ -57,7 +60,7 @@ def parse_options(text: str) -> Any:
     return value
 
 
-def merge_flag(engine_args: Any, namespace: argparse.Namespace) -> None:
+def merge_flag(engine_args: "EngineArgs", namespace: argparse.Namespace) -> None:
     """Put the flag's value where all engines look for it, in the parsed arguments too.
 
     A server of several API processes (the default with data parallelism) gives each the parsed arguments, and there
@@ -79,7 +82,7 @@ def merge_flag(engine_args: Any, namespace: argparse.Namespace) -> None:
     engine_args.additional_config = namespace.additional_config = FromFlag(extra)
 
 
-def check_architecture(engine_args: Any, architecture: str) -> None:
+def check_architecture(engine_args: "EngineArgs", architecture: str) -> None:
     """Refuse the flag on somebody else's model, which would ignore it.
 
     Raises:

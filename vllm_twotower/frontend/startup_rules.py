@@ -8,9 +8,12 @@ import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_twotower.config import EngineOptions
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 SCHEDULER_CLASS = "vllm_twotower.runtime.scheduler.BlockCommitScheduler"
 WORKER_EXTENSION_CLASS = "vllm_twotower.runtime.worker_extension.DiffusionWorkerExtension"
@@ -23,12 +26,12 @@ class StartupRule:
     refuses: str
     """The setting, as a user knows it."""
     because: str
-    found: Callable[[Any, EngineOptions], str | None]
+    found: "Callable[[VllmConfig, EngineOptions], str | None]"
     """(vllm_config, options) -> the setting and its value where it is given, else None."""
     instead: str = "leave it out"
     """What to do; ``{canvas_length}`` and ``{canvas_length_plus_1}`` stand for the engine's."""
 
-    def problem(self, vllm_config: Any, options: EngineOptions) -> str | None:
+    def problem(self, vllm_config: "VllmConfig", options: EngineOptions) -> str | None:
         """What is wrong and what to type instead, or None."""
         if (found := self.found(vllm_config, options)) is None:
             return None
@@ -36,7 +39,7 @@ class StartupRule:
         return f"{found}: {self.because}; {self.instead}".format(canvas_length=canvas, canvas_length_plus_1=canvas + 1)
 
 
-def refuse(vllm_config: Any, options: EngineOptions | None) -> None:
+def refuse(vllm_config: "VllmConfig", options: EngineOptions | None) -> None:
     """Raise for the first rule that objects; with diffusion off, only a CPU's interpreter is asked for.
 
     Raises:
@@ -67,23 +70,23 @@ def _missing_interpreter() -> str | None:
     )
 
 
-def _given(*paths: str) -> Callable[[Any, EngineOptions], str | None]:
+def _given(*paths: str) -> "Callable[[VllmConfig, EngineOptions], str | None]":
     """Finds the first of these settings that is there and on; vLLM does not have all of them in every version."""
 
-    def find(c: Any, _: EngineOptions) -> str | None:
+    def find(c: "VllmConfig", _: EngineOptions) -> str | None:
         return next((f"{_name(path)} is set" for path in paths if _get(c, path)), None)
 
     return find
 
 
-def _above_one(*paths: str) -> Callable[[Any, EngineOptions], str | None]:
-    def find(c: Any, _: EngineOptions) -> str | None:
+def _above_one(*paths: str) -> "Callable[[VllmConfig, EngineOptions], str | None]":
+    def find(c: "VllmConfig", _: EngineOptions) -> str | None:
         return next((f"{_name(path)}={value}" for path in paths if (value := _get(c, path) or 1) > 1), None)
 
     return find
 
 
-def _equals(path: str, refused: str) -> Callable[[Any, EngineOptions], str | None]:
+def _equals(path: str, refused: str) -> "Callable[[VllmConfig, EngineOptions], str | None]":
     return lambda c, _: f"{_name(path)}={refused}" if _get(c, path) == refused else None
 
 
@@ -98,7 +101,7 @@ def _name(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _data_parallel_experts(c: Any, _: EngineOptions) -> str | None:
+def _data_parallel_experts(c: "VllmConfig", _: EngineOptions) -> str | None:
     from vllm.platforms import current_platform
 
     size = c.parallel_config.data_parallel_size
@@ -108,47 +111,47 @@ def _data_parallel_experts(c: Any, _: EngineOptions) -> str | None:
     return f"data_parallel_size={size}" if exchanging else None
 
 
-def _other_class(path: str, ours: str) -> Callable[[Any, EngineOptions], str | None]:
+def _other_class(path: str, ours: str) -> "Callable[[VllmConfig, EngineOptions], str | None]":
     return lambda c, _: f"{_name(path)}={given}" if (given := _get(c, path)) and given != ours else None
 
 
-def _breakable_graphs(c: Any, _: EngineOptions) -> str | None:
+def _breakable_graphs(c: "VllmConfig", _: EngineOptions) -> str | None:
     import vllm.envs as envs
 
     on = envs.VLLM_USE_BREAKABLE_CUDAGRAPH
     return "VLLM_USE_BREAKABLE_CUDAGRAPH is on (VLLM_BATCH_INVARIANT turns it on too)" if on else None
 
 
-def _step_budget(c: Any, options: EngineOptions) -> str | None:
+def _step_budget(c: "VllmConfig", options: EngineOptions) -> str | None:
     s = c.scheduler_config
     budget = min(s.max_num_batched_tokens, getattr(s, "max_num_scheduled_tokens", None) or s.max_num_batched_tokens)
     return f"max_num_batched_tokens={budget}" if budget < options.canvas_length else None
 
 
-def _long_prefill_threshold(c: Any, options: EngineOptions) -> str | None:
+def _long_prefill_threshold(c: "VllmConfig", options: EngineOptions) -> str | None:
     threshold = c.scheduler_config.long_prefill_token_threshold
     return f"long_prefill_token_threshold={threshold}" if 0 < threshold < options.canvas_length else None
 
 
-def _model_length(c: Any, options: EngineOptions) -> str | None:
+def _model_length(c: "VllmConfig", options: EngineOptions) -> str | None:
     length = c.model_config.max_model_len
     return f"max_model_len={length}" if length <= options.canvas_length else None
 
 
-def _uneven_split(c: Any, options: EngineOptions) -> str | None:
+def _uneven_split(c: "VllmConfig", options: EngineOptions) -> str | None:
     size = c.parallel_config.tensor_parallel_size
     uneven = options.is_split(size) and size % 2
     return f"tensor_parallel_size={size} with tower_placement={options.tower_placement}" if uneven else None
 
 
-def _split_replicas(c: Any, options: EngineOptions) -> str | None:
+def _split_replicas(c: "VllmConfig", options: EngineOptions) -> str | None:
     p = c.parallel_config
     if options.is_split(p.tensor_parallel_size) and (p.data_parallel_size > 1 or p.enable_expert_parallel):
         return f"data_parallel_size={p.data_parallel_size}, enable_expert_parallel={p.enable_expert_parallel}"
     return None
 
 
-def _old_runner(c: Any, _: EngineOptions) -> str | None:
+def _old_runner(c: "VllmConfig", _: EngineOptions) -> str | None:
     return None if c.use_v2_model_runner else "vLLM chose its deprecated model runner (V1)"
 
 
