@@ -73,11 +73,16 @@ ASKED_FOR = """
     v1.worker.gpu.model_runner.GPUModelRunner: add_request remove_request preprocess_state prepare_attn prepare_inputs
         postprocess_state custom_sampler get_additional_cg_support
     v1.worker.gpu.warmup.warmup_kernels: _warmup_
+    engine.arg_utils.EngineArgs.from_cli_args: args
+    engine.arg_utils.EngineArgs._set_default_max_num_seqs_and_batched_tokens_args: model_config
+    model_executor.models.registry._ModelRegistry._raise_for_unsupported: architectures
+    v1.engine.input_processor.InputProcessor.process_inputs: params
+    v1.engine.input_processor.InputProcessor.resolve_watermarking: params
     v1.core.sched.scheduler.Scheduler.schedule: max_num_active_reqs num_sampled_tokens_per_step
         _update_after_schedule spec_token_ids next_decode_eligible_step
     v1.core.sched.scheduler.Scheduler.update_from_output: _free_request grammar_compile_error_reqs
 """
-"""By class or function of vLLM, names of ours that its code has to mention."""
+"""By class or function of vLLM, hooks of ours that its code has to ask for, and parameters that we look up by name."""
 
 
 def read_table(text: str) -> Iterator[tuple[str, list[str]]]:

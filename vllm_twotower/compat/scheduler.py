@@ -52,13 +52,17 @@ def without_caching_blocks(kv_cache_manager: "KVCacheManager") -> Iterator[None]
 def end_with_error(scheduler: "Scheduler", req_id: str) -> None:
     """The coming ``Scheduler.update_from_output`` finishes a request with ``finish_reason="error"``, over HTTP a 500.
 
-    Symptom: a request whose logits hold a NaN would go on with whatever is drawn from them. Upstream collects the
-        requests it ends so in a set, whatever their grammar.
+    Symptom: a request whose logits hold a NaN would go on with whatever is drawn from them. Upstream has a
+        collection of requests that it ends so, whatever their grammar.
     Upstream: vllm.v1.core.sched.scheduler.Scheduler.grammar_compile_error_reqs
     Removed when: a sampler can end a request.
     Test: tests/test_broken_checkpoints.py::test_nan_ends_a_request_with_an_error_and_nobody_else
     """
-    scheduler.grammar_compile_error_reqs.add(req_id)
+    ending = scheduler.grammar_compile_error_reqs
+    if isinstance(ending, set):  # 0.32
+        ending.add(req_id)
+    else:  # from 0.33 on with what the client is told; None is upstream's own for "nothing in particular"
+        ending[req_id] = None
 
 
 def nan_rows(result: "ModelRunnerOutput") -> list[str]:
