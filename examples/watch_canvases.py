@@ -13,7 +13,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # step the engine in this pr
 from vllm import LLM
 
 from vllm_twotower import diffusion_params
-from vllm_twotower.core import MASK_TOKEN_ID
+from vllm_twotower.config import mask_token_id_of
 
 llm = LLM(
     "vllm_twotower/assets/demo",
@@ -24,6 +24,7 @@ llm = LLM(
     kv_cache_memory_bytes=64 << 20,
 )
 tokenizer, engine = llm.get_tokenizer(), llm.llm_engine
+mask = mask_token_id_of(engine.model_config.hf_config)
 llm.collective_rpc("diffusion_trace_start")
 question = "Kai has 58 of book, then drops 26, finds 5, gets 20, drops 26. How many now?\nAnswer:"
 engine.add_request("0", question, diffusion_params(max_tokens=16, temperature=0.0, max_steps=6))
@@ -31,7 +32,7 @@ while engine.has_unfinished_requests():
     outputs = engine.step()
     for passes in llm.collective_rpc("diffusion_trace_take")[0].values():
         for denoise_pass in passes:
-            canvas = [t if t != MASK_TOKEN_ID else None for t in denoise_pass["tokens"]]
+            canvas = [t if t != mask else None for t in denoise_pass["tokens"]]
             text = "".join("_" if t is None else tokenizer.decode([t]) for t in canvas)
             position, surest = max(denoise_pass["proposals"].items(), key=lambda item: item[1]["confidence"])
             word = tokenizer.decode([surest["token"]])

@@ -1,21 +1,34 @@
 """Request settings: every range check, and what reaches the engine is what was asked for or a refusal that says what to
 type."""
 
+import functools
 import math
 
 import pytest
 from engine_harness import engine
 from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_twotower import diffusion_params
+from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.config import EngineOptions, RequestOptions
 from vllm_twotower.core import Mode
-from vllm_twotower.frontend.request_checks import check_worker_limits
-from vllm_twotower.runtime import admission
+from vllm_twotower.frontend.request_checks import check_params, check_worker_limits
 
-canvas_16, autoregressive = admission.canvas_16, admission.canvas_0
+
+@functools.cache
+def make_config(diffusion=True, **overrides):
+    """The configuration of a real engine that serves the demo model."""
+    extra = {"diffusion": diffusion} if diffusion else {}
+    args = EngineArgs(str(DEMO_MODEL), additional_config=extra, max_model_len=64, hf_overrides=overrides)
+    return args.create_engine_config()
+
+
+def check(params, **settings):
+    check_params(params, make_config(**settings))
 
 
 @pytest.mark.parametrize(
@@ -40,20 +53,20 @@ canvas_16, autoregressive = admission.canvas_16, admission.canvas_0
 )
 def test_a_bad_setting_is_refused_by_name_with_what_is_allowed(key, value, message):
     with pytest.raises(ValueError, match=message) as refusal:
-        canvas_16.validate_params(SamplingParams(extra_args={f"diffusion_{key}": value}))
+        check(SamplingParams(extra_args={f"diffusion_{key}": value}))
     assert f"diffusion_{key}" in str(refusal.value)
 
 
 def test_good_settings_and_other_peoples_keys_pass():
     extra = {"diffusion_mode": "mask_diffusion", "diffusion_canvas_length": 1, "kv_transfer_params": {"x": 1}}
-    canvas_16.validate_params(SamplingParams(extra_args=extra))
-    canvas_16.validate_params(SamplingParams())
+    check(SamplingParams(extra_args=extra))
+    check(SamplingParams())
 
 
 def test_mock_ar_scores_no_prompts():
-    canvas_16.validate_params(diffusion_params(mode="mock_ar"))
+    check(diffusion_params(mode="mock_ar"))
     with pytest.raises(ValueError, match=r"prompt_logprobs=1 cannot be honoured in mock_ar"):
-        canvas_16.validate_params(diffusion_params(mode="mock_ar", prompt_logprobs=1))
+        check(diffusion_params(mode="mock_ar", prompt_logprobs=1))
 
 
 @pytest.mark.parametrize(
@@ -63,13 +76,19 @@ def test_mock_ar_scores_no_prompts():
 )
 def test_what_mask_diffusion_cannot_honour_is_refused_and_ar_takes_it(params):
     with pytest.raises(ValueError, match=f"{next(iter(params))}.*diffusion_mode='ar'"):
-        canvas_16.validate_params(diffusion_params(**params))
-    canvas_16.validate_params(diffusion_params(mode="ar", **params))
+        check(diffusion_params(**params))
+    check(diffusion_params(mode="ar", **params))
 
 
 def test_allowing_nothing_but_the_mask_is_refused():
-    with pytest.raises(ValueError, match="allows the mask only"):
-        canvas_16.validate_params(diffusion_params(allowed_token_ids=[3]))
+    with pytest.raises(ValueError, match=r"allowed_token_ids=\[3\] allows the mask only"):
+        check(diffusion_params(allowed_token_ids=[3]))
+
+
+def test_the_mask_is_the_models_own():
+    with pytest.raises(ValueError, match=r"allowed_token_ids=\[7\] allows the mask only"):
+        check(diffusion_params(allowed_token_ids=[7]), mask_token_id=7)
+    check(diffusion_params(allowed_token_ids=[3]), mask_token_id=7)
 
 
 @pytest.mark.parametrize(
@@ -95,14 +114,38 @@ def test_bad_words_count_by_their_tokens():
         check_worker_limits(params)
 
 
-def test_half_of_a_surrogate_pair_is_no_bad_word():
-    for admission_class in (canvas_16, autoregressive):
-        with pytest.raises(ValueError, match=r"bad_words='\\ud800' is not well-formed Unicode"):
-            admission_class.validate_params(SamplingParams(bad_words=["fine", "\ud800"]))
+def process(params, diffusion=True, by_keyword=True, prompt=(5, 6, 7)):
+    """A request's way through vLLM's own request processing, as its engines call it."""
+    prompt = {"type": "token", "prompt_token_ids": list(prompt)}
+    processor = InputProcessor(make_config(diffusion))
+    if by_keyword:  # streaming input
+        return processor.process_inputs(
+            request_id="a", prompt=prompt, params=params, supported_tasks=("generate",), resumable=False
+        )
+    return processor.process_inputs("a", prompt, params, supported_tasks=("generate",))
+
+
+@pytest.mark.parametrize("by_keyword", [True, False])
+@pytest.mark.parametrize("diffusion", [True, False])
+def test_every_way_into_the_engine_is_checked(diffusion, by_keyword):
+    """Before vLLM's own processing, which would end with a UnicodeEncodeError, and after it, which counts ids."""
+    into = functools.partial(process, diffusion=diffusion, by_keyword=by_keyword)
+    assert into(SamplingParams(max_tokens=4)).sampling_params.max_tokens == 4
+    with pytest.raises(VLLMValidationError, match=r"bad_words='\\ud800' is not well-formed Unicode"):
+        into(SamplingParams(bad_words=["fine", "\ud800"]))
+    with pytest.raises(VLLMValidationError, match="stop token ids"):
+        into(SamplingParams(min_tokens=1, stop_token_ids=list(range(4, 133))))
+    with pytest.raises(VLLMValidationError, match="diffusion_max_steps=0" if diffusion else "autoregressively only"):
+        into(SamplingParams(extra_args={"diffusion_max_steps": 0}))
+
+
+def test_the_prompt_is_checked_too():
+    with pytest.raises(VLLMValidationError, match="send 2 tokens or more"):
+        process(diffusion_params(mode="mock_ar"), prompt=[5])
 
 
 def test_vllm_still_admits_what_it_cannot_send_to_the_engine():
-    """Death test of ``check_can_be_sent``; over HTTP in test_fuzz.py."""
+    """Death test of ``_check_encoding``; over HTTP in test_fuzz.py."""
     from vllm.v1.serial_utils import MsgpackEncoder
 
     for params in (SamplingParams(stop=["\ud800"]), SamplingParams(stream_interval=10**40)):
@@ -111,7 +154,7 @@ def test_vllm_still_admits_what_it_cannot_send_to_the_engine():
 
 
 def test_the_models_own_stop_tokens_count(tiny_moe):
-    """They are added after ``validate_params``, so the check has to come after that."""
+    """They are added by vLLM's own processing, so the check has to come after that."""
     params = diffusion_params(min_tokens=1, stop_token_ids=list(range(4, 132)), max_tokens=4, detokenize=False)
     with engine(tiny_moe.path) as e:
         with pytest.raises(VLLMValidationError, match="129 stop token ids"):
@@ -120,9 +163,9 @@ def test_the_models_own_stop_tokens_count(tiny_moe):
 
 
 def test_an_engine_without_diffusion_refuses_our_keys():
-    autoregressive.validate_params(SamplingParams(logprobs=1))
+    check(SamplingParams(logprobs=1), diffusion=False)
     with pytest.raises(ValueError, match="autoregressively only"):
-        autoregressive.validate_params(diffusion_params(max_steps=4))
+        check(diffusion_params(max_steps=4), diffusion=False)
 
 
 def test_diffusion_params_is_a_plain_sampling_params():

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,13 @@ def test_vllms_kernel_warm_up_runs_and_leaves_nothing_behind(tiny_moe):
         warmup_kernels(e.runner, worker.execute_model, worker.sample_tokens)
         assert e.stats()["denoise_steps"] == e.stats()["context_steps"] == 0
         assert e.tokens([case["prompt"]], golden_params(case)) == [case["output"]]
+
+
+@pytest.mark.parametrize(("collection", "expected"), [(set(), {"a"}), ({}, {"a": None})], ids=["0.32", "0.33"])
+def test_a_request_is_ended_whatever_upstream_collects_them_in(collection, expected):
+    """What ``Scheduler.grammar_compile_error_reqs`` is in each version."""
+    compat.end_with_error(SimpleNamespace(grammar_compile_error_reqs=collection), "a")
+    assert collection == expected
 
 
 def test_vllms_top_k_kernel_still_cannot_be_interpreted():

@@ -1,14 +1,17 @@
 """What README and the docs show is what happens."""
 
+import inspect
 import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import make_docs
 import make_readme
 from demo.item import PROMPT_END, Item
 
+from vllm_twotower import compat
 from vllm_twotower.commands.cli import DEMO_QUESTION_END, DEMO_QUESTIONS, DEMO_RUNS, demo_prompt
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -79,8 +82,20 @@ def test_the_watching_example():
     assert "_" not in emitted
 
 
-def test_the_configuration_page_is_what_the_code_says():
+def test_the_generated_pages_are_what_the_code_says():
     run("tools/make_docs.py", "--check")
+
+
+def test_every_shim_says_what_it_is_and_names_a_test_that_exists():
+    shims = {name: says for file in make_docs.read_shims().values() for name, says in file.items()}
+    for name, function in inspect.getmembers(compat, inspect.isfunction):
+        # a function without headings belongs to another, which its docstring names
+        partners = re.findall(r"``(\w+)``", function.__doc__ or "")
+        assert name in shims or any(p in shims for p in partners) or "to_be_moved" in function.__module__, name
+    for name, says in shims.items():
+        assert {"Change", *make_docs.HEADINGS} == {key for key, text in says.items() if text}, name
+        path, _, test = says["Test"].partition("::")
+        assert f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), says["Test"]
 
 
 def test_the_figures_in_readme_and_on_the_card_are_those_of_the_results():

@@ -87,13 +87,23 @@ def test_runtime_does_not_know_the_wings():
         assert not {part_of(other) for other in IMPORTS[module]} & ABOVE, module
 
 
+def test_the_towers_know_of_a_step_its_nouns_only():
+    """The model hands out the model state's class, which is imported when it is asked for."""
+    for module in [module for module in MODULES if part_of(module) == "models"]:
+        of_runtime = {other for other in IMPORTS[module] if part_of(other) == "runtime"}
+        assert of_runtime <= {f"{NAME}.runtime.step", f"{NAME}.runtime.model_state"}, module
+
+
 @pytest.mark.parametrize("part", ["ops", "oracle", "decoding", "planning", "frontend"])
 def test_what_needs_no_vllm_imports_none(part):
-    """At import; the front desk asks vLLM a few things when it is called."""
-    modules = [module for module in MODULES if part_of(module) == part]
-    code = f"import sys, {', '.join(modules)}; assert 'vllm' not in sys.modules"
-    if part in ("planning", "frontend"):
-        code += "; assert 'torch' not in sys.modules"
-    kernels = [m for m in modules if m.endswith(".kernel")]  # these import Triton, nothing else of weight
-    code = code.replace(", ".join(modules), ", ".join(m for m in modules if m not in kernels))
+    """At import; the front desk asks vLLM a few things when it is called. Kernels import Triton when they run."""
+    modules = [m for m in MODULES if part_of(m) == part and not m.endswith(".kernel")]
+    heavy = {"vllm", "torch"} if part in ("planning", "frontend") else {"vllm"}
+    code = f"import sys, {', '.join(modules)}; found = {heavy!r} & set(sys.modules); assert not found, found"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_registration_is_light():
+    code = "import sys, vllm_twotower, vllm_twotower.registration, vllm_twotower.commands.cli as cli"
+    code += "; found = {'torch', 'vllm', 'triton'} & set(sys.modules); assert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,7 +19,7 @@ from vllm_twotower import diffusion_params
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.models.tensor_shapes import checkpoint_shapes
 from vllm_twotower.models.twotower import NemotronHTwoTowerForCausalLM
-from vllm_twotower.models.weights import checked
+from vllm_twotower.models.weights import check_weights
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.tower_sizes import Tower, TowerSizes
 
@@ -176,7 +176,7 @@ def test_without_diffusion_the_denoiser_may_be_absent(copy_of, tiny_mlp):
 
 def test_what_is_missing_is_listed_but_not_for_pages(tiny_moe):
     with pytest.raises(ValueError, match=r"and \d+ more$"):
-        list(checked([], SimpleNamespace(**tiny_moe.config), with_denoiser=True))
+        list(check_weights([], SimpleNamespace(**tiny_moe.config), with_denoiser=True))
 
 
 @pytest.mark.parametrize("limit", [[0.0, float("inf")], [0.0, 1e30], None], ids=["bare Infinity", "1e30", "absent"])

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_twotower import compat, register
+from vllm_twotower import compat, register, registration
 from vllm_twotower.config import EngineOptions
 from vllm_twotower.frontend.startup_rules import SCHEDULER_CLASS, STARTUP_RULES, refuse
-from vllm_twotower.registration import ADMISSION_MODULE, DEFAULT_MAX_NUM_SEQS, TwoTowerConfigHook
+from vllm_twotower.registration import DEFAULT_MAX_NUM_SEQS, TwoTowerConfigHook
 
 
 @pytest.fixture
@@ -53,6 +53,7 @@ REFUSALS = [
     ("`--enable-lora", _set("lora_config", object()), "lora_config.*--enable-lora"),
     ("`--enable-dbo", _set("parallel_config.enable_dbo", True), "--enable-dbo"),
     ("batch-sharded", _set("parallel_config.enable_batch_sharded_sampling", True), "leave it out"),
+    ("`--return", _set("model_config.return_sampling_mask", True), "return_sampling_mask.*leave it out"),
     ("watermarking", _set("watermark_config", object()), "watermark_config"),
     ("`--mamba", _set("cache_config.mamba_cache_mode", "all"), "mamba_cache_mode=all.*align"),
     ("ReplaySSM", _set("cache_config.use_replayssm", True), "use_replayssm"),
@@ -151,18 +152,25 @@ def test_what_the_hook_sets(make_config):
     assert config.scheduler_config.async_scheduling is False
     assert config.scheduler_config.max_num_seqs == DEFAULT_MAX_NUM_SEQS
     assert config.attention_config.use_non_causal is True
-    assert config.model_config.logits_processors == [f"{ADMISSION_MODULE}:canvas_16"]
     assert config.cache_config.mamba_ssm_cache_dtype == "float32"
 
 
-def test_a_number_of_places_that_was_asked_for_is_kept(make_config):
-    assert make_config(max_num_seqs=100).scheduler_config.max_num_seqs == 100
+@pytest.mark.parametrize("places", [1, 100, 128, 256])
+def test_a_number_of_places_that_was_asked_for_is_kept(make_config, places):
+    assert make_config(max_num_seqs=places).scheduler_config.max_num_seqs == places
+
+
+def test_the_default_number_of_places_leaves_room_for_what_else_was_asked_for(make_config):
+    assert make_config(diffusion={}).scheduler_config.max_num_seqs == DEFAULT_MAX_NUM_SEQS
+    assert make_config(max_num_batched_tokens=32).scheduler_config.max_num_seqs == 32
+    config = make_config(max_num_active_seqs=100).scheduler_config
+    assert (config.max_num_seqs, config.max_num_active_seqs) == (100, 100)
 
 
 def test_without_diffusion_the_scheduler_is_vllms(make_config):
     config = make_config(diffusion=None)
     assert config.scheduler_config.scheduler_cls != SCHEDULER_CLASS
-    assert config.model_config.logits_processors == [f"{ADMISSION_MODULE}:canvas_0"]
+    assert config.scheduler_config.max_num_seqs > DEFAULT_MAX_NUM_SEQS
 
 
 def test_vllms_own_diffusion_config_means_the_same(make_config):
@@ -192,7 +200,7 @@ def test_a_broken_registration_surfaces_when_our_architecture_is_loaded_and_not_
     def broken(*args):
         raise ImportError("vLLM moved it")
 
-    monkeypatch.setattr(compat, "_recorded_problem", None)
+    monkeypatch.setattr(registration, "_recorded_problem", None)
     monkeypatch.setattr(compat, "add_config_hook", broken)
     register()
     with pytest.raises(RuntimeError, match="ImportError: vLLM moved it"):

@@ -1,7 +1,7 @@
-"""Write ``docs/configuration.md`` from the code's own tables; a test compares the two.
+"""Write ``docs/configuration.md`` and ``docs/compatibility.md`` from the code's own tables and docstrings.
 
-python tools/make_docs.py            # writes it
-python tools/make_docs.py --check    # exits 1 if the file is not what would be written
+python tools/make_docs.py            # writes them
+python tools/make_docs.py --check    # exits 1 if a file is not what would be written
 """
 
 import argparse
@@ -17,9 +17,11 @@ from vllm_twotower.commands.cli import make_parser
 from vllm_twotower.config import CONFIG_KEY, REQUEST_PREFIX, EngineOptions, RequestOptions
 from vllm_twotower.core import Mode
 from vllm_twotower.frontend.startup_rules import STARTUP_RULES
+from vllm_twotower.registration import DEFAULT_MAX_NUM_SEQS
 from vllm_twotower.runtime.stat_loggers import COUNTERS, PASSES_PER_CANVAS
 
-FILE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "vllm_twotower"
 
 HEAD = """# Configuration
 
@@ -47,6 +49,13 @@ out of range get a 400 that names the key, the value and what is allowed. Every 
 {modes}
 """
 
+DEFAULTS = """## What diffusion changes of vLLM's defaults
+
+`--max-num-seqs` is at most {max_num_seqs} where it is not given (vLLM: 128 to 1,024): each running request holds a
+Mamba state and a canvas of logits, and the gain over AR is largest around there. A value that is given is kept.
+`--async-scheduling` is off, the scheduler and the worker extension are the plugin's own.
+"""
+
 RULES = """## What start-up refuses with diffusion on
 
 | setting | because | instead |
@@ -71,6 +80,65 @@ COMMANDS = """## The `vllm-twotower` command
 
 {usages}
 """
+
+
+COMPATIBILITY = """# Compatibility with vLLM
+
+<!-- Written by tools/make_docs.py from its own tables and the docstrings of compat/ and cpu/shims.py. -->
+
+Most of what this plugin needs of vLLM has no public hook. Where it leans on something private or mends a defect, a
+function of `vllm_twotower/compat/` does it (what only a CPU needs: `cpu/shims.py`) and says so in its docstring. This
+page is made of those. `tools/check_vllm_names.py` finds names that are gone from a vLLM, and calls and overrides that
+no longer fit, without installing it.
+
+## Which vLLM ran what
+
+| vLLM | what ran |
+| --- | --- |
+{versions}
+
+## What a release changed among the touched names
+
+| from | to | name | change | what it does to us |
+| --- | --- | --- | --- | --- |
+{changes}
+
+## Touched names
+
+{sections}
+"""
+
+VERSIONS = {
+    "0.32 (CPU wheel)": "All tests, on a CPU; no GPU.",
+    "0.33": "No test; its wheel was read by `tools/check_vllm_names.py`, which finds nothing missing.",
+}
+
+RELEASES = [
+    (
+        "0.32",
+        "0.33",
+        "`BlockTables.gather_block_tables`",
+        "new keyword `num_computed_tokens`, which the runner passes",
+        "a CPU's stand-in that does not take it ends the engine at every request",
+    ),
+    (
+        "0.32",
+        "0.33",
+        "`apply_top_k_top_p` in `sample.sampler`, `sample.states`",
+        "new keywords",
+        "a CPU's stand-in that does not take them ends the engine at every `ar` request",
+    ),
+    (
+        "0.32",
+        "0.33",
+        "`Scheduler.grammar_compile_error_reqs`",
+        "a dict of id and error, was a set of ids",
+        "a NaN in a request's logits would have ended the engine; `end_with_error` takes both",
+    ),
+]
+"""What was seen when a vLLM release met this package: from, to, name, change, effect."""
+
+HEADINGS = ("Symptom", "Upstream", "Removed when", "Test")
 
 
 def attribute_docs(owner: type) -> dict[str, str]:
@@ -145,6 +213,7 @@ def configuration() -> str:
             table=request_table(),
             modes="\n".join(f"| `{mode.value}` | {modes[mode.name]} |" for mode in Mode),
         ),
+        DEFAULTS.format(max_num_seqs=DEFAULT_MAX_NUM_SEQS),
         RULES.format(rows=rule_rows),
         METRICS.format(rows="\n".join(metrics), stats=stats),
         COMMANDS.format(usages=usages()),
@@ -152,15 +221,64 @@ def configuration() -> str:
     return "\n".join(sections).rstrip() + "\n"
 
 
+def read_shims() -> dict[str, dict[str, dict[str, str]]]:
+    """File -> shim -> what its docstring says: ``Change``, its first paragraph, and the four headings."""
+    shims: dict[str, dict[str, dict[str, str]]] = {}
+    paths = [p for p in sorted((PACKAGE / "compat").glob("*.py")) if p.stem != "cpu_to_be_moved"]
+    for path in [*paths, *(PACKAGE / "cpu").glob("shims.py")]:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            doc = (ast.get_docstring(node) or "") if isinstance(node, ast.FunctionDef) else ""
+            if "\nSymptom:" not in doc:
+                continue
+            change, *rest = re.split(
+                rf"^({'|'.join(HEADINGS)}):", doc.split("\nArgs:")[0].split("\nReturns:")[0], flags=re.M
+            )
+            says = {"Change": change, **dict(zip(rest[::2], rest[1::2], strict=True))}
+            name = path.relative_to(PACKAGE).as_posix()
+            shims.setdefault(name, {})[node.name] = {k: " ".join(v.split()).replace("``", "`") for k, v in says.items()}
+    return shims
+
+
+def shim_table(shims: dict[str, dict[str, str]]) -> str:
+    """A row per touched name; a shim's second name and further ones refer to its first row."""
+    rows = [
+        "| name of vLLM's | what we need it for | what changes | guarded by | can go when |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for shim, says in shims.items():
+        first, *others = says["Upstream"].split(", ")
+        symptom, change = (says[key].rstrip(".") for key in ("Symptom", "Change"))
+        rows.append(
+            f"| `{first}` | {symptom} | `{shim}`: {change} | `{says['Test']}` | {says['Removed when'].rstrip('.')} |"
+        )
+        rows += [f"| `{name}` | as above | `{shim}` | as above | as above |" for name in others]
+    return "\n".join(rows)
+
+
+def compatibility() -> str:
+    return COMPATIBILITY.format(
+        versions="\n".join(f"| {version} | {ran} |" for version, ran in VERSIONS.items()),
+        changes="\n".join(f"| {' | '.join(row)} |" for row in RELEASES),
+        sections="\n\n".join(f"### `{file}`\n\n{shim_table(shims)}" for file, shims in read_shims().items()),
+    )
+
+
+PAGES = {"configuration.md": configuration, "compatibility.md": compatibility}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    text = configuration()
-    if args.check:
-        return int(FILE.read_text(encoding="utf-8") != text)
-    FILE.write_text(text, encoding="utf-8")
-    return 0
+    stale = []
+    for name, write in PAGES.items():
+        path, text = ROOT / "docs" / name, write()
+        if not args.check:
+            path.write_text(text, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+    print("\n".join(f"docs/{name} is not what the code says: run tools/make_docs.py" for name in stale), end="")
+    return int(bool(stale))
 
 
 if __name__ == "__main__":

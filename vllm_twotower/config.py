@@ -172,6 +172,16 @@ def check_request_values(values: Mapping[str, Any], max_canvas_length: int = MAX
             _check_threshold(where, shown, value)
 
 
+def is_diffusion_on(vllm_config: Any) -> bool:
+    """Whether an engine decodes by diffusion.
+
+    Args:
+        vllm_config: vLLM's ``VllmConfig``, or its ``EngineArgs``.
+
+    """
+    return (vllm_config.additional_config or {}).get(CONFIG_KEY) not in (None, False)
+
+
 def mask_token_id_of(hf_config: Any) -> int:
     """The model's mask id.
 
@@ -192,10 +202,10 @@ def request_extra_args(**values: Any) -> dict[str, Any]:
 
 
 def _refusal(where: str, name: str, value: Any, allowed: str) -> str:
-    return f"{where} {name}={short(value)} is not allowed: use {allowed}"
+    return f"{where} {name}={shorten(value)} is not allowed: use {allowed}"
 
 
-def short(value: Any) -> str:
+def shorten(value: Any) -> str:
     """A value as an error message shows it."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,30 +1,36 @@
-"""Registration with vLLM: the architecture and the configuration hook.
+"""Registration with vLLM: the architecture, the configuration hook, and what of ours vLLM's front end calls.
 
 ``register_with_vllm`` runs in every vLLM process for every model, so it never raises and does as little as it can; a
-problem is recorded and raised when *our* architecture is loaded.
+problem is kept and raised when *our* architecture is loaded.
 """
 
-import logging
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vllm_twotower import compat, compat_requests
-from vllm_twotower.config import CONFIG_KEY, EngineOptions
+from vllm_twotower import compat
+from vllm_twotower.config import CONFIG_KEY, EngineOptions, is_diffusion_on
 from vllm_twotower.core import KERNELS_VARIABLE
-from vllm_twotower.frontend.request_checks import check_beam_search, check_request
+from vllm_twotower.frontend.checkpoint_checks import check_checkpoint
+from vllm_twotower.frontend.cli_flag import add_flag, check_architecture, merge_flag
+from vllm_twotower.frontend.request_checks import check_beam_search, check_params, check_request
 from vllm_twotower.frontend.startup_rules import SCHEDULER_CLASS, WORKER_EXTENSION_CLASS, refuse
+from vllm_twotower.planning.model_facts import ARCHITECTURE
 
-ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
 MODEL_CLASS = "vllm_twotower.models.entry:NemotronHTwoTowerForCausalLM"
-ADMISSION_MODULE = "vllm_twotower.runtime.admission"
 
 DEFAULT_MAX_NUM_SEQS = 64
-"""Requests running at once where vLLM's own default (128 or more) would apply; the gain over AR peaks here."""
+"""Requests running at once at most where ``--max-num-seqs`` is not given. Each holds a Mamba state and a canvas of
+logits, and the gain over AR peaks here; vLLM's own default is 128 to 1,024."""
 
-logger = logging.getLogger("vllm.twotower")
+_recorded_problem: str | None = None
 
 
 def register_with_vllm() -> None:
-    """Register the architecture and its configuration hook; idempotent, never raises."""
+    """Register the architecture and what surrounds it; idempotent, never raises."""
+    global _recorded_problem
     try:
         from vllm import ModelRegistry
 
@@ -32,21 +38,33 @@ def register_with_vllm() -> None:
             ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)
         compat.name_environment_variable(KERNELS_VARIABLE)
         compat.add_config_hook(ARCHITECTURE, TwoTowerConfigHook)
-        compat.wrap_engine_args(ARCHITECTURE)
-        compat.name_what_cannot_be_imported(ARCHITECTURE, MODEL_CLASS)
+        compat.extend_engine_args(add_flag, merge_flag, check_checkpoint, check_architecture)
+        compat.choose_default_max_num_seqs(default_max_num_seqs)
+        compat.explain_failed_import(ARCHITECTURE, MODEL_CLASS)
     except Exception as problem:  # another model must start whatever is wrong with us
-        compat.record_problem(f"{type(problem).__name__}: {problem}")
+        _recorded_problem = f"{type(problem).__name__}: {problem}"
+
+
+def raise_recorded_problem() -> None:
+    """Raise what registration had to swallow.
+
+    Raises:
+        RuntimeError: registration had failed; the message says what.
+
+    """
+    if _recorded_problem is not None:
+        raise RuntimeError(f"vllm-twotower could not register with this vLLM: {_recorded_problem}")
 
 
 class TwoTowerConfigHook:
     """vLLM calls this while it builds the configuration of an engine for our architecture."""
 
     @staticmethod
-    def verify_and_update_model_config(model_config: Any) -> None:
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
         """Nothing to change in the model's own configuration."""
 
     @staticmethod
-    def verify_and_update_config(vllm_config: Any) -> None:
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         """Refuse what cannot work and set what diffusion needs.
 
         Raises:
@@ -55,18 +73,21 @@ class TwoTowerConfigHook:
         """
         from vllm.model_executor.models.config import NemotronHForCausalLMConfig
 
-        compat.raise_recorded_problem()
+        from vllm_twotower.runtime.stat_loggers import DiffusionLogging, DiffusionProm, StepCounts
+
+        raise_recorded_problem()
         NemotronHForCausalLMConfig.verify_and_update_config(vllm_config)
         options = engine_options(vllm_config)
         refuse(vllm_config, options)
-        apply_defaults(vllm_config, options)
-        compat_requests.check_prompts(ARCHITECTURE, check_request)
-        compat_requests.let_beam_search_name_its_mode(ARCHITECTURE, check_beam_search)
-        compat.extend_stat_loggers(ARCHITECTURE)
-        compat_requests.end_requests_at_shutdown(ARCHITECTURE)
+        if options is not None:
+            apply_defaults(vllm_config)
+        compat.check_requests(ARCHITECTURE, check_params, check_request)
+        compat.decode_beams_in_ar(ARCHITECTURE, check_beam_search)
+        compat.extend_stat_loggers(ARCHITECTURE, DiffusionProm, DiffusionLogging, StepCounts.take_from)
+        compat.end_requests_at_shutdown(ARCHITECTURE)
 
 
-def engine_options(vllm_config: Any) -> EngineOptions | None:
+def engine_options(vllm_config: "VllmConfig") -> EngineOptions | None:
     """Read our options, taking vLLM's own ``--diffusion-config`` to mean the same."""
     upstream = vllm_config.diffusion_config
     ours = vllm_config.additional_config.get(CONFIG_KEY)
@@ -85,28 +106,18 @@ def engine_options(vllm_config: Any) -> EngineOptions | None:
     return EngineOptions.from_additional_config(ours)
 
 
-def apply_defaults(vllm_config: Any, options: EngineOptions | None) -> None:
-    """Set what the decoding backend needs; with diffusion off, only admission checks are added."""
-    model_config = vllm_config.model_config
-    served = options.canvas_length if options is not None else 0
-    processors = [p for p in model_config.logits_processors or [] if not str(p).startswith(ADMISSION_MODULE)]
-    model_config.logits_processors = [*processors, f"{ADMISSION_MODULE}:canvas_{served}"]
-    if options is None:
-        return
+def apply_defaults(vllm_config: "VllmConfig") -> None:
+    """Set what the decoding backend needs."""
     scheduler = vllm_config.scheduler_config
     scheduler.scheduler_cls = SCHEDULER_CLASS
     scheduler.async_scheduling = False
     vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION_CLASS
     vllm_config.attention_config.use_non_causal = True
-    if scheduler.max_num_seqs >= scheduler.DEFAULT_MAX_NUM_SEQS:
-        logger.warning(
-            "max_num_seqs=%d lowered to %d: each running request holds a Mamba state and a canvas of logits "
-            "(a value below %d is kept as it is)",
-            scheduler.max_num_seqs,
-            DEFAULT_MAX_NUM_SEQS,
-            scheduler.DEFAULT_MAX_NUM_SEQS,
-        )
-        scheduler.max_num_seqs = DEFAULT_MAX_NUM_SEQS
-    active = getattr(scheduler, "max_num_active_seqs", None)
-    if active is not None:
-        scheduler.max_num_active_seqs = min(active, scheduler.max_num_seqs)
+
+
+def default_max_num_seqs(engine_args: "EngineArgs", model_config: "ModelConfig") -> int | None:
+    """The most requests at once for an engine whose user did not say; None for other models and without diffusion."""
+    diffusion = is_diffusion_on(engine_args) or engine_args.diffusion_config is not None
+    if not diffusion or model_config.architecture != ARCHITECTURE:
+        return None
+    return max(DEFAULT_MAX_NUM_SEQS, engine_args.max_num_active_seqs or 0)

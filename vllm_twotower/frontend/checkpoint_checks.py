@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import Any
 
-from vllm_twotower.models.tensor_shapes import check_tensor, checkpoint_shapes, shown
+from vllm_twotower.models.tensor_shapes import check_tensor, checkpoint_shapes, list_names
 from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
 from vllm_twotower.planning.model_facts import ARCHITECTURE, ModelFacts
 
@@ -35,7 +35,7 @@ def check_checkpoint(engine_args: Any) -> None:
         return
     if folder.missing_shards:
         missing = folder.missing_shards
-        raise ValueError(f"{path} lacks {len(missing)} of the files that its index names: {shown(missing)}")
+        raise ValueError(f"{path} lacks {len(missing)} of the files that its index names: {list_names(missing)}")
     expected = checkpoint_shapes(facts)
     for name, stored in (folder.tensors or {}).items():
         if name in expected:

@@ -1,15 +1,19 @@
 """The ``--diffusion`` flag of ``vllm serve``, ``vllm bench`` and all else that is built on vLLM's engine arguments.
 
-A general plugin gets no parser, so three functions of ``EngineArgs`` are wrapped (see ``compat.wrap_engine_args``): the
-one that declares the options gains ours, the one that reads them merges ours into ``additional_config`` whatever the
-order on the command line, and the one that builds the configuration says so if the model is not a two-tower one.
+Called through ``compat.extend_engine_args``: where the options are declared ours is added, where they are read ours
+goes into ``additional_config``, whatever the order on the command line, and where the configuration has been built
+another model is refused.
 """
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
+from vllm_twotower.planning.model_facts import ARCHITECTURE
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
 
 FLAG = "--diffusion"
 DESTINATION = "twotower_diffusion"
@@ -56,7 +60,7 @@ def parse_options(text: str) -> Any:
     return value
 
 
-def merge(engine_args: Any, namespace: argparse.Namespace) -> None:
+def merge_flag(engine_args: "EngineArgs", namespace: argparse.Namespace) -> None:
     """Put the flag's value where all engines look for it, in the parsed arguments too.
 
     A server of several API processes (the default with data parallelism) gives each the parsed arguments, and there
@@ -78,14 +82,15 @@ def merge(engine_args: Any, namespace: argparse.Namespace) -> None:
     engine_args.additional_config = namespace.additional_config = FromFlag(extra)
 
 
-def check_architecture(engine_args: Any, architecture: str, ours: str) -> None:
+def check_architecture(engine_args: "EngineArgs", architecture: str) -> None:
     """Refuse the flag on somebody else's model, which would ignore it.
 
     Raises:
         ValueError: the flag was given and the model is not a two-tower one.
 
     """
-    if isinstance(engine_args.additional_config, FromFlag) and architecture != ours:
+    if isinstance(engine_args.additional_config, FromFlag) and architecture != ARCHITECTURE:
         raise ValueError(
-            f"{FLAG} needs a two-tower model ({ours}), and {engine_args.model} is a {architecture}: leave out {FLAG}"
+            f"{FLAG} needs a two-tower model ({ARCHITECTURE}), and {engine_args.model} is a {architecture}: "
+            f"leave out {FLAG}"
         )

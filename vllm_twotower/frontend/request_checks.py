@@ -1,16 +1,29 @@
-"""Checks of a whole request, after vLLM has filled in its defaults: what only the prompt shows, and what kills a
-worker.
+"""What a request is refused for, before it reaches the engine; each refusal is a 400 over HTTP.
 
-Called through ``compat_requests.check_prompts`` with vLLM's ``EngineCoreRequest``; a ``ValueError`` becomes a 400.
+``check_params`` and ``check_request`` run before and after vLLM's own processing of a request
+(``compat.check_requests``): the first sees what the client sent, the second what vLLM made of it, with its defaults,
+the model's stop tokens and the prompt. Imports neither torch nor vLLM.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_twotower.config import CONFIG_KEY, EngineOptions, RequestOptions, short
+from vllm_twotower.config import (
+    CONFIG_KEY,
+    REQUEST_PREFIX,
+    EngineOptions,
+    RequestOptions,
+    mask_token_id_of,
+    shorten,
+)
 from vllm_twotower.core import Mode
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
 MAX_BIASED_TOKENS = 1024
-"""vLLM's worker raises beyond this many logit_bias or allowed_token_ids entries, which ends the engine (traps B19)."""
+"""vLLM's worker raises beyond this many logit_bias or allowed_token_ids entries, which ends the engine."""
 MAX_STOP_TOKENS_WITH_MIN_TOKENS = 128
 """The same for stop token ids, the model's own included, together with min_tokens."""
 SEED_LIMIT = 2**63
@@ -19,7 +32,87 @@ MIN_MOCK_AR_PROMPT = 2
 """The denoiser needs a last token and a context before it."""
 
 
-def check_request(request: Any, vllm_config: Any) -> None:
+# ---- before vLLM's processing ----------------------------------------------------------------------------------------
+
+
+def check_params(params: "SamplingParams", vllm_config: "VllmConfig") -> None:
+    """Refuse settings of ours that are wrong, and what the request's mode cannot honour.
+
+    Raises:
+        ValueError: the message says what to send instead.
+
+    """
+    _check_bad_words(params)
+    options, extra = _read_options(vllm_config), params.extra_args or {}
+    if options is None:
+        if ours := [key for key in extra if str(key).startswith(REQUEST_PREFIX)]:
+            raise ValueError(
+                f"request setting {ours[0]!r}: this engine decodes autoregressively only; start it with "
+                'additional_config={"diffusion": true}'
+            )
+        return
+    mode = RequestOptions.from_extra_args(extra, options).mode
+    if mode is not Mode.AR:
+        _check_denoised(params, mode, mask_token_id_of(vllm_config.model_config.hf_config))
+
+
+def check_beam_search(extra_args: Any, vllm_config: "VllmConfig") -> None:
+    """Refuse a beam search in the denoiser's modes: a canvas has no single next token to branch on.
+
+    Raises:
+        ValueError: the message says which mode can.
+
+    """
+    options = _read_options(vllm_config)
+    mode = Mode.AR if options is None else RequestOptions.from_extra_args(extra_args, options).mode
+    if mode is not Mode.AR:
+        raise ValueError(
+            f"beam search cannot be honoured in {mode}: leave it out, or send diffusion_mode='ar' in vllm_xargs "
+            "(offline, load the model without diffusion)"
+        )
+
+
+def _read_options(vllm_config: "VllmConfig") -> EngineOptions | None:
+    extra: Any = vllm_config.additional_config
+    return EngineOptions.from_additional_config(extra.get(CONFIG_KEY))
+
+
+def _check_bad_words(params: "SamplingParams") -> None:
+    """Refuse half of a surrogate pair, over which vLLM's tokenizing of bad words ends with a 500 without a message."""
+    for word in params.bad_words or ():
+        try:
+            word.encode()
+        except UnicodeEncodeError as problem:
+            raise ValueError(
+                f"bad_words={shorten(word)} is not well-formed Unicode ({problem}): send text"
+            ) from problem
+
+
+def _check_denoised(params: "SamplingParams", mode: Mode, mask_token_id: int) -> None:
+    """Refuse, rather than ignore, what the denoiser's modes cannot honour; ``ar`` honours all of it."""
+    refused = {
+        "structured_outputs": params.structured_outputs is not None,
+        "logprob_token_ids": bool(params.logprob_token_ids),
+        "thinking_token_budget": params.thinking_token_budget is not None,
+        # in mock_ar the last prompt token is computed after the first new one is out
+        "prompt_logprobs": mode is Mode.MOCK_AR and params.prompt_logprobs is not None,
+    }
+    for name, given in refused.items():
+        if given:
+            raise ValueError(
+                f"{name}={shorten(getattr(params, name))} cannot be honoured in {mode}: "
+                "leave it out, or send diffusion_mode='ar'"
+            )
+    if params.allowed_token_ids is not None and set(params.allowed_token_ids) == {mask_token_id}:
+        raise ValueError(
+            f"allowed_token_ids=[{mask_token_id}] allows the mask only, which is never emitted: allow others"
+        )
+
+
+# ---- after it --------------------------------------------------------------------------------------------------------
+
+
+def check_request(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> None:
     """Refuse what would end the engine, or cannot be decoded.
 
     Raises:
@@ -30,15 +123,15 @@ def check_request(request: Any, vllm_config: Any) -> None:
     if params is None:
         return
     check_worker_limits(params)
-    check_token_ids(request.prompt_token_ids or (), vllm_config.model_config.get_vocab_size())
-    check_can_be_sent(request)
-    options = EngineOptions.from_additional_config(vllm_config.additional_config.get(CONFIG_KEY))
+    prompt = request.prompt_token_ids or []
+    _check_token_ids(prompt, vllm_config.model_config.get_vocab_size())
+    _check_encoding(request)
+    options = _read_options(vllm_config)
     if options is not None:
-        mode = RequestOptions.from_extra_args(params.extra_args, options).mode
-        check_prompt(mode, len(request.prompt_token_ids or ()), request.resumable)
+        _check_prompt(RequestOptions.from_extra_args(params.extra_args, options).mode, len(prompt), request.resumable)
 
 
-def check_worker_limits(params: Any) -> None:
+def check_worker_limits(params: "SamplingParams") -> None:
     """Refuse what vLLM 0.32 itself admits and its worker then dies of."""
     import vllm.envs as envs
 
@@ -59,56 +152,35 @@ def check_worker_limits(params: Any) -> None:
         raise ValueError(f"seed={params.seed} with n={params.n} does not fit in 64 bits: use a smaller seed")
 
 
-def check_token_ids(token_ids: Any, vocab_size: int) -> None:
+def _check_token_ids(token_ids: list[int], vocab_size: int) -> None:
     """Refuse ids that no embedding has; vLLM asks its tokenizer, and without one (``skip_tokenizer_init``) nobody."""
     for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocab_size:
             raise ValueError(f"token id {token_id} is out of vocabulary: use ids from 0 to {vocab_size - 1}")
 
 
-def check_can_be_sent(request: Any) -> None:
+def _check_encoding(request: "EngineCoreRequest") -> None:
     """Refuse what vLLM 0.32 admits and then cannot encode for its engine process, which is a 500 without a message:
     half of a surrogate pair in a text, an integer beyond 64 bits."""
     from vllm.v1.serial_utils import MsgpackEncoder
 
     encode = MsgpackEncoder().encode
+    unencodable = (UnicodeEncodeError, OverflowError)
     try:
         encode(request)
-    except (UnicodeEncodeError, OverflowError) as problem:
+    except unencodable:
         for owner in (request.sampling_params, request):
             for name in owner.__struct_fields__:
-                _check_field(encode, name, getattr(owner, name), problem)
+                try:
+                    encode(getattr(owner, name))
+                except unencodable as problem:
+                    raise ValueError(
+                        f"{name}={shorten(getattr(owner, name))} cannot be sent to the engine ({problem}): use "
+                        "well-formed Unicode and integers of 64 bits"
+                    ) from problem
 
 
-def _check_field(encode: Any, name: str, value: Any, problem: Exception) -> None:
-    try:
-        encode(value)
-    except (UnicodeEncodeError, OverflowError):
-        raise ValueError(
-            f"{name}={short(value)} cannot be sent to the engine ({problem}): use well-formed Unicode and integers of "
-            "64 bits"
-        ) from problem
-
-
-def check_beam_search(extra_args: Any, vllm_config: Any) -> None:
-    """Refuse a beam search in the denoiser's modes: a canvas has no single next token to branch on.
-
-    Raises:
-        ValueError: the message says which mode can.
-
-    """
-    options = EngineOptions.from_additional_config(vllm_config.additional_config.get(CONFIG_KEY))
-    if options is None:
-        return
-    mode = RequestOptions.from_extra_args(extra_args, options).mode
-    if mode is not Mode.AR:
-        raise ValueError(
-            f"beam search cannot be honoured in {mode}: leave it out, or send diffusion_mode='ar' in vllm_xargs "
-            "(offline, load the model without diffusion)"
-        )
-
-
-def check_prompt(mode: Mode, num_tokens: int, resumable: bool) -> None:
+def _check_prompt(mode: Mode, num_tokens: int, resumable: bool) -> None:
     """Refuse a prompt that the mode cannot start from."""
     if mode is Mode.MOCK_AR and num_tokens < MIN_MOCK_AR_PROMPT:
         raise ValueError(

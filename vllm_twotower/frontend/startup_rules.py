@@ -3,18 +3,20 @@
 ``docs/configuration.md`` prints the same table.
 """
 
+import importlib.util
 import operator
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_twotower import compat
 from vllm_twotower.config import EngineOptions
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 SCHEDULER_CLASS = "vllm_twotower.runtime.scheduler.BlockCommitScheduler"
 WORKER_EXTENSION_CLASS = "vllm_twotower.runtime.worker_extension.DiffusionWorkerExtension"
-
-LEAVE_OUT = "leave it out"
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,12 @@ class StartupRule:
     refuses: str
     """The setting, as a user knows it."""
     because: str
-    instead: str
-    """What to do; ``{canvas_length}`` and ``{canvas_length_plus_1}`` stand for the engine's."""
-    found: Callable[[Any, EngineOptions], str | None]
+    found: "Callable[[VllmConfig, EngineOptions], str | None]"
     """(vllm_config, options) -> the setting and its value where it is given, else None."""
+    instead: str = "leave it out"
+    """What to do; ``{canvas_length}`` and ``{canvas_length_plus_1}`` stand for the engine's."""
 
-    def problem(self, vllm_config: Any, options: EngineOptions) -> str | None:
+    def problem(self, vllm_config: "VllmConfig", options: EngineOptions) -> str | None:
         """What is wrong and what to type instead, or None."""
         if (found := self.found(vllm_config, options)) is None:
             return None
@@ -37,7 +39,7 @@ class StartupRule:
         return f"{found}: {self.because}; {self.instead}".format(canvas_length=canvas, canvas_length_plus_1=canvas + 1)
 
 
-def refuse(vllm_config: Any, options: EngineOptions | None) -> None:
+def refuse(vllm_config: "VllmConfig", options: EngineOptions | None) -> None:
     """Raise for the first rule that objects; with diffusion off, only a CPU's interpreter is asked for.
 
     Raises:
@@ -52,28 +54,39 @@ def refuse(vllm_config: Any, options: EngineOptions | None) -> None:
 
 
 def _missing_interpreter() -> str | None:
+    """What a CPU lacks, or None. Without an active Triton driver vLLM silently takes its deprecated runner (V1), which
+    knows no model states; Triton decides at import whether kernels are interpreted."""
     from vllm.platforms import current_platform
 
-    return compat.missing_interpreter_problem() if current_platform.is_cpu() else None
+    if not current_platform.is_cpu():
+        return None
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed: pip install 'vllm-twotower[cpu]'"
+        return None
+    return (
+        "this model needs Triton's interpreter on a CPU: set TRITON_INTERPRET=1 before Python starts, for example "
+        "`TRITON_INTERPRET=1 vllm serve MODEL` (the vllm-twotower command and the Makefile set it themselves)"
+    )
 
 
-def _given(*paths: str) -> Callable[[Any, EngineOptions], str | None]:
+def _given(*paths: str) -> "Callable[[VllmConfig, EngineOptions], str | None]":
     """Finds the first of these settings that is there and on; vLLM does not have all of them in every version."""
 
-    def find(c: Any, _: EngineOptions) -> str | None:
+    def find(c: "VllmConfig", _: EngineOptions) -> str | None:
         return next((f"{_name(path)} is set" for path in paths if _get(c, path)), None)
 
     return find
 
 
-def _above_one(*paths: str) -> Callable[[Any, EngineOptions], str | None]:
-    def find(c: Any, _: EngineOptions) -> str | None:
+def _above_one(*paths: str) -> "Callable[[VllmConfig, EngineOptions], str | None]":
+    def find(c: "VllmConfig", _: EngineOptions) -> str | None:
         return next((f"{_name(path)}={value}" for path in paths if (value := _get(c, path) or 1) > 1), None)
 
     return find
 
 
-def _equals(path: str, refused: str) -> Callable[[Any, EngineOptions], str | None]:
+def _equals(path: str, refused: str) -> "Callable[[VllmConfig, EngineOptions], str | None]":
     return lambda c, _: f"{_name(path)}={refused}" if _get(c, path) == refused else None
 
 
@@ -88,7 +101,7 @@ def _name(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _data_parallel_experts(c: Any, _: EngineOptions) -> str | None:
+def _data_parallel_experts(c: "VllmConfig", _: EngineOptions) -> str | None:
     from vllm.platforms import current_platform
 
     size = c.parallel_config.data_parallel_size
@@ -98,40 +111,40 @@ def _data_parallel_experts(c: Any, _: EngineOptions) -> str | None:
     return f"data_parallel_size={size}" if exchanging else None
 
 
-def _other_class(path: str, ours: str) -> Callable[[Any, EngineOptions], str | None]:
+def _other_class(path: str, ours: str) -> "Callable[[VllmConfig, EngineOptions], str | None]":
     return lambda c, _: f"{_name(path)}={given}" if (given := _get(c, path)) and given != ours else None
 
 
-def _breakable_graphs(c: Any, _: EngineOptions) -> str | None:
+def _breakable_graphs(c: "VllmConfig", _: EngineOptions) -> str | None:
     import vllm.envs as envs
 
     on = envs.VLLM_USE_BREAKABLE_CUDAGRAPH
     return "VLLM_USE_BREAKABLE_CUDAGRAPH is on (VLLM_BATCH_INVARIANT turns it on too)" if on else None
 
 
-def _step_budget(c: Any, options: EngineOptions) -> str | None:
+def _step_budget(c: "VllmConfig", options: EngineOptions) -> str | None:
     s = c.scheduler_config
     budget = min(s.max_num_batched_tokens, getattr(s, "max_num_scheduled_tokens", None) or s.max_num_batched_tokens)
     return f"max_num_batched_tokens={budget}" if budget < options.canvas_length else None
 
 
-def _long_prefill_threshold(c: Any, options: EngineOptions) -> str | None:
+def _long_prefill_threshold(c: "VllmConfig", options: EngineOptions) -> str | None:
     threshold = c.scheduler_config.long_prefill_token_threshold
     return f"long_prefill_token_threshold={threshold}" if 0 < threshold < options.canvas_length else None
 
 
-def _model_length(c: Any, options: EngineOptions) -> str | None:
+def _model_length(c: "VllmConfig", options: EngineOptions) -> str | None:
     length = c.model_config.max_model_len
     return f"max_model_len={length}" if length <= options.canvas_length else None
 
 
-def _uneven_split(c: Any, options: EngineOptions) -> str | None:
+def _uneven_split(c: "VllmConfig", options: EngineOptions) -> str | None:
     size = c.parallel_config.tensor_parallel_size
     uneven = options.is_split(size, c.model_config.hf_config) and size % 2
     return f"tensor_parallel_size={size} with tower_placement={options.tower_placement}" if uneven else None
 
 
-def _split_replicas(c: Any, options: EngineOptions) -> str | None:
+def _split_replicas(c: "VllmConfig", options: EngineOptions) -> str | None:
     p = c.parallel_config
     if options.is_split(p.tensor_parallel_size, c.model_config.hf_config) and (
         p.data_parallel_size > 1 or p.enable_expert_parallel
@@ -140,7 +153,7 @@ def _split_replicas(c: Any, options: EngineOptions) -> str | None:
     return None
 
 
-def _old_runner(c: Any, _: EngineOptions) -> str | None:
+def _old_runner(c: "VllmConfig", _: EngineOptions) -> str | None:
     return None if c.use_v2_model_runner else "vLLM chose its deprecated model runner (V1)"
 
 
@@ -148,136 +161,118 @@ STARTUP_RULES = (
     StartupRule(
         "`--pipeline-parallel-size` above 1",
         "both towers run in one stage",
-        "use --tensor-parallel-size instead",
         _above_one("parallel_config.pipeline_parallel_size"),
+        "use --tensor-parallel-size instead",
     ),
     StartupRule(
         "`--decode-context-parallel-size`, `--prefill-context-parallel-size` above 1",
         "a canvas attends to a whole context on one rank",
-        "leave it at 1",
         _above_one("parallel_config.decode_context_parallel_size", "parallel_config.prefill_context_parallel_size"),
+        "leave it at 1",
     ),
     StartupRule(
         "`--kv-transfer-config`, `--ec-transfer-config`",
         "connectors do not carry canvases",
-        LEAVE_OUT,
         _given("kv_transfer_config", "ec_transfer_config"),
     ),
     StartupRule(
-        "`--speculative-config`",
-        "diffusion already emits several tokens per step",
-        LEAVE_OUT,
-        _given("speculative_config"),
+        "`--speculative-config`", "diffusion already emits several tokens per step", _given("speculative_config")
     ),
     StartupRule(
-        "`--enable-lora`",
-        "adapters are not applied to the denoiser",
-        "leave out --enable-lora",
-        _given("lora_config"),
+        "`--enable-lora`", "adapters are not applied to the denoiser", _given("lora_config"), "leave out --enable-lora"
     ),
     StartupRule(
         "`--enable-dbo`, `--ubatch-size`",
         "a step runs one tower over one batch",
-        "leave out --enable-dbo and --ubatch-size",
         lambda c, o: _given("parallel_config.enable_dbo")(c, o) or _above_one("parallel_config.ubatch_size")(c, o),
+        "leave out --enable-dbo and --ubatch-size",
     ),
     StartupRule(
         "batch-sharded sampling",
         "canvases are sampled by every rank",
-        LEAVE_OUT,
         _given("parallel_config.enable_batch_sharded_sampling"),
     ),
-    StartupRule("watermarking", "revealed tokens cannot be watermarked", LEAVE_OUT, _given("watermark_config")),
+    StartupRule(
+        "`--return-sampling-mask`",
+        "a canvas is not drawn from one distribution per token",
+        _given("model_config.return_sampling_mask"),
+    ),
+    StartupRule("watermarking", "revealed tokens cannot be watermarked", _given("watermark_config")),
     StartupRule(
         "`--mamba-cache-mode all`",
         "the denoiser reads one state per block",
-        "use --mamba-cache-mode align, or none without prefix caching",
         _equals("cache_config.mamba_cache_mode", "all"),
+        "use --mamba-cache-mode align, or none without prefix caching",
     ),
-    StartupRule(
-        "ReplaySSM",
-        "the denoiser reads whole states, not replay rings",
-        LEAVE_OUT,
-        _given("cache_config.use_replayssm"),
-    ),
+    StartupRule("ReplaySSM", "the denoiser reads whole states, not replay rings", _given("cache_config.use_replayssm")),
     StartupRule(
         "`--scheduling-policy priority`",
         "untried with two kinds of step",
-        "use --scheduling-policy fcfs",
         _equals("scheduler_config.policy", "priority"),
+        "use --scheduling-policy fcfs",
     ),
     StartupRule(
         "`--data-parallel-size` above 1 with experts (on a CPU: with `--enable-expert-parallel`)",
         "vLLM's fused experts exchange tokens between data-parallel ranks, and ranks may be in different towers",
-        "start one engine per replica instead",
         _data_parallel_experts,
+        "start one engine per replica instead",
     ),
     StartupRule(
-        "`--enable-eplb`",
-        "only the context tower's experts would be balanced",
-        LEAVE_OUT,
-        _given("parallel_config.enable_eplb"),
+        "`--enable-eplb`", "only the context tower's experts would be balanced", _given("parallel_config.enable_eplb")
     ),
     StartupRule(
         "`--worker-extension-cls`",
         "diffusion brings its own",
-        LEAVE_OUT,
         _other_class("parallel_config.worker_extension_cls", WORKER_EXTENSION_CLASS),
     ),
     StartupRule(
-        "`--scheduler-cls`",
-        "diffusion brings its own",
-        LEAVE_OUT,
-        _other_class("scheduler_config.scheduler_cls", SCHEDULER_CLASS),
+        "`--scheduler-cls`", "diffusion brings its own", _other_class("scheduler_config.scheduler_cls", SCHEDULER_CLASS)
     ),
     StartupRule(
         "`VLLM_USE_BREAKABLE_CUDAGRAPH`",
         "a graph of the context tower would be replayed for denoise steps",
-        "set VLLM_USE_BREAKABLE_CUDAGRAPH=0",
         _breakable_graphs,
+        "set VLLM_USE_BREAKABLE_CUDAGRAPH=0",
     ),
     StartupRule(
         "`--prefill-schedule-interval` above 1",
         "it counts decode rows, and canvases are hidden from it",
-        "leave it at 1",
         _above_one("scheduler_config.prefill_schedule_interval"),
+        "leave it at 1",
     ),
     StartupRule(
         "`--max-num-batched-tokens` below the canvas length",
         "that is less than one canvas",
-        "use --max-num-batched-tokens {canvas_length} or more",
         _step_budget,
+        "use --max-num-batched-tokens {canvas_length} or more",
     ),
     StartupRule(
         "`--long-prefill-token-threshold` below the canvas length",
         "that would cut canvases",
-        "use {canvas_length} or more, or 0",
         _long_prefill_threshold,
+        "use {canvas_length} or more, or 0",
     ),
     StartupRule(
         "`--max-model-len` at or below the canvas length",
         "that leaves no room for a prompt and a canvas",
-        "use --max-model-len {canvas_length_plus_1} or more",
         _model_length,
+        "use --max-model-len {canvas_length_plus_1} or more",
     ),
     StartupRule(
         "an odd `--tensor-parallel-size` with the towers split",
         "each tower gets half of the ranks",
-        'use an even --tensor-parallel-size, or --diffusion \'{{"tower_placement": "colocated"}}\'',
         _uneven_split,
+        'use an even --tensor-parallel-size, or --diffusion \'{{"tower_placement": "colocated"}}\'',
     ),
     StartupRule(
         "`--data-parallel-size` above 1 or `--enable-expert-parallel` with the towers split",
         "towers are split within one tensor-parallel group",
-        'start one engine per replica, or use --diffusion \'{{"tower_placement": "colocated"}}\'',
         _split_replicas,
+        'start one engine per replica, or use --diffusion \'{{"tower_placement": "colocated"}}\'',
     ),
     # last: some of the above also make vLLM choose it, and name the reason better
     StartupRule(
-        "vLLM's deprecated model runner (V1)",
-        "it cannot run diffusion",
-        "unset VLLM_USE_V2_MODEL_RUNNER",
-        _old_runner,
+        "vLLM's deprecated model runner (V1)", "it cannot run diffusion", _old_runner, "unset VLLM_USE_V2_MODEL_RUNNER"
     ),
 )
 """In the order in which they are asked."""

@@ -58,7 +58,7 @@ def check_tensor(
         raise ValueError(f"checkpoint tensor {name} holds {dtype}: weights have to be floating point")
 
 
-def shown(names: Sequence[str], most: int = 8) -> str:
+def list_names(names: Sequence[str], most: int = 8) -> str:
     """The first of some names, for a message."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -18,8 +18,9 @@ from vllm_twotower import compat
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.models.denoiser_tower import LOGITS_TILE, DenoiserTower
-from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, checked
+from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, check_weights
 from vllm_twotower.ops.canvas_sample.reference import NOISE_TILE
+from vllm_twotower.registration import raise_recorded_problem
 from vllm_twotower.runtime.step import CanvasLayout
 
 
@@ -43,7 +44,7 @@ class TwoTowerForCausalLM(NemotronHForCausalLM):
     read."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", with_denoiser: bool = True) -> None:
-        compat.raise_recorded_problem()
+        raise_recorded_problem()
         with compat.portable_moe_layers(current_platform.is_cpu()):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.adapt_to_platform()
@@ -53,6 +54,7 @@ class TwoTowerForCausalLM(NemotronHForCausalLM):
             self.add_denoiser(vllm_config, prefix)
 
     def adapt_to_platform(self) -> None:
+        """Put in place what vLLM lacks there, once the layers are built."""
         if current_platform.is_cpu():
             compat.disable_prefill_checkpoints(self.model.layers)
             compat.use_torch_for_top_k_top_p()
@@ -117,7 +119,7 @@ class TwoTowerForCausalLM(NemotronHForCausalLM):
 
     def load_towers(self, weights: Iterable[tuple[str, torch.Tensor]], with_context: bool) -> set[str]:
         """As ``load_weights``, for the towers that this rank has."""
-        wanted = checked(weights, self.config, self.denoiser is not None, with_context)
+        wanted = check_weights(weights, self.config, self.denoiser is not None, with_context)
         loaded = AutoWeightsLoader(self).load_weights(wanted, mapper=self.hf_to_vllm_mapper)
         if self.denoiser is not None:
             self.denoiser.conditioning.refresh()

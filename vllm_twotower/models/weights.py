@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_twotower.models.tensor_shapes import CONTEXT_PREFIXES, check_tensor, checkpoint_shapes, shown
+from vllm_twotower.models.tensor_shapes import CONTEXT_PREFIXES, check_tensor, checkpoint_shapes, list_names
 
 CHECKPOINT_TO_MODULE = WeightsMapper(
     orig_to_new_substr={"A_log": "A", "embeddings": "embed_tokens"},
@@ -34,7 +34,7 @@ CHECKPOINT_TO_MODULE = WeightsMapper(
 """Checkpoint names to module names; the only place that knows both."""
 
 
-def checked(
+def check_weights(
     weights: Iterable[tuple[str, torch.Tensor]], config: Any, with_denoiser: bool, with_context: bool = True
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass on the tensors that this engine loads, and check the rest of the story.
@@ -63,8 +63,8 @@ def checked(
         yield name, tensor
     problems = []
     if missing := sorted(needed - seen):
-        problems.append(f"{len(missing)} missing: {shown(missing)}")
+        problems.append(f"{len(missing)} missing: {list_names(missing)}")
     if unknown:
-        problems.append(f"{len(unknown)} not part of the model: {shown(sorted(unknown))}")
+        problems.append(f"{len(unknown)} not part of the model: {list_names(sorted(unknown))}")
     if problems:
         raise ValueError("the checkpoint does not match its config.json; tensors " + "; ".join(problems))

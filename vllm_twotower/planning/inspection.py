@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_twotower.config import MAX_CANVAS_LENGTH
-from vllm_twotower.models.tensor_shapes import checkpoint_shapes, shown
+from vllm_twotower.models.tensor_shapes import checkpoint_shapes, list_names
 from vllm_twotower.planning.canvas_passes import MEAN_PASSES, CanvasPasses
 from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
 from vllm_twotower.planning.gpus import GPUS, Assumptions
@@ -161,7 +161,7 @@ def _checkpoint(folder: CheckpointFolder, facts: ModelFacts) -> Report:
     misshapen = [name for name in stored if name in expected and stored[name].shape != expected[name]]
     for what, names in (("missing", absent), ("not part of the model", unknown), ("of another shape", misshapen)):
         if names:
-            report["differences"].append(f"{len(names)} tensors {what}: {shown(sorted(names), NUM_NAMES_SHOWN)}")
+            report["differences"].append(f"{len(names)} tensors {what}: {list_names(sorted(names), NUM_NAMES_SHOWN)}")
     report["agrees"] = not report["differences"]
     return report
 

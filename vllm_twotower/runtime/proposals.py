@@ -22,7 +22,6 @@ from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.decoding.unmask import propose
 from vllm_twotower.ops import canvas_sample
 from vllm_twotower.ops.canvas_sample.reference import NOISE_TILE
-from vllm_twotower.runtime.admission import DiffusionParams
 from vllm_twotower.runtime.logprobs import LogprobTable
 from vllm_twotower.runtime.step import Tile
 
@@ -152,8 +151,8 @@ class ProposalSampler:
 
 
 def _is_built_in(processor: Any) -> bool:
-    """vLLM's own bias, penalties and bad words, and our admission class, which changes nothing."""
-    return isinstance(processor, LogitBiasState | PenaltiesState | BadWordsState | DiffusionParams)
+    """vLLM's own bias, penalties and bad words."""
+    return isinstance(processor, LogitBiasState | PenaltiesState | BadWordsState)
 
 
 def changes_logits(params: "SamplingParams") -> bool:

@@ -86,7 +86,7 @@ class DiffusionLogging:
     def __init__(self) -> None:
         self._since_last = StepCounts()
 
-    def observe(self, counts: StepCounts) -> None:
+    def observe(self, counts: StepCounts, engine_index: int = 0) -> None:
         """Add one report."""
         self._since_last.add(counts)
 

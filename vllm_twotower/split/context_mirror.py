@@ -12,6 +12,8 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 
+from vllm_twotower import compat
+
 
 class MirroredAttention(nn.Module):
     """What the denoiser uses of a context attention layer: its paged cache, and the sizes of its shard."""
@@ -39,16 +41,21 @@ class MirroredMamba(MambaMixer2):
     def of(cls, config: Any, vllm_config: VllmConfig, prefix: str) -> "MirroredMamba":
         """Make one without the base class's constructor, which would make weights."""
         self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self.tp_size = get_tensor_model_parallel_world_size()
-        self.num_heads, self.head_dim = config.mamba_num_heads, config.mamba_head_dim
-        self.intermediate_size = self.num_heads * self.head_dim
-        self.n_groups, self.ssm_state_size = config.n_groups, config.ssm_state_size
-        self.conv_kernel_size = config.conv_kernel
-        self.num_spec = vllm_config.num_speculative_tokens
-        self.use_replayssm = False
-        self.model_config, self.cache_config = vllm_config.model_config, vllm_config.cache_config
-        self.prefix = prefix
+        compat.initialize_without_constructor(
+            self,
+            tp_size=get_tensor_model_parallel_world_size(),
+            num_heads=config.mamba_num_heads,
+            head_dim=config.mamba_head_dim,
+            intermediate_size=config.mamba_num_heads * config.mamba_head_dim,
+            n_groups=config.n_groups,
+            ssm_state_size=config.ssm_state_size,
+            conv_kernel_size=config.conv_kernel,
+            num_spec=vllm_config.num_speculative_tokens,
+            use_replayssm=False,
+            model_config=vllm_config.model_config,
+            cache_config=vllm_config.cache_config,
+            prefix=prefix,
+        )
         vllm_config.compilation_config.static_forward_context[prefix] = self
         return self
 

@@ -11,7 +11,7 @@ Both ends derive every shape from the step itself, so nothing but the data is se
 Legend: T tokens of a step, R rows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
 
+from vllm_twotower import compat
 from vllm_twotower.split.placement import TowerPlacement
 
 
@@ -58,16 +59,10 @@ class TowerLink:
         self._written: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if placement.has_context:
             for attention in self._attention:
-                attention.impl.do_kv_cache_update = self._recording(attention.impl.do_kv_cache_update)
+                compat.record_kv_updates(attention, self._keep)
 
-    def _recording(self, update: Callable[..., None]) -> Callable[..., None]:
-        """Keep what a layer writes into its cache until it is sent; the cache's own layout is the backend's."""
-
-        def update_and_keep(layer: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-            self._written[layer.layer_name] = (key, value)
-            update(layer, key, value, *args, **kwargs)
-
-        return update_and_keep
+    def _keep(self, layer_name: str, key: torch.Tensor, value: torch.Tensor) -> None:
+        self._written[layer_name] = (key, value)
 
     # ---- context steps -----------------------------------------------------------------------------------------------
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import maybe_prefix
 
+from vllm_twotower import compat
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
 from vllm_twotower.models.twotower import TwoTowerForCausalLM
 from vllm_twotower.split.context_mirror import ContextMirror
@@ -32,11 +32,15 @@ class SplitTwoTowerForCausalLM(TwoTowerForCausalLM):
 
     def _mirror_context(self, vllm_config: VllmConfig, prefix: str) -> None:
         """What upstream's constructor leaves behind, with a mirror for a tower."""
-        nn.Module.__init__(self)
-        self.vllm_config, self.model_config = vllm_config, vllm_config.model_config
-        self.config, self.scheduler_config = vllm_config.model_config.hf_config, vllm_config.scheduler_config
-        self.quant_config = vllm_config.quant_config
-        self.model = ContextMirror(vllm_config, maybe_prefix(prefix, "model"))
+        compat.initialize_without_constructor(
+            self,
+            vllm_config=vllm_config,
+            model_config=vllm_config.model_config,
+            config=vllm_config.model_config.hf_config,
+            scheduler_config=vllm_config.scheduler_config,
+            quant_config=vllm_config.quant_config,
+            model=ContextMirror(vllm_config, maybe_prefix(prefix, "model")),
+        )
 
     def get_model_state_cls(self) -> type:
         """The runner asks for this class."""

@@ -1,0 +1,36 @@
+"""Shims around vLLM, and nothing else: what has no public hook, or is broken there.
+
+A shim is a function. Its docstring says what it changes and then, each at the start of a line, ``Symptom:`` (what goes
+wrong without it), ``Upstream:`` (vLLM's names that it leans on), ``Removed when:`` and ``Test:``.
+``docs/compatibility.md`` is made of them, and ``tools/check_vllm_names.py`` checks that a vLLM has those names.
+
+Imports nothing of vLLM before a shim is called, and of ours ``core`` and ``config`` only: what a shim calls of ours is
+handed to it. A shim that replaces something of vLLM's does so once, however often it is called.
+"""
+
+from vllm_twotower.compat.cpu_to_be_moved import (
+    disable_prefill_checkpoints,
+    portable_moe_layers,
+    use_torch_for_runner_kernels,
+    use_torch_for_top_k_top_p,
+)
+from vllm_twotower.compat.engine import (
+    add_config_hook,
+    choose_default_max_num_seqs,
+    explain_failed_import,
+    extend_engine_args,
+    name_environment_variable,
+    replace_tensor_parallel_group,
+)
+from vllm_twotower.compat.layers import initialize_without_constructor, record_kv_updates
+from vllm_twotower.compat.metrics import extend_stat_loggers, pass_report, take_pass_report
+from vllm_twotower.compat.requests import check_requests, decode_beams_in_ar, end_requests_at_shutdown
+from vllm_twotower.compat.scheduler import (
+    end_with_error,
+    is_warmup_request,
+    nan_rows,
+    pass_over_once,
+    prompt_logprobs_of,
+    stop_passing_over,
+    without_caching_blocks,
+)

@@ -1,0 +1,47 @@
+"""Shims of vLLM's layers, for towers on different ranks."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from vllm.model_executor.layers.attention import Attention
+
+
+def record_kv_updates(attention: "Attention", record: "Callable[[str, torch.Tensor, torch.Tensor], None]") -> None:
+    """``record(layer_name, key, value)`` sees what a layer is about to write into its cache.
+
+    Symptom: the denoiser's ranks need the same keys and values, and a cache's layout is its backend's own affair.
+    Upstream: vllm.model_executor.layers.attention.Attention.impl,
+        vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.do_kv_cache_update
+    Removed when: a KV connector can follow every step of a layer within one engine.
+    Test: tests/test_placement.py::test_split_towers_write_the_references_tokens
+    """
+    impl: Any = attention.impl
+    update = impl.do_kv_cache_update
+
+    @functools.wraps(update)
+    def record_and_update(layer: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> None:
+        record(layer.layer_name, key, value)
+        update(layer, key, value, *args, **kwargs)
+
+    impl.do_kv_cache_update = record_and_update
+
+
+def initialize_without_constructor(module: "nn.Module", **fields: Any) -> None:
+    """A module of a vLLM class gets these fields instead of what its constructor makes.
+
+    Symptom: the constructors of Nemotron-H and of its Mamba layer make weights, and a rank that only mirrors the
+        context tower's caches has no room for them.
+    Upstream: vllm.model_executor.models.nemotron_h.NemotronHForCausalLM,
+        vllm.model_executor.layers.mamba.mamba_mixer2.MambaMixer2
+    Removed when: a cache can be declared without its layer.
+    Test: tests/test_placement.py::test_split_towers_write_the_references_tokens
+    """
+    from torch import nn
+
+    nn.Module.__init__(module)
+    for name, value in fields.items():
+        setattr(module, name, value)

@@ -1,0 +1,112 @@
+"""Shims of what the engine counts, on its way from the worker to ``/metrics``."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm_twotower.compat.wrapping import wrap
+from vllm_twotower.config import is_diffusion_on
+
+if TYPE_CHECKING:
+    from vllm.v1.outputs import ModelRunnerOutput
+
+PASSES_BITS = 16
+
+
+def pass_report(num_passes: list[int], canvas_passes: list[int], broken: list[bool], device: Any) -> Any:
+    """Denoise passes of each row, and whether it is broken, travel from sampler to scheduler as one integer per row.
+
+    Symptom: a sampler's output has fixed fields; ``num_nans`` is the only one per row that reaches the scheduler as it
+        is, and it is unused in a denoise step.
+    Upstream: vllm.v1.worker.gpu.sample.output.SamplerOutput.num_nans,
+        vllm.v1.outputs.ModelRunnerOutput.num_nans_in_logits, vllm.envs.VLLM_RAISE_ON_LOGIT_NANS
+    Removed when: a model state can attach its own statistics.
+    Test: tests/test_metrics.py::test_prometheus_and_the_log_line_agree_with_diffusion_stats
+
+    Args:
+        num_passes: passes of this step, per row.
+        canvas_passes: passes of the whole canvas for a row whose canvas is finished, else 0.
+        broken: whether the row's logits held a NaN.
+        device: of the result.
+
+    Returns:
+        int32 [R], negative for a broken row. Where vLLM was told to raise on any NaN count, 1 for a broken row, None
+        if there is none.
+
+    """
+    import torch
+    import vllm.envs as envs
+
+    if envs.VLLM_RAISE_ON_LOGIT_NANS:
+        return torch.tensor(broken, dtype=torch.int32, device=device) if any(broken) else None
+    rows = zip(num_passes, canvas_passes, broken, strict=True)
+    packed = [(done << PASSES_BITS | now) * (-1 if bad else 1) for now, done, bad in rows]
+    return torch.tensor(packed, dtype=torch.int32, device=device)
+
+
+def take_pass_report(result: "ModelRunnerOutput") -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """Undo ``pass_report``.
+
+    Returns:
+        Request id -> (passes of this step, of the finished canvas), and the ids of broken rows.
+
+    """
+    packed, result.num_nans_in_logits = result.num_nans_in_logits or {}, None
+    mask = (1 << PASSES_BITS) - 1
+    passes = {req_id: (abs(value) & mask, abs(value) >> PASSES_BITS) for req_id, value in packed.items()}
+    return passes, [req_id for req_id, value in packed.items() if value < 0]
+
+
+@functools.cache
+def extend_stat_loggers(
+    architecture: str,
+    make_prometheus: Callable[[str, list[int]], Any],
+    make_logging: Callable[[], Any],
+    take_counts: Callable[[Any], tuple[Any, Any]],
+) -> None:
+    """vLLM's Prometheus and log-line loggers report our counters for engines of our architecture with diffusion on.
+
+    Symptom: ``vllm.stat_logger_plugins`` would do it without patching, but a logger registered there is built for every
+        model, and turns statistics on where the user turned them off.
+    Upstream: vllm.v1.metrics.loggers.PrometheusStatLogger.record,
+        vllm.v1.metrics.loggers.PrometheusStatLogger.engine_indexes,
+        vllm.v1.metrics.loggers.LoggingStatLogger.record, vllm.v1.metrics.loggers.LoggingStatLogger.log
+    Removed when: an architecture can bring its own stat logger.
+    Test: tests/test_metrics.py::test_prometheus_and_the_log_line_agree_with_diffusion_stats
+
+    Args:
+        architecture: ours.
+        make_prometheus: (model name, indexes of its engines) -> what has ``observe(counts, engine_index)``.
+        make_logging: () -> the same, with ``log()``.
+        take_counts: ``SchedulerStats`` or None -> the same without what we attached, and that.
+
+    """
+    from vllm.v1.metrics.loggers import LoggingStatLogger, PrometheusStatLogger
+
+    def extend(logger_class: Any, make: Callable[[Any], Any]) -> None:
+        @wrap(logger_class, "__init__")
+        def initialize(upstream: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            upstream(self, vllm_config, *args, **kwargs)
+            ours = vllm_config.model_config.architecture == architecture and is_diffusion_on(vllm_config)
+            self.twotower = make(self) if ours else None
+
+        @wrap(logger_class, "record")
+        def record(
+            upstream: Any, self: Any, scheduler_stats: Any, *args: Any, engine_idx: int = 0, **kwargs: Any
+        ) -> None:
+            scheduler_stats, counts = take_counts(scheduler_stats)
+            if counts is not None and self.twotower is not None:
+                self.twotower.observe(counts, engine_idx)
+            upstream(self, scheduler_stats, *args, engine_idx=engine_idx, **kwargs)
+
+    extend(
+        PrometheusStatLogger,
+        lambda self: make_prometheus(self.vllm_config.model_config.served_model_name, self.engine_indexes),
+    )
+    extend(LoggingStatLogger, lambda self: make_logging())
+
+    @wrap(LoggingStatLogger, "log")
+    def log(upstream: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        upstream(self, *args, **kwargs)
+        if self.twotower is not None:
+            self.twotower.log()
