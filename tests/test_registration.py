@@ -9,7 +9,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_twotower import compat, register, registration
 from vllm_twotower.config import EngineOptions
-from vllm_twotower.frontend.startup_rules import SCHEDULER_CLASS, STARTUP_RULES, refuse
+from vllm_twotower.frontend.startup_rules import SCHEDULER_CLASS, STARTUP_RULES, check_settings
 from vllm_twotower.registration import DEFAULT_MAX_NUM_SEQS, TwoTowerConfigHook
 
 
@@ -90,11 +90,15 @@ REFUSED_ELSEWHERE = {"`VLLM_USE_BREAKABLE_CUDAGRAPH`", "vLLM's deprecated model 
 @pytest.mark.parametrize(("rule", "change", "message"), REFUSALS)
 def test_start_up_refuses(make_config, rule, change, message):
     config = make_config()
-    refuse(config, EngineOptions())  # as it is, nothing objects
+    check_settings(config, EngineOptions())  # as it is, nothing objects
     change(config)
     options = EngineOptions(tower_placement="split" if config.parallel_config.tensor_parallel_size > 1 else "auto")
     with pytest.raises(ValueError, match=message):
+<<<<<<< HEAD
         refuse(config, options)
+=======
+        check_settings(config, EngineOptions())
+>>>>>>> wing-front
     (objecting,) = [r for r in STARTUP_RULES if r.refuses.startswith(rule)]
     assert objecting.problem(config, options)
 

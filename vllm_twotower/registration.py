@@ -12,7 +12,7 @@ from vllm_twotower.core import KERNELS_VARIABLE
 from vllm_twotower.frontend.checkpoint_checks import check_checkpoint
 from vllm_twotower.frontend.cli_flag import add_flag, check_architecture, merge_flag
 from vllm_twotower.frontend.request_checks import check_beam_search, check_params, check_request
-from vllm_twotower.frontend.startup_rules import SCHEDULER_CLASS, WORKER_EXTENSION_CLASS, refuse
+from vllm_twotower.frontend.startup_rules import SCHEDULER_CLASS, WORKER_EXTENSION_CLASS, check_settings
 from vllm_twotower.planning.model_facts import ARCHITECTURE
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def register_with_vllm() -> None:
         compat.name_environment_variable(KERNELS_VARIABLE)
         compat.add_config_hook(ARCHITECTURE, TwoTowerConfigHook)
         compat.extend_engine_args(add_flag, merge_flag, check_checkpoint, check_architecture)
-        compat.choose_default_max_num_seqs(default_max_num_seqs)
+        compat.choose_default_max_num_seqs(limit_max_num_seqs)
         compat.explain_failed_import(ARCHITECTURE, MODEL_CLASS)
     except Exception as problem:  # another model must start whatever is wrong with us
         _recorded_problem = f"{type(problem).__name__}: {problem}"
@@ -77,8 +77,8 @@ class TwoTowerConfigHook:
 
         raise_recorded_problem()
         NemotronHForCausalLMConfig.verify_and_update_config(vllm_config)
-        options = engine_options(vllm_config)
-        refuse(vllm_config, options)
+        options = read_engine_options(vllm_config)
+        check_settings(vllm_config, options)
         if options is not None:
             apply_defaults(vllm_config)
         compat.check_requests(ARCHITECTURE, check_params, check_request)
@@ -87,7 +87,7 @@ class TwoTowerConfigHook:
         compat.end_requests_at_shutdown(ARCHITECTURE)
 
 
-def engine_options(vllm_config: "VllmConfig") -> EngineOptions | None:
+def read_engine_options(vllm_config: "VllmConfig") -> EngineOptions | None:
     """Read our options, taking vLLM's own ``--diffusion-config`` to mean the same."""
     upstream = vllm_config.diffusion_config
     ours = vllm_config.additional_config.get(CONFIG_KEY)
@@ -115,7 +115,7 @@ def apply_defaults(vllm_config: "VllmConfig") -> None:
     vllm_config.attention_config.use_non_causal = True
 
 
-def default_max_num_seqs(engine_args: "EngineArgs", model_config: "ModelConfig") -> int | None:
+def limit_max_num_seqs(engine_args: "EngineArgs", model_config: "ModelConfig") -> int | None:
     """The most requests at once for an engine whose user did not say; None for other models and without diffusion."""
     diffusion = is_diffusion_on(engine_args) or engine_args.diffusion_config is not None
     if not diffusion or model_config.architecture != ARCHITECTURE:

@@ -39,7 +39,7 @@ class StartupRule:
         return f"{found}: {self.because}; {self.instead}".format(canvas_length=canvas, canvas_length_plus_1=canvas + 1)
 
 
-def refuse(vllm_config: "VllmConfig", options: EngineOptions | None) -> None:
+def check_settings(vllm_config: "VllmConfig", options: EngineOptions | None) -> None:
     """Raise for the first rule that objects; with diffusion off, only a CPU's interpreter is asked for.
 
     Raises:
