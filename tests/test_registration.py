@@ -94,11 +94,7 @@ def test_start_up_refuses(make_config, rule, change, message):
     change(config)
     options = EngineOptions(tower_placement="split" if config.parallel_config.tensor_parallel_size > 1 else "auto")
     with pytest.raises(ValueError, match=message):
-<<<<<<< HEAD
-        refuse(config, options)
-=======
-        check_settings(config, EngineOptions())
->>>>>>> wing-front
+        check_settings(config, options)
     (objecting,) = [r for r in STARTUP_RULES if r.refuses.startswith(rule)]
     assert objecting.problem(config, options)
 
