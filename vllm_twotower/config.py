@@ -47,6 +47,9 @@ class EngineOptions:
     """Finished canvases wait until they are this fraction of the mask-diffusion requests, then are committed
     together: 0 at once, 1 all."""
 
+    mode: str = Mode.MASK_DIFFUSION.value
+    """How requests are decoded that name no ``diffusion_mode``."""
+
     passes_per_step: int = 1
     """Denoise passes inside one engine step; more share its host work, fewer let requests join and leave sooner."""
 
@@ -66,6 +69,7 @@ class EngineOptions:
                     where, "commit_quorum", self.commit_quorum, "a number from 0 (commit at once) to 1 (wait for all)"
                 )
             )
+        _check_mode(where, "mode", self.mode)
         _check_int(where, "passes_per_step", self.passes_per_step, 1, MAX_STEPS_LIMIT)
         if self.tower_placement not in PLACEMENTS:
             raise ValueError(
@@ -117,8 +121,18 @@ class RequestOptions:
     """Gamma: proposals surer than this are revealed."""
 
     @property
+    def is_sampled(self) -> bool:
+        """Whether vLLM's own sampler chooses the request's tokens, from the context tower's logits."""
+        return self.mode in (Mode.AR, Mode.SELF_SPECULATION)
+
+    @property
     def context_lag(self) -> int:
         """Tokens at a request's end that the context does not hold while the denoiser runs."""
+        return 1 if self.mode in (Mode.MOCK_AR, Mode.SELF_SPECULATION) else 0
+
+    @property
+    def prefill_lag(self) -> int:
+        """Tokens at a request's end that no context step computes."""
         return 1 if self.mode is Mode.MOCK_AR else 0
 
     def is_denoisable(self, num_computed: int, num_tokens: int) -> bool:
@@ -127,8 +141,11 @@ class RequestOptions:
 
     def canvas_width(self, num_computed: int, max_model_len: int) -> int:
         """Tokens of the request's next canvas, narrower only at the end of ``max_model_len``; in mock-AR its last
-        token."""
-        return 1 if self.mode is Mode.MOCK_AR else min(self.canvas_length, max_model_len - num_computed)
+        token. A verified canvas gives one token more than it has drafts, for which there must be room."""
+        if self.mode is Mode.MOCK_AR:
+            return 1
+        room = max_model_len - num_computed - (1 if self.mode is Mode.SELF_SPECULATION else 0)
+        return min(self.canvas_length, room)
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None, engine: EngineOptions) -> "RequestOptions":
@@ -147,10 +164,13 @@ class RequestOptions:
             )
         values = {key.removeprefix(REQUEST_PREFIX): value for key, value in given.items()}
         check_request_values(values, max_canvas_length=engine.canvas_length)
+        mode = Mode(values.get("mode", engine.mode))
+        # a draft is checked anyway: one pass of it is cheaper than many good ones
+        max_steps = 1 if mode is Mode.SELF_SPECULATION else engine.max_steps
         return cls(
-            mode=Mode(values.get("mode", Mode.MASK_DIFFUSION)),
+            mode=mode,
             canvas_length=values.get("canvas_length", engine.canvas_length),
-            max_steps=values.get("max_steps", engine.max_steps),
+            max_steps=values.get("max_steps", max_steps),
             confidence_threshold=float(values.get("confidence_threshold", engine.confidence_threshold)),
         )
 
@@ -161,9 +181,7 @@ def check_request_values(values: Mapping[str, Any], max_canvas_length: int = MAX
     for name, value in values.items():
         shown = f"{REQUEST_PREFIX}{name}"
         if name == "mode":
-            allowed = [m.value for m in Mode]
-            if not isinstance(value, str) or value not in allowed:
-                raise ValueError(_refusal(where, shown, value, f"one of {', '.join(allowed)}"))
+            _check_mode(where, shown, value)
         elif name == "canvas_length":
             _check_int(where, shown, value, 1, max_canvas_length)
         elif name == "max_steps":
@@ -218,6 +236,12 @@ def _is_number(value: Any) -> bool:
 def _check_int(where: str, name: str, value: Any, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(_refusal(where, name, value, f"an integer from {low} to {high}"))
+
+
+def _check_mode(where: str, name: str, value: Any) -> None:
+    allowed = [m.value for m in Mode]
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(_refusal(where, name, value, f"one of {', '.join(allowed)}"))
 
 
 def _check_threshold(where: str, name: str, value: Any) -> None:

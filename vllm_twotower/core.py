@@ -32,6 +32,8 @@ class Mode(StrEnum):
     """The denoiser tower fills a canvas in several passes, the context tower commits it."""
     MOCK_AR = "mock_ar"
     """The denoiser tower predicts one token at a time, causally and without time conditioning."""
+    SELF_SPECULATION = "self_speculation"
+    """The denoiser tower drafts a canvas, the context tower verifies it: AR's own tokens, several per forward."""
     AR = "ar"
     """The context tower alone, one token at a time, with vLLM's own sampler."""
 

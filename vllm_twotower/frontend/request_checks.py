@@ -51,8 +51,9 @@ def check_params(params: "SamplingParams", vllm_config: "VllmConfig") -> None:
                 'additional_config={"diffusion": true}'
             )
         return
-    mode = RequestOptions.from_extra_args(extra, options).mode
-    if mode is not Mode.AR:
+    request = RequestOptions.from_extra_args(extra, options)
+    if not request.is_sampled:
+        mode = request.mode
         _check_denoised(params, mode, mask_token_id_of(vllm_config.model_config.hf_config))
 
 
@@ -64,10 +65,10 @@ def check_beam_search(extra_args: Any, vllm_config: "VllmConfig") -> None:
 
     """
     options = _read_options(vllm_config)
-    mode = Mode.AR if options is None else RequestOptions.from_extra_args(extra_args, options).mode
-    if mode is not Mode.AR:
+    request = None if options is None else RequestOptions.from_extra_args(extra_args, options)
+    if request is not None and not request.is_sampled:
         raise ValueError(
-            f"beam search cannot be honoured in {mode}: leave it out, or send diffusion_mode='ar' in vllm_xargs "
+            f"beam search cannot be honoured in {request.mode}: leave it out, or send diffusion_mode='ar' in vllm_xargs "
             "(offline, load the model without diffusion)"
         )
 

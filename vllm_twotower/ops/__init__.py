@@ -19,6 +19,7 @@ from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed
 from vllm_twotower.ops.reveal.reference import reveal as _reveal_reference
 from vllm_twotower.ops.seeded_scan.reference import seeded_conv as _seeded_conv_reference
 from vllm_twotower.ops.seeded_scan.reference import seeded_scan as _seeded_scan_reference
+from vllm_twotower.ops.state_replay.reference import state_replay
 
 __all__ = [
     "UNMODULATED",
@@ -36,6 +37,7 @@ __all__ = [
     "reveal",
     "seeded_conv",
     "seeded_scan",
+    "state_replay",
 ]
 
 

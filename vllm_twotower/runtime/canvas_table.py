@@ -40,6 +40,7 @@ class CanvasTable:
         self._undecided: dict[int, int] = {}
         self._pass_index: dict[int, int] = {}
         self._random: dict[int, bool] = {}
+        self._drafts: set[int] = set()
 
     def add_request(self, slot: int, options: RequestOptions, temperature: float, seed: int) -> None:
         """Put a request's settings into its slot; its canvas starts with its next denoise step."""
@@ -49,6 +50,16 @@ class CanvasTable:
         self.seed_B[slot] = seed
         self._random[slot] = temperature > 0
         self._started[slot] = False
+        self._drafts.discard(slot)
+
+    def has_draft(self, slot: int) -> bool:
+        """Whether the slot holds a finished draft that nothing has been computed of yet."""
+        return slot in self._drafts
+
+    def take_drafts(self, slots: list[int]) -> torch.Tensor:
+        """Finished drafts behind their known tokens, int64 [slots, S - 1]; from now on the slots hold none."""
+        self._drafts -= set(slots)
+        return self.token_BS[torch.tensor(slots, dtype=torch.int64, device=self.device), 1:]
 
     def gather(self, step: Step, slot_R: torch.Tensor, last_token_R: torch.Tensor | None) -> CanvasRows:
         """The rows of a denoise step; a canvas that has not started yet is all mask.
@@ -56,8 +67,8 @@ class CanvasTable:
         Args:
             step: of which rows, widths and positions are read.
             slot_R: int64 [R], the step's slots.
-            last_token_R: int64 [R], each row's first scheduled token, which mock-AR rows start from; None where there
-                are no such rows.
+            last_token_R: int64 [R], each request's newest token, which mock-AR rows and drafts start from; None where
+                there are no such rows.
 
         """
         slots, widths = step.slots, step.widths
@@ -70,9 +81,15 @@ class CanvasTable:
                 self._undecided[slot], self._pass_index[slot] = (1 << width) - 1, 0
         token_RS = self.token_BS[slot_R]
         mock_ar_RS = torch.zeros_like(token_RS, dtype=torch.bool)
+        known_RS = mock_ar_RS
+        undecided = [self._undecided[slot] for slot in slots]
         if last_token_R is not None:
             mock_ar_RS[:, 0] = torch.tensor([mode is Mode.MOCK_AR for mode in step.modes])
-            token_RS[:, 0] = torch.where(mock_ar_RS[:, 0], last_token_R, token_RS[:, 0])
+            known_RS = mock_ar_RS.clone()
+            drafts = [mode is Mode.SELF_SPECULATION for mode in step.modes]
+            known_RS[:, 0] |= torch.tensor(drafts, device=self.device)
+            token_RS[:, 0] = torch.where(known_RS[:, 0], last_token_R, token_RS[:, 0])
+            undecided = [bits & ~1 if draft else bits for bits, draft in zip(undecided, drafts, strict=True)]
         return CanvasRows(
             slots=slots,
             slot_R=slot_R,
@@ -82,20 +99,23 @@ class CanvasTable:
             seq_lens_np=step.computed_np + np.array(widths),
             token_RS=token_RS,
             mock_ar_RS=mock_ar_RS,
+            known_RS=known_RS,
             pass_index_R=self.pass_index_B[slot_R],
             max_steps_R=self.max_steps_B[slot_R],
             threshold_R=self.threshold_B[slot_R],
             temperature_R=self.temperature_B[slot_R],
             seed_R=self.seed_B[slot_R],
             any_random=any(self._random[slot] for slot in slots),
-            undecided=[self._undecided[slot] for slot in slots],
+            undecided=undecided,
             passes_before=[self._pass_index[slot] for slot in slots],
         )
 
-    def scatter(self, rows: CanvasRows, outcome: DenoiseOutcome) -> None:
+    def scatter(self, step: Step, rows: CanvasRows, outcome: DenoiseOutcome) -> None:
         """Keep the rows as a step left them; the canvas of a finished one starts from masks next time."""
         self.token_BS[rows.slot_R] = outcome.token_RS
         self.pass_index_B[rows.slot_R] = outcome.pass_index_R
         for row, slot in enumerate(rows.slots):
             self._undecided[slot], self._pass_index[slot] = outcome.undecided[row], outcome.pass_index[row]
             self._started[slot] = not outcome.finished[row]
+            if outcome.finished[row] and step.modes[row] is Mode.SELF_SPECULATION:
+                self._drafts.add(slot)

@@ -145,8 +145,8 @@ class DenoiseLoop:
         return 1 if all(mode is Mode.MOCK_AR for mode in step.modes) else self.passes_per_step
 
     def _masked(self, token_RS: torch.Tensor, rows: CanvasRows) -> torch.Tensor:
-        """Undecided positions; the last token of a mock-AR row may be the mask id, as any token of a prompt."""
-        return (token_RS == self.proposals.mask_token_id) & ~rows.mock_ar_RS
+        """Undecided positions; a known token may be the mask id, as any token of a prompt."""
+        return (token_RS == self.proposals.mask_token_id) & ~rows.known_RS
 
     def _propose(
         self,

@@ -34,8 +34,9 @@ from vllm_twotower.runtime.denoise_loop import DenoiseLoop
 from vllm_twotower.runtime.proposals import ProposalSampler
 from vllm_twotower.runtime.sampler import CanvasSampler
 from vllm_twotower.runtime.stats import DiffusionStats
-from vllm_twotower.runtime.step import CanvasLayout, CanvasPlaces, Step
+from vllm_twotower.runtime.step import CanvasLayout, CanvasPlaces, Step, VerifyRows
 from vllm_twotower.runtime.trace import CanvasTrace
+from vllm_twotower.runtime.verification import ask_for_logits, keep_states_of, replay_states, verify_through
 
 logger = init_logger("vllm.twotower")
 
@@ -56,6 +57,7 @@ class TwoTowerModelState(MambaHybridModelState):
         self.make_loop: Callable[..., DenoiseLoop] = DenoiseLoop
         self.make_sampler: Callable[..., CanvasSampler] = CanvasSampler
         self._loop: DenoiseLoop | None = None
+        self.last_sampled_tokens = torch.empty(0, 1, dtype=torch.int64, device=device)
         self._current: tuple[InputBatch, Step] | None = None
 
     @property
@@ -100,17 +102,22 @@ class TwoTowerModelState(MambaHybridModelState):
         computed_np = batch.num_computed_tokens_np[:num_reqs].astype(np.int64)
         options = [self.request_options.get(req_id) for req_id in batch.req_ids]
         # prefill_len is the request's length here: it grows with every emission
-        denoised = [
-            one is not None and one.is_denoisable(int(computed), int(length))
-            for one, computed, length in zip(options, computed_np, batch.prefill_len_np, strict=False)
-        ]
+        slots, widths = batch.idx_mapping_np[:num_reqs].tolist(), batch.num_scheduled_tokens[:num_reqs].tolist()
+        denoised = []
+        for row, (one, computed) in enumerate(zip(options, computed_np.tolist(), strict=True)):
+            length = int(batch.prefill_len_np[row])
+            if one is not None and one.mode is Mode.SELF_SPECULATION:
+                is_canvas = computed >= length and widths[row] > 1
+                denoised.append(is_canvas and not self.canvases.has_draft(slots[row]))
+            else:
+                denoised.append(one is not None and one.is_denoisable(computed, length))
         assert all(denoised) or not any(denoised), "an engine step runs one tower"
         return Step(
             kind=StepKind.DENOISE if denoised[0] else StepKind.CONTEXT,
             req_ids=batch.req_ids,
             options=options,
-            slots=batch.idx_mapping_np[:num_reqs].tolist(),
-            widths=batch.num_scheduled_tokens[:num_reqs].tolist(),
+            slots=slots,
+            widths=widths,
             computed_np=computed_np,
         )
 
@@ -118,8 +125,10 @@ class TwoTowerModelState(MambaHybridModelState):
 
     def preprocess_state(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> None:
         """Mamba states move across block boundaries in context steps only."""
-        if self.step_of(input_batch).kind is StepKind.CONTEXT:
+        step = self.step_of(input_batch)
+        if step.kind is StepKind.CONTEXT:
             super().preprocess_state(input_batch, *args, **kwargs)
+            step.verify = self._begin_verification(step, input_batch, *args, **kwargs)
 
     def prepare_attn(
         self,
@@ -135,9 +144,10 @@ class TwoTowerModelState(MambaHybridModelState):
         """Metadata of the step; in a denoise step not causal, for attention layers only."""
         step = self.step_of(input_batch)
         if step.kind is StepKind.CONTEXT:
-            return super().prepare_attn(
+            metadata = super().prepare_attn(
                 input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, *args, **kwargs
             )
+            return metadata if step.verify is None else keep_states_of(step.verify, metadata)
         assert cudagraph_mode != CUDAGraphMode.FULL, "no graph of the context tower may replay in a denoise step"
         num_reqs = input_batch.num_reqs
         step.places = CanvasPlaces(
@@ -163,6 +173,40 @@ class TwoTowerModelState(MambaHybridModelState):
             positions=input_batch.positions,
             causal=False,
         )
+
+    def _begin_verification(
+        self,
+        step: Step,
+        batch: InputBatch,
+        block_tables: tuple[torch.Tensor, ...],
+        kv_cache_config: KVCacheConfig,
+        num_computed_tokens: torch.Tensor,
+    ) -> VerifyRows | None:
+        """The rows of a context step that hold drafts; their tokens go into the batch, and each asks for logits."""
+        rows = [
+            row
+            for row, mode in enumerate(step.modes)
+            if mode is Mode.SELF_SPECULATION and self.canvases.has_draft(step.slots[row])
+        ]
+        drafts_VS = self.canvases.take_drafts([step.slots[row] for row in rows])
+        kept = [index for index, row in enumerate(rows) if step.widths[row] > 1]
+        if not kept:
+            return None
+        rows, drafts_VS = [rows[index] for index in kept], drafts_VS[kept]
+        widths = [step.widths[row] for row in rows]
+        # where the states are now: a verified canvas does not cross a block of states
+        ends_np = step.computed_np[rows] + np.array(widths)
+        slots = self.find_mamba_slots(rows, ends_np, block_tables, kv_cache_config)
+        layout = CanvasLayout.from_widths(widths, self.device, mamba_slots=slots)
+        start_V = batch.query_start_loc[: batch.num_reqs][torch.tensor(rows, device=self.device)].long()
+        token_U = start_V[layout.row_T] + layout.column_T
+        slot_V = torch.tensor([step.slots[row] for row in rows], device=self.device)
+        last_V = self.last_sampled_tokens[slot_V].view(-1)
+        canvas_VS = torch.cat([last_V[:, None], drafts_VS], dim=1)
+        batch.input_ids[token_U] = canvas_VS[layout.row_T, layout.column_T].to(batch.input_ids.dtype)
+        ask_for_logits(batch, step, rows)
+        width_V = torch.tensor(widths, device=self.device)
+        return VerifyRows(rows=rows, layout=layout, token_U=token_U, draft_VS=drafts_VS, width_V=width_V)
 
     def find_mamba_slots(
         self,
@@ -200,7 +244,11 @@ class TwoTowerModelState(MambaHybridModelState):
         last_token_R = mock_ar_R = None
         if any(mock_ar):
             mock_ar_R = torch.tensor(mock_ar, device=self.device)
-            last_token_R = batch.input_ids[batch.query_start_loc[: batch.num_reqs]].to(torch.int64)
+        if any(mode is not Mode.MASK_DIFFUSION for mode in step.modes):
+            slot_R = batch.idx_mapping[: batch.num_reqs]
+            prompts_R = batch.input_ids[batch.query_start_loc[: batch.num_reqs]].to(torch.int64)
+            drafted_R = torch.tensor([mode is Mode.SELF_SPECULATION for mode in step.modes], device=self.device)
+            last_token_R = torch.where(drafted_R, self.last_sampled_tokens[slot_R].view(-1), prompts_R)
         step.rows = self.canvases.gather(step, batch.idx_mapping[: batch.num_reqs], last_token_R)
         step.layout = CanvasLayout.from_widths(
             step.widths, self.device, unmodulated_R=mock_ar_R, mamba_slots=step.places.mamba_slots
@@ -209,16 +257,29 @@ class TwoTowerModelState(MambaHybridModelState):
     def _denoise(self, step: Step) -> None:
         step.outcome = self.loop.run(step, self.graphs)
 
-    def postprocess_state(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing was advanced by a denoise step."""
-        if self.last_step is None or self.last_step.kind is StepKind.CONTEXT:
-            super().postprocess_state(*args, **kwargs)
+    def postprocess_state(
+        self, idx_mapping: torch.Tensor, num_sampled: Any, num_computed_tokens: torch.Tensor | None = None
+    ) -> None:
+        """Nothing was advanced by a denoise step; verified rows get the states after what was accepted."""
+        step = self.last_step
+        if step is not None and step.kind is StepKind.DENOISE:
+            return
+        if step is not None and step.verify is not None:
+            verify = step.verify
+            row_V = torch.tensor(verify.rows, device=self.device)
+            replay_states(self.model.model.layers, verify, num_sampled[row_V].to(torch.int64))
+            num_sampled = num_sampled.clamp(max=1)
+        super().postprocess_state(idx_mapping, num_sampled, num_computed_tokens)
 
     # ---- start-up ----------------------------------------------------------------------------------------------------
 
     def custom_sampler(self, sampler: Sampler) -> tuple[CanvasSampler, None]:
         """Put the canvas sampler around vLLM's."""
         proposals = ProposalSampler(sampler, self.mask_token_id)
+        self.last_sampled_tokens = sampler.req_states.last_sampled_tokens
+        for layer in self.model.model.layers:
+            if hasattr(layer.mixer, "ssm_state_size"):
+                verify_through(layer.mixer)
         self._loop = self.make_loop(
             denoiser=self.model.denoiser,
             context_layers=self.model.model.layers,

@@ -7,6 +7,8 @@ What it tells the runner, per row:
 | AR | vLLM's | vLLM's |
 | denoised, context step | 0: the prompt or the commit emits nothing | 0 |
 | denoised, denoise step | the canvas's width if finished, else 0 | the width: nothing was computed |
+| drafted, denoise step | 0 | the width |
+| drafted, context step | the accepted drafts and the token after them | the other drafts |
 | broken: NaN logits | 0: the scheduler ends the request with an error | as above |
 
 A mock-AR row is a finished canvas of width 1. Both counts of a denoise row are its scheduled width, never S: the
@@ -29,7 +31,7 @@ from vllm_twotower.core import Mode, StepKind
 from vllm_twotower.runtime.canvas_table import CanvasTable
 from vllm_twotower.runtime.proposals import ProposalSampler
 from vllm_twotower.runtime.stats import DiffusionStats
-from vllm_twotower.runtime.step import Step
+from vllm_twotower.runtime.step import Step, VerifyRows
 
 
 class CanvasSampler:
@@ -75,13 +77,15 @@ class CanvasSampler:
         return self._sample_context_step(step, logits, input_batch)
 
     def _sample_context_step(self, step: Step, logits: torch.Tensor, batch: InputBatch) -> SamplerOutput:
-        emits_nothing = [options is not None and options.mode is not Mode.AR for options in step.options]
+        emits_nothing = [options is not None and not options.is_sampled for options in step.options]
         if step.is_real:
             self._count_context_step(step, emits_nothing)
         if not all(emits_nothing):
             output = self.sample_ar_rows(step, logits, batch)
             if output.num_nans is None:
                 output.num_nans = logits.isnan().sum(dim=-1, dtype=torch.int32)
+            if step.verify is not None:
+                output = accept_drafts(output, step.verify, batch)
             if any(emits_nothing):
                 emits_nothing_R = torch.tensor(emits_nothing, device=output.num_sampled.device)
                 output.num_sampled = output.num_sampled.masked_fill(emits_nothing_R, 0)
@@ -103,17 +107,18 @@ class CanvasSampler:
         rows, outcome = step.rows, step.outcome
         assert rows is not None
         assert outcome is not None, "the model ran the step's passes"
-        self.canvases.scatter(rows, outcome)
+        self.canvases.scatter(step, rows, outcome)
         self.stats.count_denoise_step(step, outcome)
-        emitted = [width if done else 0 for width, done in zip(step.widths, outcome.finished, strict=True)]
+        rows_of_step = zip(step.widths, step.modes, outcome.finished, strict=True)
+        emitted = [width if done and mode is not Mode.SELF_SPECULATION else 0 for width, mode, done in rows_of_step]
         # the emitted tokens are what the next context step computes, like an extension of the prompt
         prefill_len = self.base.req_states.prefill_len
         prefill_len.np[step.slots] += np.array(emitted, dtype=prefill_len.np.dtype)
         # safe between steps only because scheduling is synchronous: the buffer is double, not more
         prefill_len.copy_to_uva()
         canvas_passes = [
-            passes if width and mode is Mode.MASK_DIFFUSION else 0
-            for passes, width, mode in zip(outcome.pass_index, emitted, step.modes, strict=True)
+            passes if done and mode is not Mode.MOCK_AR else 0
+            for passes, done, mode in zip(outcome.pass_index, outcome.finished, step.modes, strict=True)
         ]
         device = outcome.token_RS.device
         return SamplerOutput(
@@ -127,3 +132,34 @@ class CanvasSampler:
     def take_logprobs(self, step: Step, emitted: list[int]) -> LogprobsTensors | None:
         """Log-probabilities of what a step emits, so many tokens a row."""
         return self.proposals.logprobs.take(step.slots, emitted)
+
+
+def accept_drafts(output: SamplerOutput, verify: VerifyRows, batch: InputBatch) -> SamplerOutput:
+    """Of what vLLM's sampler chose all along a verified row: as far as the drafts are the same, and one more.
+
+    Args:
+        output: with one row per position of every request, in batch order.
+        verify: the rows that verify drafts.
+        batch: vLLM's, with ``cu_num_logits`` of those rows.
+
+    Returns:
+        One row per request: tokens int64 [R, S], counts int32 [R].
+
+    """
+    device, num_reqs = output.sampled_token_ids.device, batch.num_reqs
+    start_R = batch.cu_num_logits[:num_reqs].long()
+    num_logits_R = batch.cu_num_logits[: num_reqs + 1].diff().long()
+    column_S = torch.arange(verify.draft_VS.shape[1] + 1, device=device)
+    index_RS = (start_R[:, None] + column_S).clamp(max=output.sampled_token_ids.shape[0] - 1)
+    chosen_RS = output.sampled_token_ids[:, 0][index_RS]
+    row_V = torch.tensor(verify.rows, device=device)
+    is_draft_VS = column_S[1:] < verify.width_V[:, None]
+    is_right_VS = (chosen_RS[row_V, :-1] == verify.draft_VS) & is_draft_VS
+    num_accepted_V = is_right_VS.cumprod(dim=1).sum(dim=1)
+    num_sampled, num_rejected = output.num_sampled.clone(), torch.zeros_like(output.num_rejected)
+    num_sampled[row_V] = (num_accepted_V + 1).to(num_sampled.dtype)
+    num_rejected[row_V] = (verify.width_V - num_accepted_V - 1).to(num_rejected.dtype)
+    assert output.num_nans is not None
+    row_N = torch.arange(num_reqs, device=device).repeat_interleave(num_logits_R, output_size=len(output.num_nans))
+    num_nans = torch.zeros(num_reqs, dtype=torch.int32, device=device).index_add_(0, row_N, output.num_nans)
+    return SamplerOutput(chosen_RS, output.logprobs_tensors, num_nans, num_sampled, num_rejected)

@@ -46,6 +46,10 @@ class BlockCommitScheduler(Scheduler):
         self._denoising: frozenset[str] = frozenset()  # the canvases of the step that is being scheduled or run
         self._num_denoise_steps = 0
         self._last_denoised: dict[str, int] = {}
+        self._drafted: dict[
+            str, int
+        ] = {}  # tokens of finished drafts that wait for their verification, the known one too
+        self._verifying: dict[str, int] = {}  # tokens of drafts in the context step that is being scheduled or run
         self._held_prompt_logprobs: dict[str, tuple[Any, Any]] = {}
         self._counts = StepCounts()
         # A context step admitted nobody although there was a free place (no KV blocks, say): until something changes,
@@ -90,7 +94,10 @@ class BlockCommitScheduler(Scheduler):
         return RunnableRows(commits=commits, canvases=canvases, context_only=context_only, admissible=admissible)
 
     def _is_commit(self, request: Request) -> bool:
-        """Whether what is left to compute is one finished canvas (and not a prompt, or all of a preempted request)."""
+        """Whether a context step ends a canvas: what is left to compute is one that is finished (and not a prompt, or all
+        of a preempted request), or a draft waits for its verification."""
+        if request.request_id in self._drafted:
+            return True
         options = self._options_of(request)
         left = request.num_tokens - request.num_computed_tokens
         return options.mode is Mode.MASK_DIFFUSION and request.num_output_tokens > 0 and left <= options.canvas_length
@@ -98,10 +105,22 @@ class BlockCommitScheduler(Scheduler):
     def _is_prompt(self, request: Request) -> bool:
         """Whether more is left to compute than a request's newest token: a prompt, or all of a preempted request."""
         left = request.num_tokens - request.num_computed_tokens
-        return left > 1 + self._options_of(request).context_lag
+        return left > 1 + self._options_of(request).prefill_lag
 
     def _is_denoisable(self, request: Request) -> bool:
-        return self._options_of(request).is_denoisable(request.num_computed_tokens, request.num_tokens)
+        options = self._options_of(request)
+        if not options.is_denoisable(request.num_computed_tokens, request.num_tokens):
+            return False
+        return options.mode is not Mode.SELF_SPECULATION or self._is_worth_drafting(request)
+
+    def _is_worth_drafting(self, request: Request) -> bool:
+        """Whether a request whose newest token is known should get a draft, and has none yet."""
+        return (
+            request.num_output_tokens > 0
+            and request.request_id not in self._drafted
+            and not request.use_structured_output
+            and self._canvas_width(request) > 1
+        )
 
     def _options_of(self, request: Request) -> RequestOptions:
         options = self._request_options.get(request.request_id)
@@ -120,7 +139,16 @@ class BlockCommitScheduler(Scheduler):
         commits = [r for r in self.running if not self._is_denoisable(r) and self._is_commit(r)]
         prompts = [r for r in self.running if not self._is_commit(r) and self._is_prompt(r)]
         hidden = [*hidden, *(commits if self._commits_step_aside else self._late_commits(commits))]
+        for request in commits:
+            if request not in hidden and request.request_id in self._drafted:
+                # as for a canvas: upstream allocates slots for draft tokens, and these stay in the worker
+                request.spec_token_ids = [MASK_TOKEN_ID] * (self._drafted[request.request_id] - 1)
         output = self._schedule_without(hidden, self.max_num_active_reqs, args, kwargs)
+        scheduled = output.num_scheduled_tokens
+        self._verifying = {i: scheduled[i] for i in self._drafted if i in scheduled}
+        for req_id in self._verifying:
+            del self._drafted[req_id]
+        output.scheduled_spec_decode_tokens.clear()
         nobody_came = not output.scheduled_new_reqs and not output.scheduled_cached_reqs.resumed_req_ids
         self._commits_step_aside = self._commits_took_all(output, commits, hidden, nobody_came)
         wrote_a_prompt = any(r.request_id in output.num_scheduled_tokens for r in prompts)
@@ -131,7 +159,7 @@ class BlockCommitScheduler(Scheduler):
         """Those of the commits that this step's budget does not hold."""
         budget, late = self._budget(), []
         for request in sorted(commits, key=lambda r: self._last_denoised.get(r.request_id, 0)):
-            left = request.num_tokens - request.num_computed_tokens
+            left = self._drafted.get(request.request_id) or request.num_tokens - request.num_computed_tokens
             if left > budget:
                 late.append(request)
             else:
@@ -166,10 +194,11 @@ class BlockCommitScheduler(Scheduler):
                 budget -= width
                 rows.append(request)
         self._num_denoise_steps += 1
+        self._verifying = {}
         for request in rows:
-            if self._options_of(request).mode is Mode.MASK_DIFFUSION:
-                # upstream allocates KV slots for draft tokens: the canvas, past the end of the request
-                request.spec_token_ids = [MASK_TOKEN_ID] * self._canvas_width(request)
+            # upstream allocates KV slots for draft tokens: what of the canvas lies past the end of the request
+            past_end = self._canvas_width(request) - self._options_of(request).context_lag
+            request.spec_token_ids = [MASK_TOKEN_ID] * past_end
             self._last_denoised[request.request_id] = self._num_denoise_steps
         self._denoising = frozenset(r.request_id for r in rows)
         hidden = [r for r in self.running if r.request_id not in self._denoising]
@@ -180,14 +209,20 @@ class BlockCommitScheduler(Scheduler):
         return output
 
     def _canvas_width(self, request: Request) -> int:
-        return self._options_of(request).canvas_width(request.num_computed_tokens, self.max_model_len)
+        options, computed = self._options_of(request), request.num_computed_tokens
+        width = options.canvas_width(computed, self.max_model_len)
+        if options.mode is Mode.SELF_SPECULATION and self.need_mamba_block_aligned_split:
+            # the states after a verified canvas lie in the block where they began
+            block_size = self.cache_config.mamba_block_size
+            width = min(width, block_size - computed % block_size)
+        return width
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Upstream's last word on a chunk: in mock-AR the context stops one token short."""
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if request.request_id in self._denoising:
             return num_new_tokens
-        lag = self._options_of(request).context_lag
+        lag = self._options_of(request).prefill_lag
         return max(0, min(num_new_tokens, request.num_tokens - lag - num_computed_tokens)) if lag else num_new_tokens
 
     def add_request(self, request: Request) -> None:
@@ -225,8 +260,18 @@ class BlockCommitScheduler(Scheduler):
         """As upstream's, except that prompt logprobs wait for the request's first tokens, passes are counted, and NaN
         logits end a request."""
         self._count(scheduler_output, model_runner_output)
+        self._take_back_rejected(model_runner_output)
         self._hold_prompt_logprobs(model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _take_back_rejected(self, result: Any) -> None:
+        """Of a verified canvas the context holds the known token and the accepted drafts."""
+        for req_id, width in self._verifying.items():
+            request = self.requests.get(req_id)
+            num_sampled = len(result.sampled_token_ids[result.req_id_to_index[req_id]])
+            if request is not None and num_sampled:  # a broken request has sampled nothing, and ends
+                request.num_computed_tokens -= width - num_sampled
+        self._verifying = {}
 
     def _hold_prompt_logprobs(self, result: Any) -> None:
         dicts = compat.prompt_logprobs_of(result)
@@ -252,9 +297,13 @@ class BlockCommitScheduler(Scheduler):
         for req_id, (num_passes, canvas_passes) in passes.items():
             self._counts.denoise_passes += num_passes
             self._counts.committed_tokens += len(result.sampled_token_ids[result.req_id_to_index[req_id]])
-            if canvas_passes:
-                self._counts.canvases += 1
-                self._counts.passes_per_canvas.append(canvas_passes)
+            if not canvas_passes:
+                continue
+            self._counts.canvases += 1
+            self._counts.passes_per_canvas.append(canvas_passes)
+            request = self.requests.get(req_id)
+            if request is not None and self._options_of(request).mode is Mode.SELF_SPECULATION:
+                self._drafted[req_id] = scheduler_output.num_scheduled_tokens[req_id]
 
     def _end_broken(self, req_ids: list[str], result: Any) -> None:
         """End requests whose logits held a NaN; what was sampled from them is dropped."""
@@ -262,7 +311,7 @@ class BlockCommitScheduler(Scheduler):
             request = self.requests.get(req_id)
             row = result.req_id_to_index[req_id]
             is_context_row = not self._denoising
-            if request is None or (is_context_row and self._options_of(request).mode is not Mode.AR):
+            if request is None or (is_context_row and not self._options_of(request).is_sampled):
                 continue
             logger.error(
                 "request %s ended with an error: its logits hold NaN, from broken weights, or from sampling parameters "
@@ -280,8 +329,12 @@ class BlockCommitScheduler(Scheduler):
             self._counts = StepCounts()
         return stats
 
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._drafted.pop(request.request_id, None)
+        return super()._preempt_request(request, *args, **kwargs)
+
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        for table in (self._request_options, self._last_denoised, self._held_prompt_logprobs):
+        for table in (self._request_options, self._last_denoised, self._held_prompt_logprobs, self._drafted):
             table.pop(request.request_id, None)
         self._queue_is_stuck = False
         return super()._free_request(request, *args, **kwargs)

@@ -100,6 +100,8 @@ class CanvasRows:
     """int64 [R, S], the mask id where undecided; positions past a row's width hold 0."""
     mock_ar_RS: torch.Tensor
     """bool [R, S], the one token of each mock-AR row: a known token, about whose successor the pass is asked."""
+    known_RS: torch.Tensor
+    """bool [R, S], tokens that no pass may change: those, and the first of each draft."""
     pass_index_R: torch.Tensor
     """int64 [R], passes already run over each canvas."""
     max_steps_R: torch.Tensor
@@ -116,6 +118,28 @@ class CanvasRows:
     """On the host, per row: bit j is set where position j is masked."""
     passes_before: list[int]
     """``pass_index_R``, on the host."""
+
+
+@dataclass(kw_only=True)
+class VerifyRows:
+    """The rows of a context step that verify drafts: the known token and the drafts behind it.
+
+    Legend: V rows, U their tokens in batch order, S widest.
+    """
+
+    rows: list[int]
+    """Their rows of the batch."""
+    layout: "CanvasLayout"
+    """How their tokens lie among themselves, [U], and the slots of the states that they start from, by layer."""
+    token_U: torch.Tensor
+    """int64 [U], where their tokens are in the batch."""
+    draft_VS: torch.Tensor
+    """int64 [V, S - 1], the drafts; past a row's width anything."""
+    width_V: torch.Tensor
+    """int64 [V], tokens of each row with the known one."""
+    kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """Name of a context Mamba layer -> its raw convolution inputs [U, C] and step sizes [U, H] over these tokens, from
+    which the state after any number of them follows; filled in by the forward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +190,8 @@ class Step:
     """Likewise."""
     outcome: DenoiseOutcome | None = None
     """Of a denoise step, after its forward."""
+    verify: VerifyRows | None = None
+    """Of a context step, its rows that verify drafts; None where there are none."""
 
     @property
     def modes(self) -> list[Mode | None]:

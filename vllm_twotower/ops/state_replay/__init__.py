@@ -1,0 +1,1 @@
+"""The states of a Mamba layer after the first tokens of a canvas."""

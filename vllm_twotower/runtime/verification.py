@@ -1,0 +1,161 @@
+"""Verifying drafts in a context step: the context tower runs over a known token and the drafts behind it, and its
+Mamba states end where the accepted drafts do.
+
+vLLM's Mamba layers would advance a row's states over all its tokens, the wrong drafts too. So for these rows they are
+given the null block to read and write, and the rows' outputs are computed from their real states, which stay as they
+are (``ops.seeded_conv``, ``ops.seeded_scan``, as in a denoise pass). What the layers were fed is kept, and when the
+sampler has said how many tokens count, the states are replayed over exactly those.
+
+Legend: V rows that verify, U their tokens in batch order, S widest, C conv channels, H heads, P head dim, G groups,
+    N state.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from vllm_twotower.ops import seeded_conv, seeded_scan, state_replay
+from vllm_twotower.runtime.step import Step, VerifyRows
+
+NULL_BLOCK = 0
+
+
+@dataclasses.dataclass
+class VerifyingMetadata(Mamba2AttentionMetadata):
+    """vLLM's metadata of a Mamba layer, and the rows that it must not advance."""
+
+    verify: VerifyRows | None = None
+
+
+def ask_for_logits(batch: InputBatch, step: Step, rows: list[int]) -> None:
+    """Let the batch ask for logits at every token of some rows, and at the last token of the others, as before."""
+    device = batch.input_ids.device
+    num_logits = np.ones(batch.num_reqs, dtype=np.int32)
+    num_logits[rows] = [step.widths[row] for row in rows]
+    ends_np = batch.query_start_loc_np[1 : batch.num_reqs + 1]
+    cu_np = np.concatenate([[0], num_logits.cumsum()]).astype(np.int32)
+    row_N = np.arange(batch.num_reqs).repeat(num_logits)
+    local_N = np.arange(len(row_N)) - cu_np[row_N]
+    batch.logits_indices = torch.from_numpy((ends_np - num_logits)[row_N] + local_N).to(device, torch.int64)
+    batch.cu_num_logits_np = cu_np
+    batch.cu_num_logits = torch.from_numpy(cu_np).to(device)
+    batch.expanded_idx_mapping = batch.idx_mapping[torch.from_numpy(row_N).to(device)]
+    batch.expanded_local_pos = torch.from_numpy(local_N).to(device, torch.int32)
+
+
+def keep_states_of(verify: VerifyRows, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The step's metadata, by layer name, with the null block for states of verifying rows."""
+    made: dict[int, VerifyingMetadata] = {}
+    result = {}
+    for name, one in metadata.items():
+        if isinstance(one, Mamba2AttentionMetadata):
+            if id(one) not in made:
+                made[id(one)] = _redirected(verify, one)
+            one = made[id(one)]
+        result[name] = one
+    return result
+
+
+def _redirected(verify: VerifyRows, metadata: Mamba2AttentionMetadata) -> VerifyingMetadata:
+    assert metadata.state_indices_tensor_p is not None, "a row of several tokens runs as a prefill"
+    indices = metadata.state_indices_tensor_p.clone()
+    indices[torch.tensor(verify.rows, device=indices.device) - metadata.num_decodes] = NULL_BLOCK
+    fields = {f.name: getattr(metadata, f.name) for f in dataclasses.fields(metadata)}
+    return VerifyingMetadata(**{**fields, "state_indices_tensor_p": indices}, verify=verify)
+
+
+def verify_through(mixer: MambaMixer2) -> None:
+    """Let a context Mamba layer compute verifying rows from states that it leaves alone."""
+    forward = mixer.conv_ssm_forward
+
+    def verify_and_forward(projected_states: torch.Tensor, output: torch.Tensor) -> Any:
+        result = forward(projected_states, output)
+        metadata = get_forward_context().attn_metadata
+        mine = metadata.get(mixer.prefix) if isinstance(metadata, dict) else None
+        if isinstance(mine, VerifyingMetadata) and mine.verify is not None:
+            _verify(mixer, mine.verify, projected_states, output)
+        return result
+
+    mixer.conv_ssm_forward = verify_and_forward
+
+
+def _caches(mixer: MambaMixer2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of conv inputs, [blocks, K - 1, C], and of SSM states, [blocks, H, P, N]."""
+    conv, ssm = mixer.kv_cache[:2]
+    return (conv.transpose(1, 2) if is_conv_state_dim_first() else conv), ssm
+
+
+def _split_inputs(mixer: MambaMixer2, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raw convolution inputs [U, C] and step sizes [U, H] of projected tokens."""
+    sizes = [mixer.tped_intermediate_size, mixer.tped_conv_size, mixer.tped_dt_size]
+    _, xbc_UC, dt_UH = projected.split(sizes, dim=-1)
+    return xbc_UC, dt_UH
+
+
+def _convolve(mixer: MambaMixer2, verify: VerifyRows, xbc_UC: torch.Tensor) -> list[torch.Tensor]:
+    """Inputs of the scan: x [V, S, H, P], b and c [V, S, G, N]."""
+    conv_cache, _ = _caches(mixer)
+    slot_V = verify.layout.mamba_slots[mixer.prefix]
+    filters_CK = mixer.conv1d.weight.squeeze(1)
+    conv_VSC = seeded_conv(verify.layout.pad(xbc_UC), filters_CK, mixer.conv1d.bias, conv_cache, slot_V)
+    groups = mixer.n_groups // mixer.tp_size
+    inner, of_groups = mixer.tped_intermediate_size, groups * mixer.ssm_state_size
+    x, b, c = conv_VSC.split([inner, of_groups, of_groups], dim=-1)
+    return [x.unflatten(-1, (-1, mixer.head_dim)), b.unflatten(-1, (groups, -1)), c.unflatten(-1, (groups, -1))]
+
+
+def _verify(mixer: MambaMixer2, verify: VerifyRows, projected: torch.Tensor, output: torch.Tensor) -> None:
+    xbc_UC, dt_UH = verify.kept[mixer.prefix] = _split_inputs(mixer, projected[verify.token_U])
+    x, b, c = _convolve(mixer, verify, xbc_UC)
+    slot_V = verify.layout.mamba_slots[mixer.prefix]
+    y_VSHP = seeded_scan(
+        x,
+        verify.layout.pad(dt_UH),
+        mixer.A,
+        b,
+        c,
+        mixer.D,
+        mixer.dt_bias,
+        _caches(mixer)[1],
+        slot_V,
+        out_dtype=output.dtype,
+    )
+    output[verify.token_U] = verify.layout.unpad(y_VSHP.flatten(2))
+
+
+def replay_states(layers: nn.ModuleList, verify: VerifyRows, num_tokens_V: torch.Tensor) -> None:
+    """Advance the states of verifying rows over their first tokens, in place; nothing is read by the host.
+
+    Args:
+        layers: the context tower's.
+        verify: with what its forward has kept.
+        num_tokens_V: int64 [V], tokens that count: the known one and the accepted drafts.
+
+    """
+    for layer in layers:
+        mixer: Any = layer.mixer
+        if hasattr(mixer, "ssm_state_size"):
+            xbc_UC, dt_UH = verify.kept[mixer.prefix]
+            conv_cache, ssm_cache = _caches(mixer)
+            x, b, _ = _convolve(mixer, verify, xbc_UC)
+            slot_V = verify.layout.mamba_slots[mixer.prefix]
+            state_replay(
+                raw_RSC=verify.layout.pad(xbc_UC),
+                x_RSHP=x,
+                dt_RSH=verify.layout.pad(dt_UH),
+                a_H=mixer.A,
+                b_RSGN=b,
+                dt_bias_H=mixer.dt_bias,
+                num_tokens_R=num_tokens_V,
+                conv_cache_BKC=conv_cache,
+                state_BHPN=ssm_cache,
+                slot_R=slot_V,
+            )
