@@ -46,10 +46,11 @@ class BlockCommitScheduler(Scheduler):
         self._denoising: frozenset[str] = frozenset()  # the canvases of the step that is being scheduled or run
         self._num_denoise_steps = 0
         self._last_denoised: dict[str, int] = {}
-        self._drafted: dict[
-            str, int
-        ] = {}  # tokens of finished drafts that wait for their verification, the known one too
-        self._verifying: dict[str, int] = {}  # tokens of drafts in the context step that is being scheduled or run
+        # Tokens, the known one included, of drafts that wait for their verification, and of those that a context step
+        # verifies which is being scheduled or run.
+        self._drafted: dict[str, int] = {}
+        self._verifying: dict[str, int] = {}
+        self._prefill_len: dict[str, int] = {}  # tokens that a preempted request starts again with
         self._held_prompt_logprobs: dict[str, tuple[Any, Any]] = {}
         self._counts = StepCounts()
         # A context step admitted nobody although there was a free place (no KV blocks, say): until something changes,
@@ -116,7 +117,7 @@ class BlockCommitScheduler(Scheduler):
     def _is_worth_drafting(self, request: Request) -> bool:
         """Whether a request whose newest token is known should get a draft, and has none yet."""
         return (
-            request.num_output_tokens > 0
+            request.num_tokens > self._prefill_len.get(request.request_id, request.num_prompt_tokens)
             and request.request_id not in self._drafted
             and not request.use_structured_output
             and self._canvas_width(request) > 1
@@ -331,10 +332,12 @@ class BlockCommitScheduler(Scheduler):
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._drafted.pop(request.request_id, None)
+        self._prefill_len[request.request_id] = request.num_tokens
         return super()._preempt_request(request, *args, **kwargs)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        for table in (self._request_options, self._last_denoised, self._held_prompt_logprobs, self._drafted):
+        tables: tuple[dict[str, Any], ...] = (self._request_options, self._last_denoised, self._held_prompt_logprobs)
+        for table in (*tables, self._drafted, self._prefill_len):
             table.pop(request.request_id, None)
         self._queue_is_stuck = False
         return super()._free_request(request, *args, **kwargs)
