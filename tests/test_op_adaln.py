@@ -7,8 +7,8 @@ from op_forms import every_form, kernels_of
 from tolerances import BF16_OP, FP32_OP
 
 from vllm_twotower.cpu.ops import adaln as cpp
-from vllm_twotower.ops.adaln import reference
 from vllm_twotower.ops.adaln import kernel as kernel_module
+from vllm_twotower.ops.adaln import reference
 from vllm_twotower.ops.adaln.reference import UNMODULATED, Modulation
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "bf16_rounds_to_nearest")

@@ -8,8 +8,8 @@ from op_forms import every_form, kernels_of
 from tolerances import BF16_OP, FP32_OP
 
 from vllm_twotower.cpu.ops import seeded_scan as cpp
-from vllm_twotower.ops.seeded_scan import reference
 from vllm_twotower.ops.seeded_scan import kernel as kernel_module
+from vllm_twotower.ops.seeded_scan import reference
 
 kernel = kernels_of(kernel_module, "seeded_conv", "seeded_scan")
 FORMS = every_form(kernel, reference, cpp)

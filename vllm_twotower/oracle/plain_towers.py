@@ -40,6 +40,8 @@ class TowerShape:
     n_groups: int
     ssm_state_size: int
     conv_kernel: int
+    chunk_size: int = 128
+    """Tokens per chunk of the Mamba scan, whose work is quadratic in a chunk."""
     n_routed_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
@@ -252,11 +254,13 @@ class PlainTwoTower:
     def mamba(
         self, name: str, x_BLD: torch.Tensor, cache: MambaCache | None, chunk: int | None = None
     ) -> tuple[torch.Tensor, list[MambaCache]]:
-        """Mamba-2 over L tokens from a state; the state after every ``chunk`` tokens (only after the last by default).
+        """Mamba-2 over L tokens from a state, ``chunk`` tokens at a time (the shape's ``chunk_size`` by default).
 
-        Returns the output [B, L, D] and the states, of which the last is that after token L.
+        Returns the output [B, L, D] and the state after each chunk, of which the last is that after token L.
         """
         s, w, mixer = self.shape, self.weights, f"{name}.mixer"
+        length = x_BLD.shape[1]
+        chunk = min(chunk or s.chunk_size, length)
         inner, groups = s.mamba_num_heads * s.mamba_head_dim, s.n_groups * s.ssm_state_size
         z, xbc_BLC, dt = F.linear(x_BLD, w[f"{mixer}.in_proj.weight"]).split(
             [inner, inner + 2 * groups, s.mamba_num_heads], dim=-1
@@ -280,16 +284,16 @@ class PlainTwoTower:
             b.unflatten(-1, (s.n_groups, -1)),
             c.unflatten(-1, (s.n_groups, -1)),
             cache.ssm_BHPN.float(),
-            chunk or x_BLD.shape[1],
+            chunk,
         )
         y = y_BLHP + w[f"{mixer}.D"].float()[:, None] * x.unflatten(-1, (s.mamba_num_heads, -1))
         y = y.flatten(2).to(z.dtype).float() * F.silu(z.float())  # the gate comes before the norm
         y = y.unflatten(-1, (s.n_groups, -1))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + s.layer_norm_epsilon)
         y = (y.flatten(2) * w[f"{mixer}.norm.weight"].float()).to(z.dtype)
-        states, length = [], x_BLD.shape[1]
+        states = []
         for i, ssm in enumerate(ssm_states, start=1):
-            end = min(i * (chunk or length), length)
+            end = min(i * chunk, length)
             states.append(MambaCache(history_BC[:, end : end + s.conv_kernel - 1], ssm))
         return F.linear(y, w[f"{mixer}.out_proj.weight"]), states
 
@@ -367,21 +371,22 @@ def state_space_scan(
     repeat = heads // b_BLGN.shape[2]
     x, dt = chunked(x_BLHP), chunked(dt_BLH)
     b, c = (chunked(t).repeat_interleave(repeat, dim=3) for t in (b_BLGN, c_BLGN))
-    log_decay = (dt * a_H).cumsum(dim=2)  # [B, chunks, chunk, H]: from the chunk's start up to and including t
+    # [B, chunks, chunk, H]: from the chunk's start up to and including t; in fp64, for differences of large sums count
+    log_decay = (dt * a_H).double().cumsum(dim=2)
     # decay from token s (exclusive) to token t (inclusive), for s <= t; the difference is masked before exp, which
     # overflows
-    between = log_decay[:, :, :, None] - log_decay[:, :, None]
+    between = (log_decay[:, :, :, None] - log_decay[:, :, None]).float()
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()[:, :, None]
     weight = torch.where(causal, between, float("-inf")).exp()
     scores = torch.einsum("bnthk,bnshk->bntsh", c, b) * weight
     inside = torch.einsum("bntsh,bnsh,bnshp->bnthp", scores, dt, x)
-    to_end = (log_decay[:, :, -1:] - log_decay).exp() * dt
+    to_end = (log_decay[:, :, -1:] - log_decay).float().exp() * dt
     gained = torch.einsum("bnsh,bnshp,bnshk->bnhpk", to_end, x, b)
-    kept = log_decay[:, :, -1].exp()
+    kept = log_decay[:, :, -1].float().exp()
     before, states = [], []
     for i in range(x.shape[1]):
         before.append(state_BHPN)
         state_BHPN = state_BHPN * kept[:, i, :, None, None] + gained[:, i]
         states.append(state_BHPN)
-    carried = torch.einsum("bnthk,bnhpk->bnthp", c * log_decay.exp()[..., None], torch.stack(before, dim=1))
+    carried = torch.einsum("bnthk,bnhpk->bnthp", c * log_decay.float().exp()[..., None], torch.stack(before, dim=1))
     return (inside + carried).flatten(1, 2)[:, :length], states
