@@ -52,12 +52,13 @@ RELIED_ON = {
             platforms.interface:Platform is_cpu""",
     "cli_flag.py": """
         has engine.arg_utils:EngineArgs additional_config model""",
-    "compat.py": """
+    "cpu/shims.py": """
         reads model_executor.models.nemotron_h:NemotronHModel ALL_DECODER_LAYER_TYPES
         has model_executor.models.nemotron_h:NemotronHMambaDecoderLayer mixer
             model_executor.layers.mamba.mamba_mixer2:MambaMixer2 get_kv_cache_spec ssm_state_size
-            v1.kv_cache_interface:MambaSpec num_prefill_checkpoint_blocks prefill_checkpoint_alignment
-            v1.outputs:ModelRunnerOutput prompt_logprobs_dict prompt_token_id_logprobs_dict
+            v1.kv_cache_interface:MambaSpec num_prefill_checkpoint_blocks prefill_checkpoint_alignment""",
+    "compat.py": """
+        has v1.outputs:ModelRunnerOutput prompt_logprobs_dict prompt_token_id_logprobs_dict
             v1.core.sched.scheduler:Scheduler grammar_compile_error_reqs
             config:VllmConfig model_config config:ModelConfig architecture""",
     "compat_requests.py": """

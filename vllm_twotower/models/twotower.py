@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 
 from vllm_twotower import compat
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
+from vllm_twotower.cpu.shims import running_on_cpu
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.models.denoiser_tower import LOGITS_TILE, CanvasLayout, DenoiserTower
 from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, checked
@@ -60,16 +61,11 @@ class NemotronHTwoTowerForCausalLM(NemotronHForCausalLM):
         compat.raise_recorded_problem()
         options = EngineOptions.from_additional_config(vllm_config.additional_config.get(CONFIG_KEY))
         placement = take_place(vllm_config, options)
-        on_cpu = current_platform.is_cpu()
-        if placement.has_context:
-            with compat.portable_moe_layers(on_cpu):
+        with running_on_cpu(self, needed=current_platform.is_cpu()):
+            if placement.has_context:
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
-        else:
-            self._mirror_context(vllm_config, prefix)
-        if on_cpu:
-            compat.disable_prefill_checkpoints(self.model.layers)
-            compat.use_torch_for_top_k_top_p()
-            compat.use_torch_for_runner_kernels()
+            else:
+                self._mirror_context(vllm_config, prefix)
         self.options, self.placement = options, placement
         self.denoiser: DenoiserTower | None = None
         if options is not None and placement.has_denoiser:
