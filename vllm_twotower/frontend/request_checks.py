@@ -10,7 +10,8 @@ from vllm_twotower.config import CONFIG_KEY, EngineOptions, RequestOptions, shor
 from vllm_twotower.core import Mode
 
 MAX_BIASED_TOKENS = 1024
-"""vLLM's worker raises beyond this many logit_bias or allowed_token_ids entries, which ends the engine (traps B19)."""
+"""vLLM's worker raises beyond this many logit_bias or allowed_token_ids entries (``sample/logit_bias.py``), which
+ends the engine."""
 MAX_STOP_TOKENS_WITH_MIN_TOKENS = 128
 """The same for stop token ids, the model's own included, together with min_tokens."""
 SEED_LIMIT = 2**63

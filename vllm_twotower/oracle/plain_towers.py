@@ -2,11 +2,11 @@
 ``tools/train_demo.py`` trains.
 
 Written for reading and differentiable throughout. Weights are a flat mapping in the released layout's names, so what is
-trained here is saved as it is. Source of every formula: spec sections 3.1 to 3.4, i.e.
-``modeling_nemotron_twotower.py`` over ``modeling_nemotron_h.py``.
+trained here is saved as it is. Source of every formula: ``modeling_nemotron_twotower.py`` over
+``modeling_nemotron_h.py``; in words, ``docs/model.md``.
 
-Legend: B batch, L tokens, D hidden, V vocabulary; Mamba: H heads, P head dim, G groups, N state, C = H*P + 2*G*N conv
-    channels, K conv kernel; attention: Q query heads, J KV heads, d head dim.
+Legend: B batch, L tokens, S canvas positions, D hidden, V vocabulary; Mamba: H heads, P head dim, G groups, N state,
+    C = H*P + 2*G*N conv channels, K conv kernel; attention: Q query heads, J KV heads, d head dim.
 """
 
 import math
@@ -58,7 +58,7 @@ class TowerShape:
 
 @dataclass
 class AttentionCache:
-    """Keys and values of one attention layer, [B, J, L, d]."""
+    """Of one attention layer."""
 
     keys_BJLd: torch.Tensor
     values_BJLd: torch.Tensor
@@ -139,9 +139,7 @@ class PlainTwoTower:
             shift, scale, gate = (
                 v[:, None] for v in (time_B3D + self.weights[f"scale_shift_tables.{index}"]).unbind(1)
             )
-            if (
-                kind in "*M"
-            ):  # the released weights were trained with the norm fused into the projection: modulate first
+            if kind in "*M":  # trained with the norm fused into the projection: modulate first
                 x_BSD = self.norm(f"{name}.norm", hidden_BSD * (1 + scale) + shift)
             else:
                 x_BSD = self.norm(f"{name}.norm", hidden_BSD) * (1 + scale) + shift
@@ -218,38 +216,23 @@ class PlainTwoTower:
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.shape.layer_norm_epsilon)
         return (x32 * self.weights[f"{name}.weight"].float()).to(x.dtype)
 
-    def attention_projections(self, name: str, x_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries [B, Q, L, d], keys and values [B, J, L, d]; there is no position encoding."""
-        w, d = self.weights, self.shape.head_dim
-        return tuple(
-            F.linear(x_BLD, w[f"{name}.mixer.{p}_proj.weight"]).unflatten(-1, (-1, d)).transpose(1, 2) for p in "qkv"
-        )
-
-    def attend(
-        self,
-        name: str,
-        q_BQLd: torch.Tensor,
-        k_BJMd: torch.Tensor,
-        v_BJMd: torch.Tensor,
-        visible: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Grouped-query attention and the output projection, [B, L, D]; ``visible`` is a bool mask [L, M] or None for
-        all."""
-        out = F.scaled_dot_product_attention(q_BQLd, k_BJMd, v_BJMd, attn_mask=visible, enable_gqa=True)
-        return F.linear(out.transpose(1, 2).flatten(2), self.weights[f"{name}.mixer.o_proj.weight"])
-
     def _attention(
         self, name: str, x_BLD: torch.Tensor, cache: AttentionCache | None, causal: bool
     ) -> tuple[torch.Tensor, AttentionCache]:
-        """Attend to the cache and to the new tokens, all of them or only those before each one."""
-        q, k, v = self.attention_projections(name, x_BLD)
+        """Grouped-query attention to the cache and to the new tokens, all of them or only those before each one; no
+        position encoding. Returns the output [B, L, D] and the longer cache."""
+        w, d = self.weights, self.shape.head_dim
+        q, k, v = (
+            F.linear(x_BLD, w[f"{name}.mixer.{p}_proj.weight"]).unflatten(-1, (-1, d)).transpose(1, 2) for p in "qkv"
+        )
         if cache is not None:
             k, v = torch.cat([cache.keys_BJLd, k], dim=2), torch.cat([cache.values_BJLd, v], dim=2)
         num_new, num_all = x_BLD.shape[1], k.shape[2]
         visible = None
         if causal:
             visible = torch.ones(num_new, num_all, dtype=torch.bool, device=q.device).tril(num_all - num_new)
-        return self.attend(name, q, k, v, visible), AttentionCache(k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+        return F.linear(out.transpose(1, 2).flatten(2), w[f"{name}.mixer.o_proj.weight"]), AttentionCache(k, v)
 
     def mamba(
         self, name: str, x_BLD: torch.Tensor, cache: MambaCache | None, chunk: int | None = None

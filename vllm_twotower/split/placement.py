@@ -52,7 +52,7 @@ def take_place(vllm_config: Any, options: EngineOptions | None) -> TowerPlacemen
     """Find this rank's place; to be called before any layer is built.
 
     With the towers split, vLLM's tensor-parallel group and size become the tower's own from here on, in this process:
-    shapes, cache sizes and collectives of its layers all follow from those two (traps B24).
+    shapes, cache sizes and collectives of its layers all follow from those two.
     """
     if options is None:
         return TowerPlacement(has_denoiser=False)

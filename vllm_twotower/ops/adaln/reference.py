@@ -39,12 +39,7 @@ class Modulation:
 
 
 def check_modulation(x_TD: torch.Tensor, modulation: Modulation) -> None:
-    """Refuse a modulation that does not fit the tokens.
-
-    Raises:
-        ValueError: names the argument, what it is and what is allowed.
-
-    """
+    """Refuse a modulation that does not fit the tokens: a ``ValueError`` that names it."""
     check_tensor("x_TD", x_TD, ("T", "D"), FLOATS)
     num_tokens, hidden = x_TD.shape
     dtype = (x_TD.dtype,)
@@ -55,12 +50,7 @@ def check_modulation(x_TD: torch.Tensor, modulation: Modulation) -> None:
 
 
 def check_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> None:
-    """Refuse what is no weight or epsilon of a norm over x.
-
-    Raises:
-        ValueError: names the argument, what it is and what is allowed.
-
-    """
+    """Refuse what is no weight or epsilon of a norm over x: a ``ValueError`` that names it."""
     check_tensor("weight_D", weight_D, (x_TD.shape[1],), FLOATS, x_TD.device)
     if not eps >= 0:
         raise ValueError(f"eps={eps}: must be 0 or more")

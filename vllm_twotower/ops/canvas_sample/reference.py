@@ -46,12 +46,7 @@ class Sample:
 
 
 def check_logits(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None) -> None:
-    """Refuse logits, a mask id or a draw that do not fit together.
-
-    Raises:
-        ValueError: names the argument, what it is and what is allowed.
-
-    """
+    """Refuse logits, a mask id or a draw that do not fit together: a ``ValueError`` that names it."""
     check_tensor("logits_NV", logits_NV, ("N", "V"), FLOATS)
     num_rows, vocab_size = logits_NV.shape
     if not 0 <= mask_token_id < vocab_size:

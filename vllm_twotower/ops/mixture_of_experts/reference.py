@@ -28,12 +28,7 @@ class Routing:
 
 
 def check_experts(x_TD: torch.Tensor, routing: Routing, up_EDI: torch.Tensor, down_EID: torch.Tensor) -> None:
-    """Refuse experts or a routing that do not fit the tokens.
-
-    Raises:
-        ValueError: names the argument, what it is and what is allowed.
-
-    """
+    """Refuse experts or a routing that do not fit the tokens: a ``ValueError`` that names it."""
     check_tensor("x_TD", x_TD, ("T", "D"), FLOATS)
     hidden = x_TD.shape[1]
     check_tensor("up_EDI", up_EDI, ("E", hidden, "I"), FLOATS, x_TD.device)

@@ -48,12 +48,7 @@ def check_canvases(
     pass_index_R: torch.Tensor,
     rules: CanvasRules,
 ) -> None:
-    """Refuse canvases, proposals or rules that do not fit together.
-
-    Raises:
-        ValueError: names the argument, what it is and what is allowed.
-
-    """
+    """Refuse canvases, proposals or rules that do not fit together: a ``ValueError`` that names it."""
     check_tensor("token_RS", token_RS, ("R", "S"), INDEX)
     check_canvas_width("token_RS", token_RS)
     num_rows, width = token_RS.shape
@@ -77,7 +72,7 @@ def reveal(
 ) -> Revealed:
     """See ``vllm_twotower.ops.reveal``."""
     k_R = unmask.num_to_reveal(confidence_RS, masked_RS, rules.threshold_R, pass_index_R, rules.max_steps_R)
-    revealed_RS = unmask.chosen(confidence_RS, masked_RS, k_R)
+    revealed_RS = unmask.select_surest(confidence_RS, masked_RS, k_R)
     still_masked_RS = masked_RS & ~revealed_RS
     num_masked_R = still_masked_RS.sum(dim=1)
     return Revealed(

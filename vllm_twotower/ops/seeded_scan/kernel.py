@@ -116,36 +116,6 @@ def _rows(row_ptr, position_stride, width, size, first, BLOCK_S: tl.constexpr, B
 
 
 @triton.jit
-def _contract(
-    state_at,
-    b_row,
-    c_row,
-    b_position_stride,
-    c_position_stride,
-    in_head,
-    width,
-    state_size,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """What takes long: c b^T between the canvas's positions, and c h from the state, over the state's columns."""
-    scores = tl.zeros((BLOCK_S, BLOCK_S), tl.float32)
-    carried = tl.zeros((BLOCK_S, BLOCK_P), tl.float32)
-    # in slices, of which the next are on their way while one is used
-    for start in tl.range(0, state_size, BLOCK_N, num_stages=STAGES):
-        n = start + tl.arange(0, BLOCK_N)[:, None]
-        state = tl.load(state_at + n, mask=in_head & (n < state_size), other=0.0)
-        b = _rows(b_row, b_position_stride, width, state_size, start, BLOCK_S, BLOCK_N)
-        c = _rows(c_row, c_position_stride, width, state_size, start, BLOCK_S, BLOCK_N)
-        scores = tl.dot(c, tl.trans(b), acc=scores, input_precision=PRECISION)
-        carried = tl.dot(c, state.to(tl.float32), acc=carried, input_precision=PRECISION)
-    return scores, carried
-
-
-@triton.jit
 def _seeded_scan(
     # inputs, raw step sizes, input and output projections, cached states, int64 slots
     x_ptr,
@@ -198,21 +168,17 @@ def _seeded_scan(
     b_row = b_ptr + row * b_row_stride + group * b_group_stride
     c_row = c_ptr + row * c_row_stride + group * c_group_stride
     in_head = (column < head_dim)[None, :]
-    scores, carried = _contract(
-        state_at,
-        b_row,
-        c_row,
-        b_position_stride,
-        c_position_stride,
-        in_head,
-        width,
-        state_size,
-        PRECISION,
-        STAGES,
-        BLOCK_S,
-        BLOCK_P,
-        BLOCK_N,
-    )
+    # what takes long, over slices of the state's columns, of which the next are on their way while one is used: c b^T
+    # between the canvas's positions, and c h from the state
+    scores = tl.zeros((BLOCK_S, BLOCK_S), tl.float32)
+    carried = tl.zeros((BLOCK_S, BLOCK_P), tl.float32)
+    for start in tl.range(0, state_size, BLOCK_N, num_stages=STAGES):
+        n = start + tl.arange(0, BLOCK_N)[:, None]
+        state = tl.load(state_at + n, mask=in_head & (n < state_size), other=0.0)
+        b = _rows(b_row, b_position_stride, width, state_size, start, BLOCK_S, BLOCK_N)
+        c = _rows(c_row, c_position_stride, width, state_size, start, BLOCK_S, BLOCK_N)
+        scores = tl.dot(c, tl.trans(b), acc=scores, input_precision=PRECISION)
+        carried = tl.dot(c, state.to(tl.float32), acc=carried, input_precision=PRECISION)
     x_row = x_ptr + row * x_row_stride + head * x_head_stride
     x = _rows(x_row, x_position_stride, width, head_dim, first, BLOCK_S, BLOCK_P)
     a = tl.load(a_ptr + head).to(tl.float32)

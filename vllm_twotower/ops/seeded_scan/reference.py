@@ -53,12 +53,7 @@ class ScanInputs:
 
 
 def check_conv(inputs: ConvInputs) -> None:
-    """Refuse inputs of the wrong shape, dtype or device.
-
-    Raises:
-        ValueError: names the field, what it is and what is allowed.
-
-    """
+    """Refuse inputs of the wrong shape, dtype or device: a ``ValueError`` that names it."""
     i, device = inputs, inputs.x_RSC.device
     check_tensor("x_RSC", i.x_RSC, ("R", "S", "C"), FLOATS)
     check_canvas_width("x_RSC", i.x_RSC)
@@ -71,12 +66,7 @@ def check_conv(inputs: ConvInputs) -> None:
 
 
 def check_scan(inputs: ScanInputs) -> None:
-    """Refuse inputs of the wrong shape, dtype or device.
-
-    Raises:
-        ValueError: names the field, what it is and what is allowed.
-
-    """
+    """Refuse inputs of the wrong shape, dtype or device: a ``ValueError`` that names it."""
     i, device = inputs, inputs.x_RSHP.device
     check_tensor("x_RSHP", i.x_RSHP, ("R", "S", "H", "P"), FLOATS)
     check_canvas_width("x_RSHP", i.x_RSHP)
