@@ -63,9 +63,12 @@ class Resources:
 
 def source(launch: Launch) -> ASTSource:
     """The kernel with the types and the specialisation that Triton's launcher would choose for these arguments."""
-    signature, constants, attributes = {}, dict(launch.constants), {}
-    for index, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments, strict=False)):
-        if isinstance(value, torch.Tensor):
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            constants[name] = value
+        elif isinstance(value, torch.Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
             attributes[(index,)] = ALIGNED
         elif isinstance(value, float):

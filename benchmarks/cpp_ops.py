@@ -1,7 +1,7 @@
 """The ops in C++ beside their references, fp32 at the demo model's shapes: ``python benchmarks/run.py cpp``.
 
-Both forms in one run, on the same inputs and threads, fastest of many calls (the machines this runs on are shared).
-What the C++ forms are for is in ``csrc/README.md``.
+Both in one run, on the same inputs and threads, fastest of many calls (the machines this runs on are shared).
+What the C++ is for is in ``csrc/README.md``.
 """
 
 import json
@@ -22,13 +22,14 @@ from vllm_twotower.ops.canvas_sample import reference as sample_reference
 from vllm_twotower.ops.mixture_of_experts import reference as experts_reference
 from vllm_twotower.ops.mixture_of_experts.reference import Routing
 from vllm_twotower.ops.seeded_scan import reference as scan_reference
+from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs
 
 WIDTH, LEVELS = 16, 152
 TESTS = [f"tests/test_op_{op}.py" for op in ("adaln", "canvas_sample", "mixture_of_experts", "seeded_scan")]
 
 
 def cases(rows: int) -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], tuple[Any, ...]]]:
-    """Name, C++ form, reference, arguments."""
+    """Name, function in C++, reference, arguments."""
     c = json.loads((DEMO_MODEL / "config.json").read_text())
     tokens, hidden = rows * WIDTH, c["hidden_size"]
     heads, head_dim, groups, state = (c[k] for k in ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size"))
@@ -38,26 +39,26 @@ def cases(rows: int) -> Iterator[tuple[str, Callable[..., Any], Callable[..., An
     modulation = Modulation(torch.randn(LEVELS, 3, hidden), torch.randn(3, hidden), slots % LEVELS, row)
     yield "modulate_norm", adaln_cpp.modulate_norm, adaln_reference.modulate_norm, (x, weight, 1e-5, modulation)
     yield "gate_add", adaln_cpp.gate_add, adaln_reference.gate_add, (x, torch.randn_like(x), modulation)
-    conv = (
-        torch.randn(rows, WIDTH, channels),
-        torch.randn(channels, 4),
-        torch.randn(channels),
-        torch.randn(rows, 3, channels),
-        slots,
+    conv = ConvInputs(
+        x_RSC=torch.randn(rows, WIDTH, channels),
+        weight_CK=torch.randn(channels, 4),
+        bias_C=torch.randn(channels),
+        cache_ZKC=torch.randn(rows, 3, channels),
+        slot_R=slots,
     )
-    yield "seeded_conv", scan_cpp.seeded_conv, scan_reference.seeded_conv, conv
-    scan = (
-        torch.randn(rows, WIDTH, heads, head_dim),
-        torch.randn(rows, WIDTH, heads),
-        -torch.rand(heads),
-        torch.randn(rows, WIDTH, groups, state),
-        torch.randn(rows, WIDTH, groups, state),
-        torch.randn(heads),
-        torch.randn(heads),
-        torch.randn(rows, heads, head_dim, state),
-        slots,
+    yield "seeded_conv", scan_cpp.seeded_conv, scan_reference.seeded_conv, (conv,)
+    scan = ScanInputs(
+        x_RSHP=torch.randn(rows, WIDTH, heads, head_dim),
+        dt_RSH=torch.randn(rows, WIDTH, heads),
+        a_H=-torch.rand(heads),
+        b_RSGN=torch.randn(rows, WIDTH, groups, state),
+        c_RSGN=torch.randn(rows, WIDTH, groups, state),
+        skip_H=torch.randn(heads),
+        dt_bias_H=torch.randn(heads),
+        state_ZHPN=torch.randn(rows, heads, head_dim, state),
+        slot_R=slots,
     )
-    yield "seeded_scan", scan_cpp.seeded_scan, scan_reference.seeded_scan, scan
+    yield "seeded_scan", scan_cpp.seeded_scan, scan_reference.seeded_scan, (scan,)
     experts, width = c["n_routed_experts"], c["moe_intermediate_size"]
     routing = Routing(torch.randn(experts, hidden), torch.zeros(experts), c["num_experts_per_tok"], True, 1.0)
     mixture = (x, routing, torch.randn(experts, hidden, width), torch.randn(experts, width, hidden))

@@ -14,6 +14,7 @@ from vllm_twotower.ops.canvas_sample.reference import Draw
 from vllm_twotower.ops.reveal import kernel as reveal
 from vllm_twotower.ops.reveal.reference import CanvasRules
 from vllm_twotower.ops.seeded_scan import kernel as seeded_scan
+from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs
 
 
 def _floats(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -45,27 +46,34 @@ def scan(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     for width in (1, 7, 32):
         for heads, head_dim, groups, state in ((1, 5, 1, 3), (4, 32, 2, 32), (8, 64, 8, 128)):
             projection = _floats(1, width, groups, state, dtype=dtype)
-            seeded_scan.seeded_scan(
-                _floats(1, width, heads, head_dim, dtype=dtype),
-                _floats(1, width, heads, dtype=dtype),
-                _floats(heads),
-                projection,
-                projection,
-                _floats(heads, dtype=dtype),
-                _floats(heads, dtype=dtype),
-                _floats(3, heads, head_dim, state, dtype=state_dtype),
-                _indices(1),
-                dtype,
+            inputs = ScanInputs(
+                x_RSHP=_floats(1, width, heads, head_dim, dtype=dtype),
+                dt_RSH=_floats(1, width, heads, dtype=dtype),
+                a_H=_floats(heads),
+                b_RSGN=projection,
+                c_RSGN=projection,
+                skip_H=_floats(heads, dtype=dtype),
+                dt_bias_H=_floats(heads, dtype=dtype),
+                state_ZHPN=_floats(3, heads, head_dim, state, dtype=state_dtype),
+                slot_R=_indices(1),
             )
+            seeded_scan.seeded_scan(inputs, dtype)
 
 
 def convolve(dtype: torch.dtype) -> None:
     for width in (1, 7, 32):
         for channels in (6, 256):
-            x, filters = _floats(1, width, channels, dtype=dtype), _floats(channels, 4, dtype=dtype)
-            seeded_scan.seeded_conv(x, filters, None, _floats(3, 3, channels, dtype=dtype), _indices(1))
+            channels_last = _floats(3, 3, channels, dtype=dtype)
             channels_first = _floats(3, channels, 3, dtype=dtype).transpose(1, 2)
-            seeded_scan.seeded_conv(x, filters, filters[:, 0].contiguous(), channels_first, _indices(1))
+            for cache, bias in ((channels_last, None), (channels_first, _floats(channels, dtype=dtype))):
+                inputs = ConvInputs(
+                    x_RSC=_floats(1, width, channels, dtype=dtype),
+                    weight_CK=_floats(channels, 4, dtype=dtype),
+                    bias_C=bias,
+                    cache_ZKC=cache,
+                    slot_R=_indices(1),
+                )
+                seeded_scan.seeded_conv(inputs)
 
 
 def reveal_canvases() -> None:

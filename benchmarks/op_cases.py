@@ -1,7 +1,7 @@
 """The ops at the real model's shapes: what ``compile_ops.py`` compiles and ``run.py ops`` times.
 
-Sizes: spec section 1, the 30B-A3B model. 64 requests of one canvas of 16 tokens, the batch size at which mask diffusion
-gains most.
+Sizes: those of the 30B-A3B model (``docs/model.md#sizes``). 64 requests of one canvas of 16 tokens, the batch size at
+which mask diffusion gains most.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from vllm_twotower.ops.reveal import reference as reveal_reference
 from vllm_twotower.ops.reveal.reference import CanvasRules
 from vllm_twotower.ops.seeded_scan import kernel as seeded_scan_kernel
 from vllm_twotower.ops.seeded_scan import reference as seeded_scan_reference
+from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs
 
 ROWS, WIDTH = 64, 16
 TOKENS = ROWS * WIDTH
@@ -144,26 +145,32 @@ def _conv_inputs(device: str) -> tuple[Any, ...]:
     randn = lambda *size: torch.randn(*size, device=device, dtype=DTYPE)
     projected = randn(ROWS, WIDTH, HEADS * HEAD_DIM + CHANNELS + HEADS)  # gate, channels, step sizes: read in place
     x = projected[..., HEADS * HEAD_DIM : HEADS * HEAD_DIM + CHANNELS]
-    slots = torch.randperm(2 * ROWS, device=device)[:ROWS]
-    return x, randn(CHANNELS, TAPS), randn(CHANNELS), randn(2 * ROWS, TAPS - 1, CHANNELS), slots
+    inputs = ConvInputs(
+        x_RSC=x,
+        weight_CK=randn(CHANNELS, TAPS),
+        bias_C=randn(CHANNELS),
+        cache_ZKC=randn(2 * ROWS, TAPS - 1, CHANNELS),
+        slot_R=torch.randperm(2 * ROWS, device=device)[:ROWS],
+    )
+    return (inputs,)
 
 
 def _scan_inputs(width: int, device: str) -> tuple[Any, ...]:
     randn = lambda *size, dtype=DTYPE: torch.randn(*size, device=device, dtype=dtype)
     channels = randn(ROWS, width, CHANNELS)
     x, b, c = channels.split([HEADS * HEAD_DIM, GROUPS * STATE, GROUPS * STATE], dim=-1)
-    return (
-        x.unflatten(-1, (HEADS, HEAD_DIM)),
-        randn(ROWS, width, HEADS),
-        -torch.rand(HEADS, device=device),
-        b.unflatten(-1, (GROUPS, STATE)),
-        c.unflatten(-1, (GROUPS, STATE)),
-        randn(HEADS),
-        randn(HEADS),
-        randn(2 * ROWS, HEADS, HEAD_DIM, STATE, dtype=torch.float32),
-        torch.randperm(2 * ROWS, device=device)[:ROWS],
-        DTYPE,
+    inputs = ScanInputs(
+        x_RSHP=x.unflatten(-1, (HEADS, HEAD_DIM)),
+        dt_RSH=randn(ROWS, width, HEADS),
+        a_H=-torch.rand(HEADS, device=device),
+        b_RSGN=b.unflatten(-1, (GROUPS, STATE)),
+        c_RSGN=c.unflatten(-1, (GROUPS, STATE)),
+        skip_H=randn(HEADS),
+        dt_bias_H=randn(HEADS),
+        state_ZHPN=randn(2 * ROWS, HEADS, HEAD_DIM, STATE, dtype=torch.float32),
+        slot_R=torch.randperm(2 * ROWS, device=device)[:ROWS],
     )
+    return inputs, DTYPE
 
 
 def _scan_cases() -> list[Case]:

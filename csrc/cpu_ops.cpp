@@ -1,6 +1,7 @@
 // The denoise pass's small operations in fp32 for a CPU, where plain torch spends more time between operations than in
-// them. Semantics, letters and names: vllm_twotower/ops/<op>/reference.py; called through ctypes by <op>/cpp.py, which
-// checks what comes in. No exceptions, no allocation by the caller: outputs are contiguous and fully written.
+// them. Semantics, letters and names: vllm_twotower/ops/<op>/reference.py; called through ctypes by
+// vllm_twotower/cpu/ops/<op>.py, which sees to dtypes and layouts. No exceptions; outputs are contiguous and fully
+// written.
 #include <omp.h>
 
 #include <algorithm>
@@ -107,7 +108,7 @@ constexpr int64_t kLeastTokens = 32;  // of a part: below, waking a thread costs
 
 }  // namespace
 
-// To be raised with every change of a signature or a struct; cpu_library.py wants its own number here.
+// To be raised with every change of a signature or a struct; vllm_twotower/cpu/library.py wants its own number here.
 EXPORT int64_t interface_version() { return 1; }
 
 // Legend: T tokens, D hidden, 3: shift, scale, gate.
@@ -176,22 +177,23 @@ EXPORT FOR_EVERY_CPU void adaln_gate_add(float* out_TD, const float* x_TD, const
     }
 }
 
-// Legend: R rows, W positions, C channels, K taps; strides in elements, the last dimension of every tensor contiguous.
+// Legend: R rows, S positions, C channels, K taps, Z cache slots; strides in elements, the last dimension of every tensor
+// contiguous.
 struct ConvInputs {
     const float* x;
     int64_t x_row, x_position;
-    const float *weight_KC, *bias_C, *cache_BKC;
+    const float *weight_KC, *bias_C, *cache_ZKC;
     int64_t cache_slot, cache_tap;
     const int64_t* slot_R;
 };
 
-FOR_EVERY_CPU static void convolve_rows(float* out_RWC, const ConvInputs* conv, int64_t width, int64_t channels,
+FOR_EVERY_CPU static void convolve_rows(float* out_RSC, const ConvInputs* conv, int64_t width, int64_t channels,
                                         int64_t taps, int64_t begin, int64_t end) {
-    const auto [x_RWC, x_row, x_position, weight_KC, bias_C, cache_BKC, cache_slot, cache_tap, slot_R] = *conv;
+    const auto [x_RSC, x_row, x_position, weight_KC, bias_C, cache_ZKC, cache_slot, cache_tap, slot_R] = *conv;
     for (int64_t r = begin; r < end; ++r) {
-        const float* cache = cache_BKC + slot_R[r] * cache_slot;
+        const float* cache = cache_ZKC + slot_R[r] * cache_slot;
         for (int64_t w = 0; w < width; ++w) {
-            float* out = out_RWC + (r * width + w) * channels;
+            float* out = out_RSC + (r * width + w) * channels;
             if (bias_C) {
                 std::copy(bias_C, bias_C + channels, out);
             } else {
@@ -199,7 +201,7 @@ FOR_EVERY_CPU static void convolve_rows(float* out_RWC, const ConvInputs* conv, 
             }
             for (int64_t k = 0; k < taps; ++k) {
                 const int64_t at = w + k - (taps - 1);  // before 0: what the context left behind
-                const float* in = at < 0 ? cache + (at + taps - 1) * cache_tap : x_RWC + r * x_row + at * x_position;
+                const float* in = at < 0 ? cache + (at + taps - 1) * cache_tap : x_RSC + r * x_row + at * x_position;
                 const float* weight = weight_KC + k * channels;
 #pragma omp simd
                 for (int64_t c = 0; c < channels; ++c) out[c] += weight[c] * in[c];
@@ -210,10 +212,10 @@ FOR_EVERY_CPU static void convolve_rows(float* out_RWC, const ConvInputs* conv, 
     }
 }
 
-EXPORT void seeded_conv(float* out_RWC, const ConvInputs* conv, int64_t rows, int64_t width, int64_t channels,
+EXPORT void seeded_conv(float* out_RSC, const ConvInputs* conv, int64_t rows, int64_t width, int64_t channels,
                         int64_t taps) {
     share_out(rows, std::max<int64_t>(1, 2 * kLeastTokens / width), [=](int64_t begin, int64_t end) {
-        convolve_rows(out_RWC, conv, width, channels, taps, begin, end);
+        convolve_rows(out_RSC, conv, width, channels, taps, begin, end);
     });
 }
 
@@ -223,14 +225,14 @@ struct ScanInputs {
     const float *x, *dt, *b, *c;
     int64_t x_row, x_position, dt_row, dt_position, b_row, b_position, c_row, c_position;
     const float *a_H, *skip_H, *dt_bias_H;
-    const float* state_BHPN;
+    const float* state_ZHPN;
     int64_t state_slot;
     const int64_t* slot_R;
 };
 
 // One product per row and head: position t weighs the state's columns by c_t, decayed, and the inputs s <= t by
 // (c_t b_s) decay(t, s) dt_s, and its own by the skip weight besides.
-FOR_EVERY_CPU static void scan_rows(float* out_RWHP, const ScanInputs* in, int64_t width, int64_t heads,
+FOR_EVERY_CPU static void scan_rows(float* out_RSHP, const ScanInputs* in, int64_t width, int64_t heads,
                                     int64_t head_dim, int64_t groups, int64_t state_size, int64_t begin, int64_t end) {
     const int64_t depth = state_size + width;
     std::vector<float> step(width), log_decay(width), scores(width * width), weights(width * depth);
@@ -265,23 +267,23 @@ FOR_EVERY_CPU static void scan_rows(float* out_RWHP, const ScanInputs* in, int64
                 inside[t] += in->skip_H[h];
                 std::fill(inside + t + 1, inside + width, 0.0f);
             }
-            const float* state = in->state_BHPN + in->slot_R[r] * in->state_slot + h * head_dim * state_size;
+            const float* state = in->state_ZHPN + in->slot_R[r] * in->state_slot + h * head_dim * state_size;
             for (int64_t n = 0; n < state_size; ++n)
                 for (int64_t p = 0; p < head_dim; ++p) values[n * head_dim + p] = state[p * state_size + n];
             for (int64_t w = 0; w < width; ++w)
                 std::copy_n(x + w * in->x_position + h * head_dim, head_dim, &values[(state_size + w) * head_dim]);
             const auto store = [&](int64_t t, int64_t column, const float* sums, int64_t n) {
-                std::copy_n(sums, n, out_RWHP + ((r * width + t) * heads + h) * head_dim + column);
+                std::copy_n(sums, n, out_RSHP + ((r * width + t) * heads + h) * head_dim + column);
             };
             products(weight_rows.data(), width, values.data(), depth, head_dim, store);
         }
     }
 }
 
-EXPORT void seeded_scan(float* out_RWHP, const ScanInputs* in, int64_t rows, int64_t width, int64_t heads,
+EXPORT void seeded_scan(float* out_RSHP, const ScanInputs* in, int64_t rows, int64_t width, int64_t heads,
                         int64_t head_dim, int64_t groups, int64_t state_size) {
     share_out(rows, std::max<int64_t>(1, kLeastTokens / width), [=](int64_t begin, int64_t end) {
-        scan_rows(out_RWHP, in, width, heads, head_dim, groups, state_size, begin, end);
+        scan_rows(out_RSHP, in, width, heads, head_dim, groups, state_size, begin, end);
     });
 }
 

@@ -68,5 +68,5 @@ def _each_tensor(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> 
     if isinstance(value, dict):
         return {k: _each_tensor(v, change) for k, v in value.items()}
     if dataclasses.is_dataclass(value):
-        return type(value)(*(_each_tensor(getattr(value, f.name), change) for f in dataclasses.fields(value)))
+        return type(value)(**{f.name: _each_tensor(getattr(value, f.name), change) for f in dataclasses.fields(value)})
     return value

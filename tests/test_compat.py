@@ -1,5 +1,6 @@
 """Each work-around, and that it is still needed: a test fails once vLLM no longer has the defect, so that it can go."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,13 +13,12 @@ from vllm import SamplingParams
 
 from vllm_twotower import compat
 from vllm_twotower.core import KERNELS_VARIABLE
+from vllm_twotower.cpu import shims
 
 
 def test_vllms_experts_still_refuse_this_model_on_a_cpu(tiny_moe, monkeypatch):
     """Death test of ``portable_moe_layers``."""
-    import contextlib
-
-    monkeypatch.setattr(compat, "portable_moe_layers", lambda needed: contextlib.nullcontext())
+    monkeypatch.setattr(shims, "portable_moe_layers", contextlib.nullcontext)
     with pytest.raises(Exception) as refusal, engine(tiny_moe.path, diffusion=None):  # noqa: PT011 - upstream's choice
         pass
     assert not isinstance(refusal.value, SystemExit)
@@ -28,7 +28,7 @@ def test_the_layer_table_is_restored():
     from vllm.model_executor.models import nemotron_h
 
     before = dict(nemotron_h.ALL_DECODER_LAYER_TYPES)
-    with compat.portable_moe_layers(True):
+    with shims.portable_moe_layers():
         assert before != nemotron_h.ALL_DECODER_LAYER_TYPES
     assert before == nemotron_h.ALL_DECODER_LAYER_TYPES
 
@@ -65,7 +65,7 @@ def test_prompts_longer_than_a_kv_block_work_with_prefix_caching(tiny_mlp):
 
 def test_vllms_cpu_scan_still_cannot_export_checkpoints(tiny_mlp, monkeypatch):
     """Death test of ``disable_prefill_checkpoints``."""
-    monkeypatch.setattr(compat, "disable_prefill_checkpoints", lambda layers: None)
+    monkeypatch.setattr(shims, "disable_prefill_checkpoints", lambda layers: None)
     params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
     with pytest.raises(IndexError), engine(tiny_mlp.path, diffusion=None, enable_prefix_caching=True) as e:
         e.tokens([[4 + i % 500 for i in range(LONG)]], params)
@@ -117,6 +117,15 @@ def test_vllms_top_k_kernel_still_cannot_be_interpreted():
 
     with pytest.raises(Exception, match="object has no attribute 'to'"):
         apply_top_k_top_p_triton(torch.randn(2, 64), torch.full((2,), 5, dtype=torch.int32), None)
+
+
+def test_top_k_takes_keywords_of_a_later_vllm():
+    from vllm.v1.worker.gpu.sample import states
+
+    shims.use_torch_for_top_k_top_p()
+    logits = torch.arange(4.0)[None]
+    kept = states.apply_top_k_top_p(logits, torch.tensor([2]), None, something_new=True)
+    assert kept.isfinite().tolist() == [[False, False, True, True]]
 
 
 def test_triton_still_has_no_cpu_backend_of_its_own():

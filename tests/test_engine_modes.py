@@ -5,6 +5,7 @@ from engine_harness import engine, golden_params
 from vllm.exceptions import VLLMValidationError
 
 from vllm_twotower import diffusion_params
+from vllm_twotower.core import MASK_TOKEN_ID
 
 
 def one_by_one(mode, max_tokens, **more):
@@ -23,6 +24,8 @@ def test_mock_ar_is_the_references(name, request):
         stats = e.stats()
         assert stats["denoise_passes"] == stats["committed_tokens"] == 8 * len(golden.mock_ar)
         assert stats["canvases"] == 0
+        case = golden.mock_ar[0]  # and never the mask id, which NVIDIA's plain argmax would write here
+        assert e.tokens([case["prompt"]], one_by_one("mock_ar", 8, logit_bias={MASK_TOKEN_ID: 100.0})) == outputs[:1]
 
 
 @pytest.mark.parametrize("prefix_caching", [True, pytest.param(False, marks=pytest.mark.slow)])

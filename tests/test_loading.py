@@ -65,7 +65,7 @@ def test_the_real_checkpoint_has_12544_tensors_of_the_published_shapes():
     shapes = checkpoint_shapes(SimpleNamespace(**REAL_CONFIG))
     assert len(shapes) == 12_544
     assert sum(torch.Size(s).numel() for s in shapes.values()) == pytest.approx(63.19e9, rel=1e-3)
-    published = {  # spec section 2
+    published = {  # docs/model.md#sizes
         "context_tower.embeddings.weight": (131072, 2688),
         "denoiser_tower.norm_f.weight": (2688,),
         "context_tower.layers.0.mixer.in_proj.weight": (10304, 2688),

@@ -12,7 +12,7 @@ from near_ties import NEAR, check_same, legal_ties, replay
 from request_mixes import MixedRequest
 from safetensors.torch import load_file
 
-from vllm_twotower.core import Mode
+from vllm_twotower.core import MASK_TOKEN_ID, Mode
 from vllm_twotower.oracle.logits_rules import LogitsRules
 from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower, TowerShape
 from vllm_twotower.oracle.reference import MaskDiffusion, generate_greedy
@@ -53,7 +53,8 @@ def written(model, request):
             logits[0, -1, biased] += amount
         return logits[0, -1]
 
-    return list(generate_greedy(step(request.prompt[-1]), step, limit).token_ids)
+    mask_token_id = None if mode is Mode.AR else MASK_TOKEN_ID
+    return list(generate_greedy(step(request.prompt[-1]), step, limit, mask_token_id).token_ids)
 
 
 def bisected(model, make, low, high):

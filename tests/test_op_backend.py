@@ -1,4 +1,4 @@
-"""Which form of an op runs."""
+"""Which implementation of an op runs."""
 
 import subprocess
 import sys
@@ -10,24 +10,45 @@ from vllm_twotower import ops
 from vllm_twotower.core import KERNELS_VARIABLE
 from vllm_twotower.cpu import library as cpu_library
 from vllm_twotower.cpu.library import library
-from vllm_twotower.ops.backend import Form, form_for
+from vllm_twotower.cpu.ops import use_cpp_ops
+from vllm_twotower.ops import backend
+from vllm_twotower.ops.backend import OpBackend, implementation, select_backend
 from vllm_twotower.ops.launch import launch, recorded_launches
 
 LOGITS = torch.zeros(1, 8)
-
-
-ON_A_CPU = Form.REFERENCE if library() is None else Form.CPP
+ON_A_CPU = OpBackend.CPP if use_cpp_ops() else OpBackend.REFERENCE
 
 
 @pytest.mark.parametrize(
     ("choice", "expected"),
-    [(None, ON_A_CPU), ("auto", ON_A_CPU), ("reference", Form.REFERENCE), ("triton", Form.TRITON)],
+    [(None, ON_A_CPU), ("auto", ON_A_CPU), ("reference", OpBackend.REFERENCE), ("triton", OpBackend.TRITON)],
 )
 def test_choices_on_a_cpu_under_the_interpreter(choice, expected, monkeypatch):
     monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
     if choice is not None:
         monkeypatch.setenv(KERNELS_VARIABLE, choice)
-    assert form_for(LOGITS) is expected
+    assert select_backend(LOGITS) is expected
+
+
+@pytest.mark.parametrize("op", [name for name in ops.__all__ if name.islower()])
+@pytest.mark.parametrize("choice", ["auto", "reference", "triton"])
+def test_every_op_has_an_implementation_for_every_choice(op, choice, monkeypatch):
+    """A kernel, a reference, or in C++; experts have no kernel, reveals nothing in C++: they run as references."""
+    monkeypatch.setenv(KERNELS_VARIABLE, choice)
+    rooms = {"reference": "ops", "triton": "ops", "auto": "cpu" if ON_A_CPU is OpBackend.CPP else "ops"}
+    lacking = (choice, op) in (("triton", "mixture_of_experts"), ("auto", "reveal"))
+    found = implementation(op, LOGITS)
+    assert found.__name__ == op
+    assert found.__module__.startswith(f"vllm_twotower.{'ops' if lacking else rooms[choice]}.")
+    assert found.__module__.endswith(".kernel") == (choice == "triton" and not lacking)
+
+
+def test_ops_know_nothing_of_the_cpu_wing():
+    code = (
+        "import sys, torch, vllm_twotower.ops as ops; ops.canvas_sample(torch.zeros(1, 8), 3);"
+        "assert not [m for m in sys.modules if m.startswith('vllm_twotower.cpu')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_bad_choice_is_named(monkeypatch):
@@ -65,10 +86,11 @@ def test_recorded_launches_do_not_run(monkeypatch):
 @pytest.mark.skipif(library() is None, reason="no compiler when the package was installed")
 def test_a_library_of_another_version_is_not_called(monkeypatch, caplog):
     monkeypatch.setattr(cpu_library, "INTERFACE_VERSION", -1)
+    monkeypatch.setitem(backend._implementations, OpBackend.CPP, {})
     library.cache_clear()
     try:
-        assert library() is None
+        assert not use_cpp_ops()
         assert "is of another version" in caplog.text
-        assert form_for(LOGITS) is Form.REFERENCE
+        assert select_backend(LOGITS) is OpBackend.REFERENCE
     finally:
         library.cache_clear()

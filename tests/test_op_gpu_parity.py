@@ -18,6 +18,7 @@ from vllm_twotower.ops.adaln import kernel as adaln
 from vllm_twotower.ops.adaln.reference import UNMODULATED, Modulation
 from vllm_twotower.ops.canvas_sample import kernel as canvas_sample
 from vllm_twotower.ops.seeded_scan import kernel as seeded_scan
+from vllm_twotower.ops.seeded_scan.reference import ScanInputs
 
 pytestmark = pytest.mark.skipif(not NATIVE, reason="needs a CUDA device and TRITON_INTERPRET=0")
 REAL_LAYER = {"heads": 64, "head_dim": 64, "groups": 8, "state_size": 128}
@@ -31,18 +32,18 @@ def test_scan_is_mamba_ssms_from_initial_states(dtype, width):
     ssd = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined", reason="mamba-ssm is not installed")
     case = {name: t.cuda() for name, t in scan_arguments(3, width, **REAL_LAYER, dtype=dtype).items()}
     expected = ssd.mamba_chunk_scan_combined(
-        case["x_RWHP"],
-        case["dt_RWH"],
+        case["x_RSHP"],
+        case["dt_RSH"],
         case["a_H"],
-        case["b_RWGN"],
-        case["c_RWGN"],
+        case["b_RSGN"],
+        case["c_RSGN"],
         chunk_size=64,
         D=case["skip_H"],
         dt_bias=case["dt_bias_H"],
-        initial_states=case["state_BHPN"][case["slot_R"]],
+        initial_states=case["state_ZHPN"][case["slot_R"]],
         dt_softplus=True,
     )
-    assert difference(seeded_scan.seeded_scan(**case), expected) < BF16_OP
+    assert difference(seeded_scan.seeded_scan(ScanInputs(**case)), expected) < BF16_OP
 
 
 @pytest.mark.parametrize("vocab", [512, 131_072])

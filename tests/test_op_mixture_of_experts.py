@@ -5,6 +5,7 @@ import torch
 from op_forms import every_form
 from tolerances import BF16_OP, FP32_OP
 
+from vllm_twotower import ops
 from vllm_twotower.cpu.ops import mixture_of_experts as cpp
 from vllm_twotower.ops.mixture_of_experts import reference
 from vllm_twotower.ops.mixture_of_experts.reference import Routing
@@ -27,7 +28,7 @@ def arguments(tokens=7, hidden=24, experts=6, width=10, top_k=2, normalise=True,
 
 
 def in_fp64(x, routing, up, down):
-    """Spec 3.1: sigmoid scores, chosen with the bias, weighed without it."""
+    """``NemotronHMoE``: sigmoid scores, chosen with the bias, weighed without it."""
     out = torch.zeros(x.shape, dtype=torch.float64)
     for token, row in enumerate(x.double()):
         score = (routing.weight_ED.double() @ row).sigmoid()
@@ -68,10 +69,9 @@ def test_not_a_number_stays_in_its_token(form):
     torch.testing.assert_close(got[others], clean[others], atol=FP32_OP, rtol=FP32_OP)
 
 
-@FORMS
-def test_wrong_arguments_are_named(form):
+def test_wrong_arguments_are_named():
     x, routing, up, down = arguments()
     with pytest.raises(ValueError, match=r"down_EID has shape \[6, 9, 24\], wanted \[6, 10, 24\]"):
-        form.mixture_of_experts(x, routing, up, down[:, :9].contiguous())
+        ops.mixture_of_experts(x, routing, up, down[:, :9].contiguous())
     with pytest.raises(ValueError, match=r"routing.top_k=7: must be in \[1, 6\]"):
-        form.mixture_of_experts(x, Routing(routing.weight_ED, routing.bias_E, 7, True, 1.0), up, down)
+        ops.mixture_of_experts(x, Routing(routing.weight_ED, routing.bias_E, 7, True, 1.0), up, down)

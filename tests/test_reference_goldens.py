@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from tolerances import GOLDEN_LOGITS
 
+from vllm_twotower.core import MASK_TOKEN_ID
 from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower, TowerShape
 from vllm_twotower.oracle.reference import MaskDiffusion, generate_greedy
 
@@ -52,18 +53,31 @@ def test_ar(golden, model):
         assert list(result.token_ids) == case["output"]
 
 
+def mock_ar(model, case, **settings):
+    cache = ContextCache()
+    model.extend_context(torch.tensor([case["prompt"][:-1]]), cache)
+
+    def step(token):
+        last = torch.tensor([[token]])
+        model.extend_context(last, cache)
+        return model.mock_ar(last, cache)[0, -1]
+
+    return list(generate_greedy(step(case["prompt"][-1]), step, len(case["output"]), **settings).token_ids)
+
+
 def test_mock_ar(golden, model):
     for case in golden.mock_ar:
-        cache, prompt = ContextCache(), torch.tensor([case["prompt"]])
-        model.extend_context(prompt[:, :-1], cache)
+        assert mock_ar(model, case, mask_token_id=MASK_TOKEN_ID) == case["output"]
 
-        def step(token, cache=cache):
-            last = torch.tensor([[token]])
-            model.extend_context(last, cache)
-            return model.mock_ar(last, cache)[0, -1]
 
-        result = generate_greedy(step(case["prompt"][-1]), step, len(case["output"]))
-        assert list(result.token_ids) == case["output"]
+def test_mock_ar_passes_over_the_mask_id_where_nvidias_argmax_takes_it(golden, model):
+    """Its row of the head is made twice that of the token that comes first."""
+    case = golden.mock_ar[0]
+    head = model.weights["lm_head.weight"].clone()
+    head[MASK_TOKEN_ID] = 2 * head[case["output"][0]]
+    model = PlainTwoTower({**model.weights, "lm_head.weight": head}, model.shape)
+    assert mock_ar(model, case)[0] == MASK_TOKEN_ID
+    assert mock_ar(model, case, mask_token_id=MASK_TOKEN_ID) == case["output"]
 
 
 def test_logits(golden, model):

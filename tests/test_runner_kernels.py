@@ -14,8 +14,8 @@ from vllm.v1.worker.gpu.model_states import mamba_hybrid
 from vllm.v1.worker.gpu.sample import gumbel
 from vllm.v1.worker.utils import KVBlockZeroer
 
-from vllm_twotower import compat
 from vllm_twotower.cpu import runner_kernels as plain
+from vllm_twotower.cpu import shims
 
 SLOTS, MODEL_LEN, VOCAB = 6, 40, 11
 seeds = st.integers(0, 2**31 - 1)
@@ -182,8 +182,10 @@ def test_temperatures_and_greedy_tokens(seed):
     assert torch.equal(*divided)
     greedy, state = torch.zeros(SLOTS), torch.zeros(SLOTS, dtype=torch.int64)
     drawn = gumbel.gumbel_sample(logits, b.idx_mapping, greedy, state, state[: b.num_reqs], False, False)
-    assert torch.equal(plain.greedy_tokens(logits, b.idx_mapping, greedy), drawn)
-    assert plain.greedy_tokens(logits, b.idx_mapping, torch.ones(SLOTS)) is None
+    sample = plain.drawing_by(lambda *args: args)
+    assert torch.equal(sample(logits, b.idx_mapping, greedy, state), drawn)
+    hot = torch.ones(SLOTS)
+    assert sample(logits, b.idx_mapping, hot, state) == (logits, b.idx_mapping, hot, state), "drawing keeps its kernel"
 
 
 @few
@@ -220,8 +222,8 @@ def original_scatter():
 
 
 def kernels_of(owner: type, name: str):
-    compat.use_torch_for_runner_kernels()
-    compat.use_torch_for_runner_kernels()  # a second model in the process
+    shims.use_torch_for_runner_kernels()
+    shims.use_torch_for_runner_kernels()  # a second model in the process
     return getattr(owner, name).__wrapped__, getattr(owner, name)
 
 
@@ -257,6 +259,19 @@ def test_block_tables_and_slots(seed):
     assert all(torch.equal(x, y) for x, y in zip(*written, strict=True))
 
 
+def test_keywords_of_a_later_vllm_are_passed_over():
+    """As ``num_computed_tokens`` of 0.33's ``gather_block_tables``, and what a kernel's launch may gain."""
+    b, tables = Batch(0), block_tables(0)
+    gather = kernels_of(BlockTables, "gather_block_tables")[1]
+    got = gather(tables, b.idx_mapping, SLOTS, num_computed_tokens=b.num_computed)
+    expected = [t.clone() for t in got]
+    assert all(torch.equal(x, y) for x, y in zip(expected, gather(tables, b.idx_mapping, SLOTS), strict=True))
+    accepted = torch.zeros(SLOTS, dtype=torch.int32)
+    scatter = mamba_hybrid._scatter_num_accepted_kernel
+    scatter[(b.num_reqs,)](b.idx_mapping, torch.full((b.num_reqs,), 3), num_accepted=accepted, SOMETHING_NEW=8)
+    assert accepted[b.idx_mapping.long()].tolist() == [3] * b.num_reqs
+
+
 @few
 @given(seeds)
 def test_staged_writes(seed):
@@ -264,7 +279,7 @@ def test_staged_writes(seed):
 
     results = []
     for form in (0, 1):
-        compat.use_torch_for_runner_kernels()
+        shims.use_torch_for_runner_kernels()
         with pytest.MonkeyPatch.context() as patch:
             for owner, name in ((FusedStagedWriter, "apply"), (StagedWriteTensor, "apply_write")):
                 patch.setattr(owner, name, kernels_of(owner, name)[form])

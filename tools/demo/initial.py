@@ -13,7 +13,7 @@ class _Weights(dict[str, torch.Tensor]):
 
 
 def context_weights(shape: TowerShape) -> dict[str, torch.Tensor]:
-    """Mamba-2's own initialisation, scaled normal projections (spec 8.2)."""
+    """Mamba-2's own initialisation, scaled normal projections (docs/model.md#training)."""
     weights = _Weights()
     hidden, out_std = shape.hidden_size, 0.5 / math.sqrt(len(shape.hybrid_override_pattern))
     weights.matrix(f"{CONTEXT}.embeddings", shape.vocab_size, hidden, 0.5)

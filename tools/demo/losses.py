@@ -21,7 +21,7 @@ def next_token(towers: TrainingTowers, batch: Batch) -> tuple[torch.Tensor, Chos
 def masked_tokens(towers: TrainingTowers, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, Chosen]:
     """Mean over rows of the mean cross-entropy over a row's masked positions, of two corruptions of each row.
 
-    One is drawn, at one level t per row: the paper's expectation over t and noise (spec 8.1), for half of the batches
+    One is drawn, at one level t per row: the paper's expectation over t and noise, for half of the batches
     with everything behind a cut masked. The other is met: what the denoiser itself leaves masked. Drawn ones alone
     mostly give a step of an answer away by what comes after it, and are seldom masked whole, as denoising starts.
     """

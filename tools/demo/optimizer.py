@@ -17,7 +17,7 @@ def is_inner_matrix(name: str, tensor: torch.Tensor) -> bool:
 
 
 class Optimizer:
-    """Both optimizers and the schedule: warm-up, constant, linear decay (spec 8.1: warm-up, stable, decay)."""
+    """Both optimizers and the schedule: warm-up, constant, linear decay (the paper's warm-up, stable, decay)."""
 
     def __init__(self, weights: Weights, config: PhaseConfig) -> None:
         self.config = config

@@ -1,8 +1,8 @@
 """Both towers over whole batches, differentiable: the context tower causally, the denoiser over many canvases at once.
 
 Same weights under the same names as ``plain_towers.py``, which the training test compares with. The denoiser runs only
-where it runs at inference, over the canvases of answers, each seeded from the context states at its own start (spec 8.2
-steps 2 to 4, with the canvas grid of each row starting where its prompt ends).
+where it runs at inference, over the canvases of answers, each seeded from the context states at its own start (as
+Megatron's training, docs/model.md#training, with the canvas grid of each row starting where its prompt ends).
 
 Legend: as in ``layers.py``; A canvases of a batch, S canvas length.
 """

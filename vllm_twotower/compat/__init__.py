@@ -8,12 +8,6 @@ Imports nothing of vLLM before a shim is called, and of ours ``core`` and ``conf
 handed to it. A shim that replaces something of vLLM's does so once, however often it is called.
 """
 
-from vllm_twotower.compat.cpu_to_be_moved import (
-    disable_prefill_checkpoints,
-    portable_moe_layers,
-    use_torch_for_runner_kernels,
-    use_torch_for_top_k_top_p,
-)
 from vllm_twotower.compat.engine import (
     add_config_hook,
     choose_default_max_num_seqs,

@@ -1,7 +1,7 @@
-"""The C++ forms of the ops (``csrc/cpu_ops.cpp``), compiled when this package is installed where there is a compiler.
+"""The ops in C++ (``csrc/cpu_ops.cpp``), compiled when this package is installed where there is a compiler.
 
-The shared library has a plain C interface and depends neither on Python nor on torch; ctypes calls it with addresses.
-Its functions take fp32 only and check nothing: the ``cpp.py`` of each op does, and goes to the reference otherwise.
+It has a plain C interface and depends neither on Python nor on torch; ctypes calls it with addresses.
+Its functions take fp32 only and check nothing; ``cpu/ops/`` does, and goes to the reference otherwise.
 """
 
 import ctypes
@@ -23,8 +23,8 @@ class ModulationStruct(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("vector", "table", "level", "row")]
 
 
-class ConvInputs(ctypes.Structure):
-    """Same name there."""
+class ConvStruct(ctypes.Structure):
+    """``ConvInputs`` there."""
 
     _fields_ = [
         ("x", ctypes.c_void_p),
@@ -35,8 +35,8 @@ class ConvInputs(ctypes.Structure):
     ]
 
 
-class ScanInputs(ctypes.Structure):
-    """Same name there."""
+class ScanStruct(ctypes.Structure):
+    """``ScanInputs`` there."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "dt", "b", "c")),
@@ -47,8 +47,8 @@ class ScanInputs(ctypes.Structure):
     ]
 
 
-class Router(ctypes.Structure):
-    """Same name there."""
+class RouterStruct(ctypes.Structure):
+    """``Router`` there."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),
@@ -63,9 +63,9 @@ SIGNATURES: dict[str, list[Any]] = {
     "adaln_norm": [_Pointer] * 3 + [ctypes.c_float, ctypes.c_int, ModulationStruct, _Count, _Count],
     "adaln_gate_add": [_Pointer] * 3 + [ModulationStruct, _Count, _Count],
     "greedy_sample": [_Pointer] * 4 + [_Count] * 3,
-    "seeded_conv": [_Pointer, ctypes.POINTER(ConvInputs)] + [_Count] * 4,
-    "seeded_scan": [_Pointer, ctypes.POINTER(ScanInputs)] + [_Count] * 6,
-    "mixture_of_experts": [_Pointer] * 2 + [ctypes.POINTER(Router)] + [_Pointer] * 2 + [_Count] * 4,
+    "seeded_conv": [_Pointer, ctypes.POINTER(ConvStruct)] + [_Count] * 4,
+    "seeded_scan": [_Pointer, ctypes.POINTER(ScanStruct)] + [_Count] * 6,
+    "mixture_of_experts": [_Pointer] * 2 + [ctypes.POINTER(RouterStruct)] + [_Pointer] * 2 + [_Count] * 4,
 }
 INTERFACE_VERSION = 1
 

@@ -2,11 +2,14 @@
 
 There Triton only interprets, at a millisecond per program: most of an engine step. Each function has the parameters of
 the vLLM function it stands in for (named in its docstring) and writes exactly the elements that one writes;
-``compat.use_torch_for_runner_kernels`` puts them in place, ``tests/test_runner_kernels.py`` holds them equal to the
-kernels. Shapes: R rows of the batch, N scheduled tokens, Q request slots, G cache groups.
+``shims.use_torch_for_runner_kernels`` puts them in place, ``tests/test_runner_kernels.py`` holds them equal to the
+kernels.
+
+Legend: R rows of the batch, T scheduled tokens, Q request slots, G cache groups, N rows of logits, V vocabulary.
 """
 
 import ctypes
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +19,7 @@ PAD_SLOT = -1
 
 
 def rows_of_tokens(query_start_loc: torch.Tensor, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The row of each scheduled token, int64 [N], and its offset in that row, int64 [N]."""
+    """The row of each scheduled token, int64 [T], and its offset in that row, int64 [T]."""
     starts = query_start_loc[: num_reqs + 1].long()
     lengths = starts.diff()
     row = torch.arange(num_reqs).repeat_interleave(lengths)
@@ -208,11 +211,17 @@ def apply_temperature(logits: torch.Tensor, expanded_idx_mapping: torch.Tensor, 
     logits /= divisor.where(divisor != 0, 1.0)[:, None]
 
 
-def greedy_tokens(
-    logits: torch.Tensor, expanded_idx_mapping: torch.Tensor, temperature: torch.Tensor
-) -> torch.Tensor | None:
-    """Tokens int64 [N] where every row is greedy, else None: drawing keeps its kernel (``gumbel.gumbel_sample``)."""
-    return None if temperature[expanded_idx_mapping].any() else logits.float().max(dim=-1).indices
+def drawing_by(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Tokens int64 [N] (``gumbel.gumbel_sample``), by that function unless every row is greedy."""
+
+    def gumbel_sample(
+        logits: torch.Tensor, expanded_idx_mapping: torch.Tensor, temperature: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if temperature[expanded_idx_mapping].any():
+            return draw(logits, expanded_idx_mapping, temperature, *args, **kwargs)
+        return logits.float().max(dim=-1).indices
+
+    return gumbel_sample
 
 
 def get_num_sampled_and_rejected(
@@ -232,11 +241,19 @@ def get_num_sampled_and_rejected(
     return num_sampled, num_rejected
 
 
+def without_later_keywords(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, called without those keywords that it does not have: a later vLLM passes more of them."""
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return function
+    return lambda *args, **kwargs: function(*args, **{k: v for k, v in kwargs.items() if k in parameters})
+
+
 class Launcher:
     """Stands in for a Triton kernel: ``Launcher(function)[grid](...)`` calls the function, whatever the grid."""
 
     def __init__(self, function: Callable[..., None]) -> None:
-        self.function = function
+        self.function = without_later_keywords(function)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self.function
@@ -295,3 +312,26 @@ def rows_that_end_off_a_boundary(
     stays = passes_boundary & (state_idx[slot] == aligned // block_size - 1) & (aligned == running)
     num_accepted[slot[stays]] = 1
     return idx_mapping[passes_boundary & ~stays]
+
+
+def copying_before_by(copy: Callable[..., None]) -> Callable[..., None]:
+    """``MambaSpecDecodeGPUContext.run_fused_precopy``, launched for the rows that copy."""
+
+    def run_fused_precopy(self: Any, num_reqs: int, state_idx: Any, src_col: Any, bias: Any, rows: Any) -> None:
+        rows = rows_that_change_block(state_idx, src_col, rows[:num_reqs])
+        copy(self, len(rows), state_idx, src_col, bias, rows)
+
+    return run_fused_precopy
+
+
+def copying_after_by(copy: Callable[..., None]) -> Callable[..., None]:
+    """``MambaSpecDecodeGPUContext.run_fused_postprocess_align``, launched for the rows that copy."""
+
+    def run_fused_postprocess_align(
+        self: Any, num_reqs: int, accepted: Any, state_idx: Any, computed: Any, rows: Any
+    ) -> None:
+        if self.is_initialized:
+            rows = rows_that_end_off_a_boundary(accepted, state_idx, computed, rows[:num_reqs], self.block_size)
+            copy(self, len(rows), accepted, state_idx, computed, rows)
+
+    return run_fused_postprocess_align

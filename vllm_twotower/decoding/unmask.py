@@ -30,7 +30,7 @@ def propose(
 
     Returns:
         Tokens, int64 [N], and confidences, float32 [N]: the untempered probability of each proposed token
-        (reference: ``generate_mask_diffusion``, Gumbel-max over log-softmax(logits / temperature)).
+        (``generate_mask_diffusion``, Gumbel-max over log-softmax(logits / temperature)).
 
     """
     logits_NV[:, mask_token_id] = float("-inf")
@@ -58,7 +58,7 @@ def num_to_reveal(
     """How many masked positions each row reveals in this pass.
 
     k = max(#(confidence > threshold), 1, ceil(masked / (T - pass))), and everything that is left in the last pass
-    (reference: ``generate_mask_diffusion``, number to commit).
+    (``generate_mask_diffusion``, number to commit).
 
     Returns:
         int64 [R], 0 for a row without masked positions.
@@ -72,7 +72,7 @@ def num_to_reveal(
     return torch.minimum(wanted_R, num_masked_R)
 
 
-def chosen(confidence_RS: torch.Tensor, masked_RS: torch.Tensor, num_to_reveal_R: torch.Tensor) -> torch.Tensor:
+def select_surest(confidence_RS: torch.Tensor, masked_RS: torch.Tensor, num_to_reveal_R: torch.Tensor) -> torch.Tensor:
     """The ``num_to_reveal_R`` most confident masked positions of each row, bool [R, S]; ties to the lowest position."""
     ranked_RS = torch.where(masked_RS, confidence_RS, float("-inf"))
     # a confidence can underflow to 0 but never reach -inf, so masked positions always rank first; stable: lowest
@@ -81,27 +81,3 @@ def chosen(confidence_RS: torch.Tensor, masked_RS: torch.Tensor, num_to_reveal_R
     rank_RS = torch.empty_like(order_RS)
     rank_RS.scatter_(1, order_RS, torch.arange(rank_RS.shape[1], device=rank_RS.device).expand_as(order_RS))
     return masked_RS & (rank_RS < num_to_reveal_R[:, None])
-
-
-def reveal(
-    canvas_RS: torch.Tensor,
-    proposal_RS: torch.Tensor,
-    confidence_RS: torch.Tensor,
-    masked_RS: torch.Tensor,
-    num_to_reveal_R: torch.Tensor,
-) -> torch.Tensor:
-    """Write the ``num_to_reveal_R`` most confident proposals of each row into its canvas.
-
-    Args:
-        canvas_RS: int64 [R, S], not written.
-        proposal_RS: int64 [R, S], read where masked.
-        confidence_RS: float32 [R, S], read where masked.
-        masked_RS: bool [R, S].
-        num_to_reveal_R: int64 [R].
-
-    Returns:
-        The new canvases, int64 [R, S].
-
-    """
-    revealed_RS = chosen(confidence_RS, masked_RS, num_to_reveal_R)
-    return torch.where(revealed_RS, proposal_RS, canvas_RS)

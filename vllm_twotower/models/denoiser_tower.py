@@ -31,7 +31,9 @@ from vllm_twotower.cpu.portable_moe import PortableMoE
 from vllm_twotower.models.conditioning import TimeConditioning
 from vllm_twotower.ops import (
     UNMODULATED,
+    ConvInputs,
     Modulation,
+    ScanInputs,
     gate_add,
     modulate_norm,
     norm_modulate,
@@ -136,28 +138,33 @@ class DenoiserMamba(nn.Module):
         channels = self.inner + 2 * self.group_channels
         gate_TC, xbc_TC, dt_TH = projected.split([self.inner, channels, self.heads], dim=-1)
         conv_cache, ssm_cache, slot_R = self._seed(context_mixer, layout, xbc_TC)
-        filters_CK = self.conv1d.weight.squeeze(1)
-        conv_RSC = seeded_conv(layout.pad(xbc_TC), filters_CK, self.conv1d.bias, conv_cache, slot_R)
-        x, b, c = conv_RSC.split([self.inner, self.group_channels, self.group_channels], dim=-1)
-        y_RSHP = seeded_scan(
-            x.unflatten(-1, (self.heads, -1)),
-            layout.pad(dt_TH),
-            self.A,
-            b.unflatten(-1, (self.groups, -1)),
-            c.unflatten(-1, (self.groups, -1)),
-            self.D,
-            self.dt_bias,
-            ssm_cache,
-            slot_R,
-            out_dtype=gate_TC.dtype,
+        conv_inputs = ConvInputs(
+            x_RSC=layout.pad(xbc_TC),
+            weight_CK=self.conv1d.weight.squeeze(1),
+            bias_C=self.conv1d.bias,
+            cache_ZKC=conv_cache,
+            slot_R=slot_R,
         )
+        x, b, c = seeded_conv(conv_inputs).split([self.inner, self.group_channels, self.group_channels], dim=-1)
+        scan_inputs = ScanInputs(
+            x_RSHP=x.unflatten(-1, (self.heads, -1)),
+            dt_RSH=layout.pad(dt_TH),
+            a_H=self.A,
+            b_RSGN=b.unflatten(-1, (self.groups, -1)),
+            c_RSGN=c.unflatten(-1, (self.groups, -1)),
+            skip_H=self.D,
+            dt_bias_H=self.dt_bias,
+            state_ZHPN=ssm_cache,
+            slot_R=slot_R,
+        )
+        y_RSHP = seeded_scan(scan_inputs, out_dtype=gate_TC.dtype)
         out, _ = self.out_proj(self.norm(layout.unpad(y_RSHP.flatten(2)), gate_TC))
         return out
 
     def _seed(
         self, context_mixer: Any, layout: CanvasLayout, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The caches of conv inputs, [B, K - 1, C], and of SSM states, and each row's slot in them."""
+        """The caches of conv inputs, [Z, K - 1, C], and of SSM states, and each row's slot in them."""
         if not layout.mamba_slots:  # profile run: no cache yet
             kernel, head_dim, state = (
                 context_mixer.conv_kernel_size,
@@ -213,7 +220,7 @@ class DenoiserLayer(nn.Module):
         """[T, D] -> [T, D]."""
         weight_D, eps = self.norm.weight, self.norm.variance_epsilon
         if self.kind in "*M":
-            # trained with the norm fused into the projection, hence after the modulation (spec 3.3)
+            # trained with the norm fused into the projection, hence after the modulation (docs/model.md#denoiser-pass)
             out_TD = self.mixer(modulate_norm(hidden_TD, weight_D, eps, modulation), context_mixer, layout)
         else:
             out_TD = self.mixer(norm_modulate(hidden_TD, weight_D, eps, modulation))

@@ -1,4 +1,4 @@
-"""The released checkpoint's tensors: their names and shapes, from ``config.json`` alone (spec section 2).
+"""The released checkpoint's tensors: their names and shapes, from ``config.json`` alone (``docs/model.md``).
 
 Imports neither torch nor vLLM, so that ``vllm-twotower inspect`` can count a checkpoint before anything is loaded.
 """

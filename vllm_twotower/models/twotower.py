@@ -14,8 +14,8 @@ from vllm.model_executor.models.nemotron_h import NemotronHForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm.platforms import current_platform
 
-from vllm_twotower import compat
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
+from vllm_twotower.cpu.shims import running_on_cpu
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.models.denoiser_tower import LOGITS_TILE, DenoiserTower
 from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, check_weights
@@ -45,20 +45,12 @@ class TwoTowerForCausalLM(NemotronHForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", with_denoiser: bool = True) -> None:
         raise_recorded_problem()
-        with compat.portable_moe_layers(current_platform.is_cpu()):
+        with running_on_cpu(self, needed=current_platform.is_cpu()):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.adapt_to_platform()
         self.options = EngineOptions.from_additional_config(vllm_config.additional_config.get(CONFIG_KEY))
         self.denoiser: DenoiserTower | None = None
         if self.options is not None and with_denoiser:
             self.add_denoiser(vllm_config, prefix)
-
-    def adapt_to_platform(self) -> None:
-        """Put in place what vLLM lacks there, once the layers are built."""
-        if current_platform.is_cpu():
-            compat.disable_prefill_checkpoints(self.model.layers)
-            compat.use_torch_for_top_k_top_p()
-            compat.use_torch_for_runner_kernels()
 
     def add_denoiser(self, vllm_config: VllmConfig, prefix: str) -> None:
         """Build the denoiser tower."""

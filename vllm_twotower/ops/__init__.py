@@ -1,34 +1,35 @@
-"""The operations a denoise pass consists of: each with a plain reference, most with a Triton kernel and a C++ form.
+"""The operations a denoise pass consists of: each with a plain reference, most with a Triton kernel and one in C++.
 
 Torch and triton only, so all of it can be imported, tested and timed on a machine without vLLM; Triton is imported when
-a kernel first runs. ``backend.py`` says which form runs. No GPU has run a kernel yet: ``docs/kernels.md``.
+a kernel first runs. The functions here check their arguments and take the implementation that ``backend.py`` selects;
+implementations check only what they themselves cannot take. No GPU has run a kernel yet: ``docs/kernels.md``.
+
+Legend, for all ops: R rows (requests), S canvas positions, T tokens, N rows of logits, V vocabulary, D hidden, L noise
+    levels, 3: shift, scale, gate; Mamba: C = H*P + 2*G*N conv channels, K conv kernel, H heads, P head dim, G groups, N
+    state size, Z cache slots; E experts, I their width.
 """
 
 import torch
 
-from vllm_twotower.ops.adaln.reference import UNMODULATED, Modulation
-from vllm_twotower.ops.adaln.reference import gate_add as _gate_add_reference
-from vllm_twotower.ops.adaln.reference import modulate_norm as _modulate_norm_reference
-from vllm_twotower.ops.adaln.reference import norm_modulate as _norm_modulate_reference
-from vllm_twotower.ops.backend import Form, form_for
-from vllm_twotower.ops.canvas_sample.reference import Draw, Sample
-from vllm_twotower.ops.canvas_sample.reference import canvas_sample as _canvas_sample_reference
-from vllm_twotower.ops.mixture_of_experts.reference import Routing
-from vllm_twotower.ops.mixture_of_experts.reference import mixture_of_experts as _mixture_of_experts_reference
-from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed
-from vllm_twotower.ops.reveal.reference import reveal as _reveal_reference
-from vllm_twotower.ops.seeded_scan.reference import seeded_conv as _seeded_conv_reference
-from vllm_twotower.ops.seeded_scan.reference import seeded_scan as _seeded_scan_reference
+from vllm_twotower.ops.adaln.reference import UNMODULATED, Modulation, check_modulation, check_norm
+from vllm_twotower.ops.backend import implementation
+from vllm_twotower.ops.canvas_sample.reference import Draw, Sample, check_logits
+from vllm_twotower.ops.checks import check_tensor
+from vllm_twotower.ops.mixture_of_experts.reference import Routing, check_experts
+from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed, check_canvases
+from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs, check_conv, check_scan
 from vllm_twotower.ops.state_replay.reference import state_replay
 
 __all__ = [
     "UNMODULATED",
     "CanvasRules",
+    "ConvInputs",
     "Draw",
     "Modulation",
     "Revealed",
     "Routing",
     "Sample",
+    "ScanInputs",
     "canvas_sample",
     "gate_add",
     "mixture_of_experts",
@@ -42,7 +43,7 @@ __all__ = [
 
 
 def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None = None) -> Sample:
-    """Propose a token per row, and say how sure the denoiser is of it (spec 4.1, steps 3 to 5).
+    """Propose a token per row, and say how sure the denoiser is of it (``generate_mask_diffusion``).
 
     The proposal is the argmax of the logits or, for a row with a temperature, of logits / temperature + Gumbel noise.
     The kernel reads the logits once, in their own dtype; its random integers are those of ``decoding.noise``.
@@ -56,13 +57,8 @@ def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None
         ValueError: an argument has the wrong shape, dtype, device or range; the message names it.
 
     """
-    form = _canvas_sample_reference
-    match form_for(logits_NV):
-        case Form.TRITON:
-            from vllm_twotower.ops.canvas_sample.kernel import canvas_sample as form
-        case Form.CPP:
-            from vllm_twotower.cpu.ops.canvas_sample import canvas_sample as form
-    return form(logits_NV, mask_token_id, draw)
+    check_logits(logits_NV, mask_token_id, draw)
+    return implementation("canvas_sample", logits_NV)(logits_NV, mask_token_id, draw)
 
 
 def reveal(
@@ -73,7 +69,7 @@ def reveal(
     pass_index_R: torch.Tensor,
     rules: CanvasRules,
 ) -> Revealed:
-    """Write the surest proposals of a pass into their canvases (spec 4.1, steps 6 and 7).
+    """Write the surest proposals of a pass into their canvases (``generate_mask_diffusion``, number to commit).
 
     k = max(#(confidence > gamma), 1, ceil(masked / (T - pass))) positions of each row that has any masked, all of them
     in the last pass; ties go to the lowest position.
@@ -90,15 +86,14 @@ def reveal(
         ValueError: an argument has the wrong shape, dtype or device; the message names it.
 
     """
-    form = _reveal_reference
-    if form_for(token_RS) is Form.TRITON:
-        from vllm_twotower.ops.reveal.kernel import reveal as form
-    return form(token_RS, proposal_RS, confidence_RS, masked_RS, pass_index_R, rules)
+    canvases = (token_RS, proposal_RS, confidence_RS, masked_RS, pass_index_R, rules)
+    check_canvases(*canvases)
+    return implementation("reveal", token_RS)(*canvases)
 
 
 def modulate_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modulation: Modulation) -> torch.Tensor:
     """RMSNorm of x (1 + scale) + shift: the input of a Mamba or attention layer, whose norm was trained fused into the
-    projection after it (spec 3.3).
+    projection after it (``_run_denoiser_step_diffusion``).
 
     Args:
         x_TD: [T, D], the model's dtype: float32, bfloat16 or float16.
@@ -113,28 +108,20 @@ def modulate_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modula
         ValueError: an argument has the wrong shape, dtype or device; the message names it.
 
     """
-    form = _modulate_norm_reference
-    match form_for(x_TD):
-        case Form.TRITON:
-            from vllm_twotower.ops.adaln.kernel import modulate_norm as form
-        case Form.CPP:
-            from vllm_twotower.cpu.ops.adaln import modulate_norm as form
-    return form(x_TD, weight_D, eps, modulation)
+    check_modulation(x_TD, modulation)
+    check_norm(x_TD, weight_D, eps)
+    return implementation("modulate_norm", x_TD)(x_TD, weight_D, eps, modulation)
 
 
 def norm_modulate(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modulation: Modulation) -> torch.Tensor:
-    """RMSNorm(x) (1 + scale) + shift: the input of a MoE or MLP layer (spec 3.3); arguments as ``modulate_norm``."""
-    form = _norm_modulate_reference
-    match form_for(x_TD):
-        case Form.TRITON:
-            from vllm_twotower.ops.adaln.kernel import norm_modulate as form
-        case Form.CPP:
-            from vllm_twotower.cpu.ops.adaln import norm_modulate as form
-    return form(x_TD, weight_D, eps, modulation)
+    """RMSNorm(x) (1 + scale) + shift: the input of a MoE or MLP layer; otherwise as ``modulate_norm``."""
+    check_modulation(x_TD, modulation)
+    check_norm(x_TD, weight_D, eps)
+    return implementation("norm_modulate", x_TD)(x_TD, weight_D, eps, modulation)
 
 
 def gate_add(x_TD: torch.Tensor, residual_TD: torch.Tensor, modulation: Modulation) -> torch.Tensor:
-    """residual + gate x: the end of every layer (spec 3.3).
+    """residual + gate x: the end of every layer (``_run_denoiser_step_diffusion``).
 
     Args:
         x_TD: [T, D], what the layer's mixer returned.
@@ -148,97 +135,50 @@ def gate_add(x_TD: torch.Tensor, residual_TD: torch.Tensor, modulation: Modulati
         ValueError: an argument has the wrong shape, dtype or device; the message names it.
 
     """
-    form = _gate_add_reference
-    match form_for(x_TD):
-        case Form.TRITON:
-            from vllm_twotower.ops.adaln.kernel import gate_add as form
-        case Form.CPP:
-            from vllm_twotower.cpu.ops.adaln import gate_add as form
-    return form(x_TD, residual_TD, modulation)
+    check_modulation(x_TD, modulation)
+    check_tensor("residual_TD", residual_TD, tuple(x_TD.shape), (x_TD.dtype,), x_TD.device)
+    return implementation("gate_add", x_TD)(x_TD, residual_TD, modulation)
 
 
-def seeded_conv(
-    x_RWC: torch.Tensor,
-    weight_CK: torch.Tensor,
-    bias_C: torch.Tensor | None,
-    cache_BKC: torch.Tensor,
-    slot_R: torch.Tensor,
-) -> torch.Tensor:
-    """Depthwise causal convolution and SiLU, seeded with the K - 1 inputs before the canvas (spec 3.1, 3.3).
-
-    Args:
-        x_RWC: [R, W, C], W at most 32; float32, bfloat16 or float16, to which the other tensors are rounded.
-        weight_CK: one filter per channel, oldest tap first.
-        bias_C: or None.
-        cache_BKC: [B, K - 1, C], the context's newest inputs, oldest first; any strides, not written.
-        slot_R: int64, each row's slot in the cache; not checked on a device, so it must be a slot.
+def seeded_conv(inputs: ConvInputs) -> torch.Tensor:
+    """Depthwise causal convolution and SiLU, seeded with the K - 1 inputs before the canvas.
 
     Returns:
-        [R, W, C], dtype of ``x_RWC``.
+        [R, S, C], dtype of ``inputs.x_RSC``.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device; the message names it.
+        ValueError: a tensor has the wrong shape, dtype or device; the message names it.
 
     """
-    form = _seeded_conv_reference
-    match form_for(x_RWC):
-        case Form.TRITON:
-            from vllm_twotower.ops.seeded_scan.kernel import seeded_conv as form
-        case Form.CPP:
-            from vllm_twotower.cpu.ops.seeded_scan import seeded_conv as form
-    return form(x_RWC, weight_CK, bias_C, cache_BKC, slot_R)
+    check_conv(inputs)
+    return implementation("seeded_conv", inputs.x_RSC)(inputs)
 
 
-def seeded_scan(
-    x_RWHP: torch.Tensor,
-    dt_RWH: torch.Tensor,
-    a_H: torch.Tensor,
-    b_RWGN: torch.Tensor,
-    c_RWGN: torch.Tensor,
-    skip_H: torch.Tensor,
-    dt_bias_H: torch.Tensor,
-    state_BHPN: torch.Tensor,
-    slot_R: torch.Tensor,
-    out_dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """The Mamba-2 recurrence over a canvas, in closed form, all fp32 (Mamba-2 paper, section 6; spec 3.3).
+def seeded_scan(inputs: ScanInputs, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The Mamba-2 recurrence over a canvas, in closed form (Mamba-2 paper, section 6, state-space duality).
 
     h_t = exp(a dt_t) h_(t-1) + dt_t x_t b_t^T, y_t = h_t c_t + skip x_t, with dt = softplus(dt + dt_bias). fp32
-    throughout, because states of long contexts grow to thousands and a bf16 scan of them turns into NaN (spec, known
-    bug 2).
+    throughout, as in NVIDIA's code: states of long contexts grow to thousands, and a bf16 scan of them turns into NaN.
 
     Args:
-        x_RWHP: inputs, W at most 32.
-        dt_RWH: raw step sizes.
-        a_H: decay rates, negative.
-        b_RWGN: input projections; head h uses group h // (H / G).
-        c_RWGN: output projections.
-        skip_H: D of the paper.
-        dt_bias_H: added to dt before softplus.
-        state_BHPN: the cache, not written.
-        slot_R: int64, each row's slot in the cache; not checked on a device, so it must be a slot.
+        inputs: of the scan.
         out_dtype: what the fp32 result is rounded to.
 
     Returns:
-        [R, W, H, P] of ``out_dtype``.
+        [R, S, H, P] of ``out_dtype``.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device; the message names it.
+        ValueError: a tensor has the wrong shape, dtype or device; the message names it.
 
     """
-    form = _seeded_scan_reference
-    match form_for(x_RWHP):
-        case Form.TRITON:
-            from vllm_twotower.ops.seeded_scan.kernel import seeded_scan as form
-        case Form.CPP:
-            from vllm_twotower.cpu.ops.seeded_scan import seeded_scan as form
-    return form(x_RWHP, dt_RWH, a_H, b_RWGN, c_RWGN, skip_H, dt_bias_H, state_BHPN, slot_R, out_dtype)
+    check_scan(inputs)
+    return implementation("seeded_scan", inputs.x_RSHP)(inputs, out_dtype)
 
 
 def mixture_of_experts(
     x_TD: torch.Tensor, routing: Routing, up_EDI: torch.Tensor, down_EID: torch.Tensor
 ) -> torch.Tensor:
-    """Weighted sum of each token's experts, down(relu(up(x))^2) (reference: ``NemotronHMoE``, without the shared one).
+    """Weighted sum of each token's experts, down(relu(up(x))^2) (``NemotronHMoE``, without the shared one).
 
     Args:
         x_TD: tokens.
@@ -253,7 +193,5 @@ def mixture_of_experts(
         ValueError: an argument has the wrong shape, dtype, device or range; the message names it.
 
     """
-    form = _mixture_of_experts_reference
-    if form_for(x_TD) is Form.CPP:
-        from vllm_twotower.cpu.ops.mixture_of_experts import mixture_of_experts as form
-    return form(x_TD, routing, up_EDI, down_EID)
+    check_experts(x_TD, routing, up_EDI, down_EID)
+    return implementation("mixture_of_experts", x_TD)(x_TD, routing, up_EDI, down_EID)

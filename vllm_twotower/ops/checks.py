@@ -7,6 +7,9 @@ import torch
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INDEX = (torch.int64,)
 
+MAX_CANVAS = 32
+"""Positions of the widest canvas."""
+
 
 def check_tensor(
     name: str,
@@ -41,6 +44,17 @@ def check_tensor(
         raise ValueError(f"{name} is {tensor.dtype}, allowed: {', '.join(str(d) for d in dtypes)}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, wanted {device}, where the other arguments are")
+
+
+def check_canvas_width(name: str, tensor: torch.Tensor) -> None:
+    """Refuse canvases, [R, S, ...], that are wider than any canvas.
+
+    Raises:
+        ValueError: names the argument, what it is and what is allowed.
+
+    """
+    if not 1 <= tensor.shape[1] <= MAX_CANVAS:
+        raise ValueError(f"{name} has {tensor.shape[1]} positions per canvas, allowed: 1 to {MAX_CANVAS}")
 
 
 def check_unit_strides(**tensors: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Launch:
     """One kernel launch."""
 
@@ -18,10 +18,8 @@ class Launch:
     """The ``triton.jit`` function."""
     grid: tuple[int, ...]
     """Programs in each dimension."""
-    arguments: tuple[Any, ...]
-    """Tensors and numbers, in the kernel's order."""
-    constants: dict[str, Any]
-    """Compile-time arguments by name."""
+    arguments: dict[str, Any]
+    """Tensors, numbers and compile-time constants by the kernel's names."""
     num_warps: int
     """Warps per program."""
 
@@ -29,7 +27,7 @@ class Launch:
 _recording: list[Launch] | None = None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int, **arguments: Any) -> None:
     """Launch a kernel on the current stream; nothing happens where the grid is empty.
 
     Multiply and add stay two roundings (``enable_fp_fusion=False``), as in the references; the ops are bound by memory.
@@ -37,9 +35,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, 
     if 0 in grid:
         return
     if _recording is not None:
-        _recording.append(Launch(kernel, grid, arguments, constants, num_warps))
+        _recording.append(Launch(kernel=kernel, grid=grid, arguments=arguments, num_warps=num_warps))
         return
-    kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=False, **constants)
+    kernel[grid](num_warps=num_warps, enable_fp_fusion=False, **arguments)
 
 
 @contextmanager

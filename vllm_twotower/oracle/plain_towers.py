@@ -2,11 +2,11 @@
 ``tools/train_demo.py`` trains.
 
 Written for reading and differentiable throughout. Weights are a flat mapping in the released layout's names, so what is
-trained here is saved as it is. Source of every formula: spec sections 3.1 to 3.4, i.e.
-``modeling_nemotron_twotower.py`` over ``modeling_nemotron_h.py``.
+trained here is saved as it is. Source of every formula: ``modeling_nemotron_twotower.py`` over
+``modeling_nemotron_h.py``; in words, ``docs/model.md``.
 
-Legend: B batch, L tokens, D hidden, V vocabulary; Mamba: H heads, P head dim, G groups, N state, C = H*P + 2*G*N conv
-    channels, K conv kernel; attention: Q query heads, J KV heads, d head dim.
+Legend: B batch, L tokens, S canvas positions, D hidden, V vocabulary; Mamba: H heads, P head dim, G groups, N state,
+    C = H*P + 2*G*N conv channels, K conv kernel; attention: Q query heads, J KV heads, d head dim.
 """
 
 import math
@@ -40,6 +40,8 @@ class TowerShape:
     n_groups: int
     ssm_state_size: int
     conv_kernel: int
+    chunk_size: int = 128
+    """Tokens per chunk of the Mamba scan, whose work is quadratic in a chunk."""
     n_routed_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
@@ -56,7 +58,7 @@ class TowerShape:
 
 @dataclass
 class AttentionCache:
-    """Keys and values of one attention layer, [B, J, L, d]."""
+    """Of one attention layer."""
 
     keys_BJLd: torch.Tensor
     values_BJLd: torch.Tensor
@@ -137,9 +139,7 @@ class PlainTwoTower:
             shift, scale, gate = (
                 v[:, None] for v in (time_B3D + self.weights[f"scale_shift_tables.{index}"]).unbind(1)
             )
-            if (
-                kind in "*M"
-            ):  # the released weights were trained with the norm fused into the projection: modulate first
+            if kind in "*M":  # trained with the norm fused into the projection: modulate first
                 x_BSD = self.norm(f"{name}.norm", hidden_BSD * (1 + scale) + shift)
             else:
                 x_BSD = self.norm(f"{name}.norm", hidden_BSD) * (1 + scale) + shift
@@ -216,47 +216,34 @@ class PlainTwoTower:
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.shape.layer_norm_epsilon)
         return (x32 * self.weights[f"{name}.weight"].float()).to(x.dtype)
 
-    def attention_projections(self, name: str, x_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries [B, Q, L, d], keys and values [B, J, L, d]; there is no position encoding."""
-        w, d = self.weights, self.shape.head_dim
-        return tuple(
-            F.linear(x_BLD, w[f"{name}.mixer.{p}_proj.weight"]).unflatten(-1, (-1, d)).transpose(1, 2) for p in "qkv"
-        )
-
-    def attend(
-        self,
-        name: str,
-        q_BQLd: torch.Tensor,
-        k_BJMd: torch.Tensor,
-        v_BJMd: torch.Tensor,
-        visible: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Grouped-query attention and the output projection, [B, L, D]; ``visible`` is a bool mask [L, M] or None for
-        all."""
-        out = F.scaled_dot_product_attention(q_BQLd, k_BJMd, v_BJMd, attn_mask=visible, enable_gqa=True)
-        return F.linear(out.transpose(1, 2).flatten(2), self.weights[f"{name}.mixer.o_proj.weight"])
-
     def _attention(
         self, name: str, x_BLD: torch.Tensor, cache: AttentionCache | None, causal: bool
     ) -> tuple[torch.Tensor, AttentionCache]:
-        """Attend to the cache and to the new tokens, all of them or only those before each one."""
-        q, k, v = self.attention_projections(name, x_BLD)
+        """Grouped-query attention to the cache and to the new tokens, all of them or only those before each one; no
+        position encoding. Returns the output [B, L, D] and the longer cache."""
+        w, d = self.weights, self.shape.head_dim
+        q, k, v = (
+            F.linear(x_BLD, w[f"{name}.mixer.{p}_proj.weight"]).unflatten(-1, (-1, d)).transpose(1, 2) for p in "qkv"
+        )
         if cache is not None:
             k, v = torch.cat([cache.keys_BJLd, k], dim=2), torch.cat([cache.values_BJLd, v], dim=2)
         num_new, num_all = x_BLD.shape[1], k.shape[2]
         visible = None
         if causal:
             visible = torch.ones(num_new, num_all, dtype=torch.bool, device=q.device).tril(num_all - num_new)
-        return self.attend(name, q, k, v, visible), AttentionCache(k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+        return F.linear(out.transpose(1, 2).flatten(2), w[f"{name}.mixer.o_proj.weight"]), AttentionCache(k, v)
 
     def mamba(
         self, name: str, x_BLD: torch.Tensor, cache: MambaCache | None, chunk: int | None = None
     ) -> tuple[torch.Tensor, list[MambaCache]]:
-        """Mamba-2 over L tokens from a state; the state after every ``chunk`` tokens (only after the last by default).
+        """Mamba-2 over L tokens from a state, ``chunk`` tokens at a time (the shape's ``chunk_size`` by default).
 
-        Returns the output [B, L, D] and the states, of which the last is that after token L.
+        Returns the output [B, L, D] and the state after each chunk, of which the last is that after token L.
         """
         s, w, mixer = self.shape, self.weights, f"{name}.mixer"
+        length = x_BLD.shape[1]
+        chunk = min(chunk or s.chunk_size, length)
         inner, groups = s.mamba_num_heads * s.mamba_head_dim, s.n_groups * s.ssm_state_size
         z, xbc_BLC, dt = F.linear(x_BLD, w[f"{mixer}.in_proj.weight"]).split(
             [inner, inner + 2 * groups, s.mamba_num_heads], dim=-1
@@ -280,16 +267,16 @@ class PlainTwoTower:
             b.unflatten(-1, (s.n_groups, -1)),
             c.unflatten(-1, (s.n_groups, -1)),
             cache.ssm_BHPN.float(),
-            chunk or x_BLD.shape[1],
+            chunk,
         )
         y = y_BLHP + w[f"{mixer}.D"].float()[:, None] * x.unflatten(-1, (s.mamba_num_heads, -1))
         y = y.flatten(2).to(z.dtype).float() * F.silu(z.float())  # the gate comes before the norm
         y = y.unflatten(-1, (s.n_groups, -1))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + s.layer_norm_epsilon)
         y = (y.flatten(2) * w[f"{mixer}.norm.weight"].float()).to(z.dtype)
-        states, length = [], x_BLD.shape[1]
+        states = []
         for i, ssm in enumerate(ssm_states, start=1):
-            end = min(i * (chunk or length), length)
+            end = min(i * chunk, length)
             states.append(MambaCache(history_BC[:, end : end + s.conv_kernel - 1], ssm))
         return F.linear(y, w[f"{mixer}.out_proj.weight"]), states
 
@@ -367,21 +354,22 @@ def state_space_scan(
     repeat = heads // b_BLGN.shape[2]
     x, dt = chunked(x_BLHP), chunked(dt_BLH)
     b, c = (chunked(t).repeat_interleave(repeat, dim=3) for t in (b_BLGN, c_BLGN))
-    log_decay = (dt * a_H).cumsum(dim=2)  # [B, chunks, chunk, H]: from the chunk's start up to and including t
+    # [B, chunks, chunk, H]: from the chunk's start up to and including t; in fp64, for differences of large sums count
+    log_decay = (dt * a_H).double().cumsum(dim=2)
     # decay from token s (exclusive) to token t (inclusive), for s <= t; the difference is masked before exp, which
     # overflows
-    between = log_decay[:, :, :, None] - log_decay[:, :, None]
+    between = (log_decay[:, :, :, None] - log_decay[:, :, None]).float()
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()[:, :, None]
     weight = torch.where(causal, between, float("-inf")).exp()
     scores = torch.einsum("bnthk,bnshk->bntsh", c, b) * weight
     inside = torch.einsum("bntsh,bnsh,bnshp->bnthp", scores, dt, x)
-    to_end = (log_decay[:, :, -1:] - log_decay).exp() * dt
+    to_end = (log_decay[:, :, -1:] - log_decay).float().exp() * dt
     gained = torch.einsum("bnsh,bnshp,bnshk->bnhpk", to_end, x, b)
-    kept = log_decay[:, :, -1].exp()
+    kept = log_decay[:, :, -1].float().exp()
     before, states = [], []
     for i in range(x.shape[1]):
         before.append(state_BHPN)
         state_BHPN = state_BHPN * kept[:, i, :, None, None] + gained[:, i]
         states.append(state_BHPN)
-    carried = torch.einsum("bnthk,bnhpk->bnthp", c * log_decay.exp()[..., None], torch.stack(before, dim=1))
+    carried = torch.einsum("bnthk,bnhpk->bnthp", c * log_decay.float().exp()[..., None], torch.stack(before, dim=1))
     return (inside + carried).flatten(1, 2)[:, :length], states

@@ -93,13 +93,19 @@ def _positions_to_reveal(proposals: dict[int, tuple[int, float]], step: int, set
     return surest_first[: max(num_sure, num_due, 1)]
 
 
-def generate_greedy(first: torch.Tensor, step: Callable[[int], torch.Tensor], max_tokens: int) -> DecodingResult:
+def generate_greedy(
+    first: torch.Tensor, step: Callable[[int], torch.Tensor], max_tokens: int, mask_token_id: int | None = None
+) -> DecodingResult:
     """One token at a time, greedily: ``ar`` and ``mock_ar`` (reference: ``generate_ar``, ``generate_mock_ar``).
+
+    Here ``mock_ar`` never writes the mask id. NVIDIA's ``generate_mock_ar`` is a plain argmax and can; what it then
+    writes is no text.
 
     Args:
         first: float [V], logits of the first new token.
         step: new token -> logits [V] of the token after it.
         max_tokens: tokens to generate.
+        mask_token_id: never chosen, for ``mock_ar``; None for ``ar``, whose tower knows no mask.
 
     """
     logits = first
@@ -107,5 +113,7 @@ def generate_greedy(first: torch.Tensor, step: Callable[[int], torch.Tensor], ma
     while len(tokens) < max_tokens:
         if tokens:
             logits = step(tokens[-1])
+        if mask_token_id is not None:
+            logits = logits.index_fill(0, torch.tensor(mask_token_id, device=logits.device), float("-inf"))
         tokens.append(int(logits.argmax()))
     return DecodingResult(tuple(tokens), 0)

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_twotower.ops import seeded_conv, seeded_scan, state_replay
+from vllm_twotower.ops import ConvInputs, ScanInputs, seeded_conv, seeded_scan, state_replay
 from vllm_twotower.runtime.step import Step, VerifyRows
 
 NULL_BLOCK = 0
@@ -100,34 +100,36 @@ def _split_inputs(mixer: MambaMixer2, projected: torch.Tensor) -> tuple[torch.Te
     return xbc_UC, dt_UH
 
 
-def _convolve(mixer: MambaMixer2, verify: VerifyRows, xbc_UC: torch.Tensor) -> list[torch.Tensor]:
-    """Inputs of the scan: x [V, S, H, P], b and c [V, S, G, N]."""
-    conv_cache, _ = _caches(mixer)
+def _scan_inputs(mixer: MambaMixer2, verify: VerifyRows, xbc_UC: torch.Tensor, dt_UH: torch.Tensor) -> ScanInputs:
+    """What the scan over the rows reads, after the convolution."""
+    conv_cache, ssm_cache = _caches(mixer)
     slot_V = verify.layout.mamba_slots[mixer.prefix]
-    filters_CK = mixer.conv1d.weight.squeeze(1)
-    conv_VSC = seeded_conv(verify.layout.pad(xbc_UC), filters_CK, mixer.conv1d.bias, conv_cache, slot_V)
+    conv_inputs = ConvInputs(
+        x_RSC=verify.layout.pad(xbc_UC),
+        weight_CK=mixer.conv1d.weight.squeeze(1),
+        bias_C=mixer.conv1d.bias,
+        cache_ZKC=conv_cache,
+        slot_R=slot_V,
+    )
     groups = mixer.n_groups // mixer.tp_size
     inner, of_groups = mixer.tped_intermediate_size, groups * mixer.ssm_state_size
-    x, b, c = conv_VSC.split([inner, of_groups, of_groups], dim=-1)
-    return [x.unflatten(-1, (-1, mixer.head_dim)), b.unflatten(-1, (groups, -1)), c.unflatten(-1, (groups, -1))]
+    x, b, c = seeded_conv(conv_inputs).split([inner, of_groups, of_groups], dim=-1)
+    return ScanInputs(
+        x_RSHP=x.unflatten(-1, (-1, mixer.head_dim)),
+        dt_RSH=verify.layout.pad(dt_UH),
+        a_H=mixer.A,
+        b_RSGN=b.unflatten(-1, (groups, -1)),
+        c_RSGN=c.unflatten(-1, (groups, -1)),
+        skip_H=mixer.D,
+        dt_bias_H=mixer.dt_bias,
+        state_ZHPN=ssm_cache,
+        slot_R=slot_V,
+    )
 
 
 def _verify(mixer: MambaMixer2, verify: VerifyRows, projected: torch.Tensor, output: torch.Tensor) -> None:
     xbc_UC, dt_UH = verify.kept[mixer.prefix] = _split_inputs(mixer, projected[verify.token_U])
-    x, b, c = _convolve(mixer, verify, xbc_UC)
-    slot_V = verify.layout.mamba_slots[mixer.prefix]
-    y_VSHP = seeded_scan(
-        x,
-        verify.layout.pad(dt_UH),
-        mixer.A,
-        b,
-        c,
-        mixer.D,
-        mixer.dt_bias,
-        _caches(mixer)[1],
-        slot_V,
-        out_dtype=output.dtype,
-    )
+    y_VSHP = seeded_scan(_scan_inputs(mixer, verify, xbc_UC, dt_UH), out_dtype=output.dtype)
     output[verify.token_U] = verify.layout.unpad(y_VSHP.flatten(2))
 
 
@@ -144,18 +146,9 @@ def replay_states(layers: nn.ModuleList, verify: VerifyRows, num_tokens_V: torch
         mixer: Any = layer.mixer
         if hasattr(mixer, "ssm_state_size"):
             xbc_UC, dt_UH = verify.kept[mixer.prefix]
-            conv_cache, ssm_cache = _caches(mixer)
-            x, b, _ = _convolve(mixer, verify, xbc_UC)
-            slot_V = verify.layout.mamba_slots[mixer.prefix]
             state_replay(
+                _scan_inputs(mixer, verify, xbc_UC, dt_UH),
                 raw_RSC=verify.layout.pad(xbc_UC),
-                x_RSHP=x,
-                dt_RSH=verify.layout.pad(dt_UH),
-                a_H=mixer.A,
-                b_RSGN=b,
-                dt_bias_H=mixer.dt_bias,
+                conv_cache_ZKC=_caches(mixer)[0],
                 num_tokens_R=num_tokens_V,
-                conv_cache_BKC=conv_cache,
-                state_BHPN=ssm_cache,
-                slot_R=slot_V,
             )

@@ -7,9 +7,11 @@ import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import maybe_prefix
+from vllm.platforms import current_platform
 
 from vllm_twotower import compat
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
+from vllm_twotower.cpu.shims import running_on_cpu
 from vllm_twotower.models.twotower import TwoTowerForCausalLM
 from vllm_twotower.split.context_mirror import ContextMirror
 from vllm_twotower.split.link import ContextHandover
@@ -24,8 +26,8 @@ class SplitTwoTowerForCausalLM(TwoTowerForCausalLM):
         if placement.has_context:
             super().__init__(vllm_config=vllm_config, prefix=prefix, with_denoiser=False)
         else:
-            self._mirror_context(vllm_config, prefix)
-            self.adapt_to_platform()
+            with running_on_cpu(self, needed=current_platform.is_cpu()):
+                self._mirror_context(vllm_config, prefix)
             self.options = EngineOptions.from_additional_config(vllm_config.additional_config[CONFIG_KEY])
             self.add_denoiser(vllm_config, prefix)
         self.placement = placement

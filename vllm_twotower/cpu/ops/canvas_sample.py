@@ -4,12 +4,11 @@ import torch
 
 from vllm_twotower.cpu.library import are_fp32, function
 from vllm_twotower.ops.canvas_sample import reference
-from vllm_twotower.ops.canvas_sample.reference import Draw, Sample, check_arguments
+from vllm_twotower.ops.canvas_sample.reference import Draw, Sample
 
 
 def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None = None) -> Sample:
     """See ``vllm_twotower.ops.canvas_sample``."""
-    check_arguments(logits_NV, mask_token_id, draw)
     if draw is not None or not are_fp32(logits_NV):
         return reference.canvas_sample(logits_NV, mask_token_id, draw)
     logits_NV = logits_NV.contiguous()

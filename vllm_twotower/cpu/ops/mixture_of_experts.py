@@ -4,9 +4,9 @@ import ctypes
 
 import torch
 
-from vllm_twotower.cpu.library import Router, are_fp32, function
+from vllm_twotower.cpu.library import RouterStruct, are_fp32, function
 from vllm_twotower.ops.mixture_of_experts import reference
-from vllm_twotower.ops.mixture_of_experts.reference import Routing, check_experts
+from vllm_twotower.ops.mixture_of_experts.reference import Routing
 
 
 def mixture_of_experts(
@@ -16,10 +16,9 @@ def mixture_of_experts(
     weights = (routing.weight_ED, routing.bias_E, up_EDI, down_EID)
     if not (are_fp32(x_TD, *weights) and all(w.is_contiguous() for w in weights)):
         return reference.mixture_of_experts(x_TD, routing, up_EDI, down_EID)
-    check_experts(x_TD, routing, up_EDI, down_EID)
     x_TD = x_TD.contiguous()
     out_TD = torch.empty_like(x_TD)
-    router = Router(
+    router = RouterStruct(
         routing.weight_ED.data_ptr(), routing.bias_E.data_ptr(), routing.top_k, routing.normalise, routing.scaling
     )
     num_experts, _, width = up_EDI.shape

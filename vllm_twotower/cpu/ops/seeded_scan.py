@@ -4,81 +4,66 @@ import ctypes
 
 import torch
 
-from vllm_twotower.cpu.library import ConvInputs, ScanInputs, are_fp32, function
+from vllm_twotower.cpu.library import ConvStruct, ScanStruct, are_fp32, function
 from vllm_twotower.ops.seeded_scan import reference
-from vllm_twotower.ops.seeded_scan.reference import check_conv, check_scan
+from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs
 
 
-def _lies_together(tensor: torch.Tensor, dims: int) -> bool:
-    """Whether the last ``dims`` dimensions are contiguous; the ones before may have any strides."""
+def _dense(tensor: torch.Tensor, dims: int) -> torch.Tensor:
+    """The tensor, copied if its last ``dims`` dimensions do not lie together; those before may have any strides."""
+    return tensor if _is_dense(tensor, dims) else tensor.contiguous()
+
+
+def _is_dense(tensor: torch.Tensor, dims: int) -> bool:
     return tensor[(0,) * (tensor.dim() - dims)].is_contiguous() if tensor.numel() else True
 
 
-def seeded_conv(
-    x_RWC: torch.Tensor,
-    weight_CK: torch.Tensor,
-    bias_C: torch.Tensor | None,
-    cache_BKC: torch.Tensor,
-    slot_R: torch.Tensor,
-) -> torch.Tensor:
+def _dense_slots(cache: torch.Tensor, slot_R: torch.Tensor, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A cache and the rows' slots in it; of one whose slots do not lie together only the rows' are copied."""
+    if _is_dense(cache, dims):
+        return cache, slot_R.contiguous()
+    return cache[slot_R].contiguous(), torch.arange(len(slot_R))
+
+
+def seeded_conv(inputs: ConvInputs) -> torch.Tensor:
     """See ``vllm_twotower.ops.seeded_conv``."""
-    if not (are_fp32(x_RWC, weight_CK, bias_C, cache_BKC) and x_RWC.dim() == cache_BKC.dim() == 3):
-        return reference.seeded_conv(x_RWC, weight_CK, bias_C, cache_BKC, slot_R)
-    check_conv(x_RWC, weight_CK, bias_C, cache_BKC, slot_R)
-    x_RWC = x_RWC if _lies_together(x_RWC, 1) else x_RWC.contiguous()
-    if not _lies_together(cache_BKC, 1):  # channels first: only the rows' slots are copied
-        cache_BKC, slot_R = cache_BKC[slot_R].contiguous(), torch.arange(len(slot_R))
-    rows, width, channels = x_RWC.shape
-    weight_KC, slot_R = weight_CK.T.contiguous(), slot_R.contiguous()
-    bias_C = None if bias_C is None else bias_C.contiguous()
-    inputs = ConvInputs(
-        x_RWC.data_ptr(),
-        *x_RWC.stride()[:2],
+    if not are_fp32(inputs.x_RSC, inputs.weight_CK, inputs.bias_C, inputs.cache_ZKC):
+        return reference.seeded_conv(inputs)
+    x_RSC = _dense(inputs.x_RSC, 1)
+    cache_ZKC, slot_R = _dense_slots(inputs.cache_ZKC, inputs.slot_R, 1)
+    weight_KC = inputs.weight_CK.T.contiguous()
+    bias_C = None if inputs.bias_C is None else inputs.bias_C.contiguous()
+    struct = ConvStruct(
+        x_RSC.data_ptr(),
+        *x_RSC.stride()[:2],
         weight_KC.data_ptr(),
         None if bias_C is None else bias_C.data_ptr(),
-        cache_BKC.data_ptr(),
-        *cache_BKC.stride()[:2],
+        cache_ZKC.data_ptr(),
+        *cache_ZKC.stride()[:2],
         slot_R.data_ptr(),
     )
-    out_RWC = torch.empty(rows, width, channels)
-    function("seeded_conv")(out_RWC.data_ptr(), ctypes.byref(inputs), rows, width, channels, weight_CK.shape[1])
-    return out_RWC
+    out_RSC = torch.empty(x_RSC.shape)
+    function("seeded_conv")(out_RSC.data_ptr(), ctypes.byref(struct), *x_RSC.shape, weight_KC.shape[0])
+    return out_RSC
 
 
-def seeded_scan(
-    x_RWHP: torch.Tensor,
-    dt_RWH: torch.Tensor,
-    a_H: torch.Tensor,
-    b_RWGN: torch.Tensor,
-    c_RWGN: torch.Tensor,
-    skip_H: torch.Tensor,
-    dt_bias_H: torch.Tensor,
-    state_BHPN: torch.Tensor,
-    slot_R: torch.Tensor,
-    out_dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
+def seeded_scan(inputs: ScanInputs, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """See ``vllm_twotower.ops.seeded_scan``."""
-    arguments = (x_RWHP, dt_RWH, a_H, b_RWGN, c_RWGN, skip_H, dt_bias_H, state_BHPN)
-    if not are_fp32(*arguments):
-        return reference.seeded_scan(*arguments, slot_R, out_dtype)
-    check_scan(x_RWHP, dt_RWH, (a_H, skip_H, dt_bias_H), b_RWGN, c_RWGN, state_BHPN, slot_R)
-    x, b, c = (t if _lies_together(t, 2) else t.contiguous() for t in (x_RWHP, b_RWGN, c_RWGN))
-    dt = dt_RWH if _lies_together(dt_RWH, 1) else dt_RWH.contiguous()
-    if not _lies_together(state_BHPN, 3):
-        state_BHPN, slot_R = state_BHPN[slot_R].contiguous(), torch.arange(len(slot_R))
-    vectors = [v.contiguous() for v in (a_H, skip_H, dt_bias_H)]
-    slot_R = slot_R.contiguous()
-    inputs = ScanInputs(
+    vectors = [inputs.a_H, inputs.skip_H, inputs.dt_bias_H]
+    if not are_fp32(inputs.x_RSHP, inputs.dt_RSH, inputs.b_RSGN, inputs.c_RSGN, inputs.state_ZHPN, *vectors):
+        return reference.seeded_scan(inputs, out_dtype)
+    x, dt = _dense(inputs.x_RSHP, 2), _dense(inputs.dt_RSH, 1)
+    b, c = _dense(inputs.b_RSGN, 2), _dense(inputs.c_RSGN, 2)
+    state_ZHPN, slot_R = _dense_slots(inputs.state_ZHPN, inputs.slot_R, 3)
+    vectors = [v.contiguous() for v in vectors]
+    struct = ScanStruct(
         *(t.data_ptr() for t in (x, dt, b, c)),
         *(stride for t in (x, dt, b, c) for stride in t.stride()[:2]),
         *(v.data_ptr() for v in vectors),
-        state_BHPN.data_ptr(),
-        state_BHPN.stride(0),
+        state_ZHPN.data_ptr(),
+        state_ZHPN.stride(0),
         slot_R.data_ptr(),
     )
-    out_RWHP = torch.empty(x.shape)
-    rows, width, heads, head_dim = x.shape
-    function("seeded_scan")(
-        out_RWHP.data_ptr(), ctypes.byref(inputs), rows, width, heads, head_dim, b.shape[2], b.shape[3]
-    )
-    return out_RWHP.to(out_dtype)
+    out_RSHP = torch.empty(x.shape)
+    function("seeded_scan")(out_RSHP.data_ptr(), ctypes.byref(struct), *x.shape, *b.shape[2:])
+    return out_RSHP.to(out_dtype)

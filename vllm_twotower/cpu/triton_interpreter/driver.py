@@ -44,19 +44,11 @@ class InterpreterDriver(DriverBase):
 
         return torch.device("cpu")
 
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        """Never reached under the interpreter."""
-        raise NotImplementedError(_MESSAGE)
+    def _never(self, *args: Any) -> Any:
+        """Not reached under the interpreter."""
+        raise NotImplementedError(MESSAGE)
 
-    def get_current_target(self) -> Any:
-        """Never reached under the interpreter."""
-        raise NotImplementedError(_MESSAGE)
-
-    def get_benchmarker(self) -> Any:
-        """Never reached under the interpreter."""
-        raise NotImplementedError(_MESSAGE)
+    map_python_to_cpp_type = get_current_target = get_benchmarker = _never
 
 
-_MESSAGE = (
-    "the cpu Triton backend of vllm-twotower only interprets kernels: set TRITON_INTERPRET=1 before Python starts"
-)
+MESSAGE = "the cpu Triton backend of vllm-twotower only interprets kernels: set TRITON_INTERPRET=1 before Python starts"

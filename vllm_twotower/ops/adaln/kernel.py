@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_twotower.ops.adaln.reference import Modulation, check_modulation, check_norm, check_residual
+from vllm_twotower.ops.adaln.reference import Modulation
 from vllm_twotower.ops.checks import check_unit_strides
 from vllm_twotower.ops.launch import launch
 
@@ -111,52 +111,46 @@ def _gate_add(
     tl.store(out_ptr + token * hidden + column, residual + (gate * x).to(dtype).to(tl.float32), mask=inside)
 
 
-def _run(
-    kernel: Any, inputs: tuple[torch.Tensor, ...], modulation: Modulation, numbers: tuple, **constants: Any
-) -> Any:
-    """Launch one program per token over ``inputs``, whose first is x."""
-    num_tokens, hidden = inputs[0].shape
+def _run(kernel: Any, x_TD: torch.Tensor, modulation: Modulation, **own: Any) -> torch.Tensor:
+    """Launch one program per token; ``own`` is what the two kernels do not share."""
+    num_tokens, hidden = x_TD.shape
     if hidden > MAX_HIDDEN:
         raise ValueError(f"x_TD has {hidden} columns, the kernel takes at most {MAX_HIDDEN}: use the reference")
-    vectors = (modulation.vector_L3D, modulation.table_3D, modulation.level_R, modulation.row_T)
-    out_TD = torch.empty(num_tokens, hidden, dtype=inputs[0].dtype, device=inputs[0].device)
+    check_unit_strides(x_TD=x_TD)
+    out_TD = torch.empty(num_tokens, hidden, dtype=x_TD.dtype, device=x_TD.device)
     block = triton.next_power_of_2(hidden)
     launch(
         kernel,
         (num_tokens,),
-        *inputs,
-        *(tensor.contiguous() for tensor in vectors),
-        out_TD,
-        *numbers,
-        **constants,
+        x_ptr=x_TD,
+        vector_ptr=modulation.vector_L3D.contiguous(),
+        table_ptr=modulation.table_3D.contiguous(),
+        level_ptr=modulation.level_R.contiguous(),
+        row_ptr=modulation.row_T.contiguous(),
+        out_ptr=out_TD,
+        x_stride=x_TD.stride(0),
+        hidden=hidden,
         BLOCK_D=block,
         num_warps=min(8, max(1, block // 512)),
+        **own,
     )
     return out_TD
 
 
 def modulate_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modulation: Modulation) -> torch.Tensor:
     """See ``vllm_twotower.ops.modulate_norm``."""
-    check_modulation(x_TD, modulation)
-    check_norm(x_TD, weight_D, eps)
-    check_unit_strides(x_TD=x_TD)
-    numbers = (x_TD.stride(0), x_TD.shape[1], eps)
-    return _run(_norm_and_modulate, (x_TD, weight_D.contiguous()), modulation, numbers, MODULATE_FIRST=True)
+    own = {"weight_ptr": weight_D.contiguous(), "eps": eps, "MODULATE_FIRST": True}
+    return _run(_norm_and_modulate, x_TD, modulation, **own)
 
 
 def norm_modulate(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modulation: Modulation) -> torch.Tensor:
     """See ``vllm_twotower.ops.norm_modulate``."""
-    check_modulation(x_TD, modulation)
-    check_norm(x_TD, weight_D, eps)
-    check_unit_strides(x_TD=x_TD)
-    numbers = (x_TD.stride(0), x_TD.shape[1], eps)
-    return _run(_norm_and_modulate, (x_TD, weight_D.contiguous()), modulation, numbers, MODULATE_FIRST=False)
+    own = {"weight_ptr": weight_D.contiguous(), "eps": eps, "MODULATE_FIRST": False}
+    return _run(_norm_and_modulate, x_TD, modulation, **own)
 
 
 def gate_add(x_TD: torch.Tensor, residual_TD: torch.Tensor, modulation: Modulation) -> torch.Tensor:
     """See ``vllm_twotower.ops.gate_add``."""
-    check_modulation(x_TD, modulation)
-    check_residual(x_TD, residual_TD)
-    check_unit_strides(x_TD=x_TD, residual_TD=residual_TD)
-    numbers = (x_TD.stride(0), residual_TD.stride(0), x_TD.shape[1])
-    return _run(_gate_add, (x_TD, residual_TD), modulation, numbers)
+    check_unit_strides(residual_TD=residual_TD)
+    own = {"residual_ptr": residual_TD, "residual_stride": residual_TD.stride(0)}
+    return _run(_gate_add, x_TD, modulation, **own)

@@ -1,4 +1,4 @@
-"""Modulation, norm and gate of a denoiser layer, plainly and with every rounding of NVIDIA's code (spec 3.1 to 3.3).
+"""Modulation, norm and gate of a denoiser layer, plainly and with every rounding of NVIDIA's code.
 
 A canvas has finitely many noise levels, so what all layers share is a table with a row per level; a layer adds its own
 table of three vectors. Both are looked up per token and nothing per token is computed beforehand.
@@ -39,12 +39,7 @@ class Modulation:
 
 
 def check_modulation(x_TD: torch.Tensor, modulation: Modulation) -> None:
-    """Refuse a modulation that does not fit the tokens.
-
-    Raises:
-        ValueError: names the argument, what it is and what is allowed.
-
-    """
+    """Refuse a modulation that does not fit the tokens: a ``ValueError`` that names it."""
     check_tensor("x_TD", x_TD, ("T", "D"), FLOATS)
     num_tokens, hidden = x_TD.shape
     dtype = (x_TD.dtype,)
@@ -55,19 +50,14 @@ def check_modulation(x_TD: torch.Tensor, modulation: Modulation) -> None:
 
 
 def check_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> None:
-    """Refuse what is no weight or epsilon of a norm over x.
-
-    Raises:
-        ValueError: names the argument, what it is and what is allowed.
-
-    """
+    """Refuse what is no weight or epsilon of a norm over x: a ``ValueError`` that names it."""
     check_tensor("weight_D", weight_D, (x_TD.shape[1],), FLOATS, x_TD.device)
     if not eps >= 0:
         raise ValueError(f"eps={eps}: must be 0 or more")
 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, fp32 inside and rounded once (reference: ``NemotronHRMSNorm``)."""
+    """x / sqrt(mean(x^2) + eps) * weight, fp32 inside and rounded once (``NemotronHRMSNorm``)."""
     x = x_TD.float()
     x = x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps)
     return (weight_D.float() * x).to(x_TD.dtype)
@@ -80,30 +70,14 @@ def modulate(x_TD: torch.Tensor, modulation: Modulation) -> torch.Tensor:
 
 def modulate_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modulation: Modulation) -> torch.Tensor:
     """See ``vllm_twotower.ops.modulate_norm``."""
-    check_modulation(x_TD, modulation)
-    check_norm(x_TD, weight_D, eps)
     return rms_norm(modulate(x_TD, modulation), weight_D, eps)
 
 
 def norm_modulate(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modulation: Modulation) -> torch.Tensor:
     """See ``vllm_twotower.ops.norm_modulate``."""
-    check_modulation(x_TD, modulation)
-    check_norm(x_TD, weight_D, eps)
     return modulate(rms_norm(x_TD, weight_D, eps), modulation)
 
 
 def gate_add(x_TD: torch.Tensor, residual_TD: torch.Tensor, modulation: Modulation) -> torch.Tensor:
     """See ``vllm_twotower.ops.gate_add``."""
-    check_modulation(x_TD, modulation)
-    check_residual(x_TD, residual_TD)
     return residual_TD + modulation.of_tokens(GATE) * x_TD
-
-
-def check_residual(x_TD: torch.Tensor, residual_TD: torch.Tensor) -> None:
-    """Refuse what is no residual of x.
-
-    Raises:
-        ValueError: names the argument, what it is and what is allowed.
-
-    """
-    check_tensor("residual_TD", residual_TD, tuple(x_TD.shape), (x_TD.dtype,), x_TD.device)

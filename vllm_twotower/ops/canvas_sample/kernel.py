@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_twotower.ops.canvas_sample.reference import Draw, Sample, check_arguments
+from vllm_twotower.ops.canvas_sample.reference import Draw, Sample
 from vllm_twotower.ops.checks import check_unit_strides
 from vllm_twotower.ops.launch import launch
 
@@ -97,7 +97,7 @@ def _draw_piece(
     peak_ptr,
     # written, [N, C]: float32, int32
     score_ptr,
-    token_ptr,
+    drawn_ptr,
     # sizes
     row_stride,
     vocab_size,
@@ -139,7 +139,7 @@ def _draw_piece(
     piece_best = tl.max(best, 0)
     out = row * num_pieces + piece
     tl.store(score_ptr + out, piece_best)
-    tl.store(token_ptr + out, _first(best == piece_best, token))
+    tl.store(drawn_ptr + out, _first(best == piece_best, token))
 
 
 @triton.jit
@@ -189,48 +189,56 @@ def _join_pieces(
 
 def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None = None) -> Sample:
     """See ``vllm_twotower.ops.canvas_sample``."""
-    check_arguments(logits_NV, mask_token_id, draw)
     check_unit_strides(logits_NV=logits_NV)
     num_rows, vocab_size = logits_NV.shape
     columns = min(COLUMNS_PER_PIECE, max(BLOCK, triton.next_power_of_2(vocab_size)))
     num_pieces = triton.cdiv(vocab_size, columns)
-    device = logits_NV.device
-    # an allocation each: Triton compiles another kernel for a pointer that is not aligned, as a slice's may be
-    peak_NC, total_NC, score_NC = (
-        torch.empty(num_rows, num_pieces, dtype=torch.float32, device=device) for _ in range(3)
-    )
-    token_NC, drawn_NC = (torch.empty(num_rows, num_pieces, dtype=torch.int32, device=device) for _ in range(2))
-    sizes = (logits_NV.stride(0), vocab_size, mask_token_id)
-    blocks = {"COLUMNS": columns, "num_warps": PIECE_WARPS}
-    launch(_read_piece, (num_rows, num_pieces), logits_NV, peak_NC, token_NC, total_NC, *sizes, **blocks)
-    pieces_block = triton.next_power_of_2(num_pieces)
-    drawn: tuple[torch.Tensor | None, ...] = (None, None, None)
+
+    def written(dtype: torch.dtype, *more: int) -> torch.Tensor:
+        # an allocation each: Triton compiles another kernel for a pointer that is not aligned, as a slice's may be
+        return torch.empty(num_rows, *more, dtype=dtype, device=logits_NV.device)
+
+    logits = {"logits_ptr": logits_NV, "row_stride": logits_NV.stride(0), "mask_token_id": mask_token_id}
+    pieces = {"num_pieces": num_pieces, "BLOCK_C": triton.next_power_of_2(num_pieces)}
+    read = {
+        "peak_ptr": written(torch.float32, num_pieces),
+        "token_ptr": written(torch.int32, num_pieces),
+        "total_ptr": written(torch.float32, num_pieces),
+    }
+    grid = (num_rows, num_pieces)
+    launch(_read_piece, grid, **logits, **read, vocab_size=vocab_size, COLUMNS=columns, num_warps=PIECE_WARPS)
+    drawn: dict[str, torch.Tensor | None] = dict.fromkeys(("temperature_ptr", "score_ptr", "drawn_ptr"))
     if draw is not None:
-        keys = (draw.temperature_N, draw.seed_N, draw.position_N, draw.pass_index_N)
-        drawn = (keys[0].contiguous(), score_NC, drawn_NC)
+        drawn["temperature_ptr"] = draw.temperature_N.contiguous()
+        drawn["score_ptr"] = written(torch.float32, num_pieces)
+        drawn["drawn_ptr"] = written(torch.int32, num_pieces)
         launch(
             _draw_piece,
-            (num_rows, num_pieces),
-            logits_NV,
-            *(key.contiguous() for key in keys),
-            *(peak_NC, score_NC, drawn_NC),
-            *sizes,
-            num_pieces,
+            grid,
+            **logits,
+            **pieces,
+            **drawn,
+            seed_ptr=draw.seed_N.contiguous(),
+            position_ptr=draw.position_N.contiguous(),
+            pass_index_ptr=draw.pass_index_N.contiguous(),
+            peak_ptr=read["peak_ptr"],
+            vocab_size=vocab_size,
             COLUMNS=columns,
             BLOCK=BLOCK,
-            BLOCK_C=pieces_block,
             num_warps=4,
         )
-    token_N = torch.empty(num_rows, dtype=torch.int64, device=device)
-    confidence_N, log_total_N = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2))
+    result = Sample(written(torch.int64), written(torch.float32), written(torch.float32))
     launch(
         _join_pieces,
         (num_rows,),
-        *(logits_NV, peak_NC, token_NC, total_NC, *drawn),
-        *(token_N, confidence_N, log_total_N),
-        *(logits_NV.stride(0), mask_token_id, num_pieces),
+        **logits,
+        **pieces,
+        **read,
+        **drawn,
+        out_token_ptr=result.token_N,
+        confidence_ptr=result.confidence_N,
+        log_total_ptr=result.log_total_N,
         IS_RANDOM=draw is not None,
-        BLOCK_C=pieces_block,
         num_warps=1,
     )
-    return Sample(token_N, confidence_N, log_total_N)
+    return result

@@ -45,13 +45,8 @@ class Sample:
     """float32 [N], log-sum-exp of the logits without the mask id."""
 
 
-def check_arguments(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None) -> None:
-    """Refuse what neither form of the op can work with.
-
-    Raises:
-        ValueError: names the argument, what it is and what is allowed.
-
-    """
+def check_logits(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None) -> None:
+    """Refuse logits, a mask id or a draw that do not fit together: a ``ValueError`` that names it."""
     check_tensor("logits_NV", logits_NV, ("N", "V"), FLOATS)
     num_rows, vocab_size = logits_NV.shape
     if not 0 <= mask_token_id < vocab_size:
@@ -64,7 +59,6 @@ def check_arguments(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | No
 
 def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None = None) -> Sample:
     """See ``vllm_twotower.ops.canvas_sample``; the same as ``decoding.unmask.propose`` (a test holds that)."""
-    check_arguments(logits_NV, mask_token_id, draw)
     logits_NV = logits_NV.float()
     logits_NV[:, mask_token_id] = float("-inf")
     token_N = logits_NV.argmax(dim=-1)

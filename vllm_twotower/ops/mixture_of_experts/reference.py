@@ -13,7 +13,7 @@ from vllm_twotower.ops.checks import FLOATS, check_tensor
 
 @dataclass(frozen=True)
 class Routing:
-    """How experts are chosen and weighed (reference: ``NemotronHTopkRouter``, one group)."""
+    """How experts are chosen and weighed (``NemotronHTopkRouter``, one group)."""
 
     weight_ED: torch.Tensor
     """The router's."""
@@ -28,12 +28,7 @@ class Routing:
 
 
 def check_experts(x_TD: torch.Tensor, routing: Routing, up_EDI: torch.Tensor, down_EID: torch.Tensor) -> None:
-    """Refuse what neither form of the op can work with.
-
-    Raises:
-        ValueError: names the argument, what it is and what is allowed.
-
-    """
+    """Refuse experts or a routing that do not fit the tokens: a ``ValueError`` that names it."""
     check_tensor("x_TD", x_TD, ("T", "D"), FLOATS)
     hidden = x_TD.shape[1]
     check_tensor("up_EDI", up_EDI, ("E", hidden, "I"), FLOATS, x_TD.device)
@@ -59,7 +54,6 @@ def mixture_of_experts(
     x_TD: torch.Tensor, routing: Routing, up_EDI: torch.Tensor, down_EID: torch.Tensor
 ) -> torch.Tensor:
     """See ``vllm_twotower.ops.mixture_of_experts``."""
-    check_experts(x_TD, routing, up_EDI, down_EID)
     chosen_Tk, weight_Tk = route(x_TD, routing)
     out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     for expert in chosen_Tk.unique().tolist():

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from vllm_twotower.ops.launch import launch
-from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed, check_arguments
+from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed
 
 
 @triton.jit
@@ -79,10 +79,7 @@ def reveal(
     rules: CanvasRules,
 ) -> Revealed:
     """See ``vllm_twotower.ops.reveal``."""
-    check_arguments(token_RS, proposal_RS, confidence_RS, masked_RS, pass_index_R, rules)
     num_rows, width = token_RS.shape
-    inputs = (token_RS, proposal_RS, confidence_RS, masked_RS, pass_index_R)
-    settings = (rules.width_R, rules.threshold_R, rules.max_steps_R)
     out_RS = torch.empty_like(token_RS, memory_format=torch.contiguous_format)
     out_masked_RS = torch.empty(num_rows, width, dtype=torch.bool, device=token_RS.device)
     # an allocation each: Triton compiles another kernel for a pointer that is not aligned, as a slice's may be
@@ -90,13 +87,20 @@ def reveal(
     launch(
         _reveal,
         (num_rows,),
-        *(tensor.contiguous() for tensor in (*inputs, *settings)),
-        out_RS,
-        out_masked_RS,
-        num_masked_R,
-        level_R,
-        out_pass_index_R,
-        width,
+        token_ptr=token_RS.contiguous(),
+        proposal_ptr=proposal_RS.contiguous(),
+        confidence_ptr=confidence_RS.contiguous(),
+        masked_ptr=masked_RS.contiguous(),
+        pass_index_ptr=pass_index_R.contiguous(),
+        width_ptr=rules.width_R.contiguous(),
+        threshold_ptr=rules.threshold_R.contiguous(),
+        max_steps_ptr=rules.max_steps_R.contiguous(),
+        out_token_ptr=out_RS,
+        out_masked_ptr=out_masked_RS,
+        num_masked_ptr=num_masked_R,
+        level_ptr=level_R,
+        out_pass_index_ptr=out_pass_index_R,
+        width=width,
         BLOCK_S=triton.next_power_of_2(width),
         num_warps=1,
     )

@@ -9,10 +9,7 @@ import torch
 
 from vllm_twotower.decoding import unmask
 from vllm_twotower.decoding.noise_level import level_index
-from vllm_twotower.ops.checks import INDEX, check_tensor
-
-MAX_WIDTH = 32
-"""Widest canvas."""
+from vllm_twotower.ops.checks import INDEX, check_canvas_width, check_tensor
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Revealed:
     """int64 [R], one more for each row that had anything masked."""
 
 
-def check_arguments(
+def check_canvases(
     token_RS: torch.Tensor,
     proposal_RS: torch.Tensor,
     confidence_RS: torch.Tensor,
@@ -51,16 +48,10 @@ def check_arguments(
     pass_index_R: torch.Tensor,
     rules: CanvasRules,
 ) -> None:
-    """Refuse what neither form of the op can work with.
-
-    Raises:
-        ValueError: names the argument, what it is and what is allowed.
-
-    """
+    """Refuse canvases, proposals or rules that do not fit together: a ``ValueError`` that names it."""
     check_tensor("token_RS", token_RS, ("R", "S"), INDEX)
+    check_canvas_width("token_RS", token_RS)
     num_rows, width = token_RS.shape
-    if not 1 <= width <= MAX_WIDTH:
-        raise ValueError(f"token_RS has {width} positions per canvas, allowed: 1 to {MAX_WIDTH}")
     device = token_RS.device
     check_tensor("proposal_RS", proposal_RS, (num_rows, width), INDEX, device)
     check_tensor("confidence_RS", confidence_RS, (num_rows, width), (torch.float32,), device)
@@ -80,9 +71,8 @@ def reveal(
     rules: CanvasRules,
 ) -> Revealed:
     """See ``vllm_twotower.ops.reveal``."""
-    check_arguments(token_RS, proposal_RS, confidence_RS, masked_RS, pass_index_R, rules)
     k_R = unmask.num_to_reveal(confidence_RS, masked_RS, rules.threshold_R, pass_index_R, rules.max_steps_R)
-    revealed_RS = unmask.chosen(confidence_RS, masked_RS, k_R)
+    revealed_RS = unmask.select_surest(confidence_RS, masked_RS, k_R)
     still_masked_RS = masked_RS & ~revealed_RS
     num_masked_R = still_masked_RS.sum(dim=1)
     return Revealed(

@@ -3,7 +3,7 @@
 A canvas has at most 32 positions, so the scan is the closed form of one chunk, and its time should be that of reading
 the states. Products are sums of three TF32 products, which keep fp32's accuracy on tensor cores; accumulators are fp32.
 
-Legend: R rows, W canvas positions, C conv channels, K conv kernel, H heads, P head dim, G groups, N state size, B cache
+Legend: R rows, S canvas positions, C conv channels, K conv kernel, H heads, P head dim, G groups, N state size, Z cache
     slots.
 """
 
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from vllm_twotower.ops.checks import check_unit_strides
 from vllm_twotower.ops.launch import launch
-from vllm_twotower.ops.seeded_scan.reference import check_conv, check_scan
+from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs
 
 CONV_TILE = 1024
 """Positions times channels per program of the convolution: 8 per thread, each with an address for every tap."""
@@ -54,18 +54,18 @@ def _seeded_conv(
     cache_channel_stride,
     # compile-time
     TAPS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    position = tl.arange(0, BLOCK_W)[:, None]
+    position = tl.arange(0, BLOCK_S)[:, None]
     inside = channel < channels
     inside_tile = (position < width) & inside[None, :]
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     x_row = x_ptr + row * x_row_stride + channel[None, :]
     cache_row = cache_ptr + tl.load(slot_ptr + row) * cache_slot_stride + channel[None, :] * cache_channel_stride
-    total = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
+    total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     for tap in tl.static_range(TAPS):
         source = position + (tap + 1 - TAPS)  # negative: an input of the context
         new = tl.load(x_row + source * x_position_stride, mask=inside_tile & (source >= 0), other=0.0)
@@ -93,9 +93,9 @@ def _softplus(x):
 
 
 @triton.jit
-def _decays(dt_row_ptr, dt_position_stride, a, dt_bias, width, BLOCK_W: tl.constexpr):
+def _decays(dt_row_ptr, dt_position_stride, a, dt_bias, width, BLOCK_S: tl.constexpr):
     """Step sizes, log-decays from the canvas's start, and the weights of each earlier position, 0 for later ones."""
-    position = tl.arange(0, BLOCK_W)
+    position = tl.arange(0, BLOCK_S)
     inside = position < width
     raw = tl.load(dt_row_ptr + position * dt_position_stride, mask=inside, other=0.0).to(tl.float32)
     dt = tl.where(inside, _softplus(raw + dt_bias), 0.0)
@@ -107,42 +107,12 @@ def _decays(dt_row_ptr, dt_position_stride, a, dt_bias, width, BLOCK_W: tl.const
 
 
 @triton.jit
-def _rows(row_ptr, position_stride, width, size, first, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr):
+def _rows(row_ptr, position_stride, width, size, first, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
     """A canvas's vectors as a fp32 tile, zeros outside."""
-    position = tl.arange(0, BLOCK_W)[:, None]
+    position = tl.arange(0, BLOCK_S)[:, None]
     column = first + tl.arange(0, BLOCK)[None, :]
     mask = (position < width) & (column < size)
     return tl.load(row_ptr + position * position_stride + column, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _contract(
-    state_at,
-    b_row,
-    c_row,
-    b_position_stride,
-    c_position_stride,
-    in_head,
-    width,
-    state_size,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """What takes long: c b^T between the canvas's positions, and c h from the state, over the state's columns."""
-    scores = tl.zeros((BLOCK_W, BLOCK_W), tl.float32)
-    carried = tl.zeros((BLOCK_W, BLOCK_P), tl.float32)
-    # in slices, of which the next are on their way while one is used
-    for start in tl.range(0, state_size, BLOCK_N, num_stages=STAGES):
-        n = start + tl.arange(0, BLOCK_N)[:, None]
-        state = tl.load(state_at + n, mask=in_head & (n < state_size), other=0.0)
-        b = _rows(b_row, b_position_stride, width, state_size, start, BLOCK_W, BLOCK_N)
-        c = _rows(c_row, c_position_stride, width, state_size, start, BLOCK_W, BLOCK_N)
-        scores = tl.dot(c, tl.trans(b), acc=scores, input_precision=PRECISION)
-        carried = tl.dot(c, state.to(tl.float32), acc=carried, input_precision=PRECISION)
-    return scores, carried
 
 
 @triton.jit
@@ -184,7 +154,7 @@ def _seeded_scan(
     # compile-time
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -198,104 +168,99 @@ def _seeded_scan(
     b_row = b_ptr + row * b_row_stride + group * b_group_stride
     c_row = c_ptr + row * c_row_stride + group * c_group_stride
     in_head = (column < head_dim)[None, :]
-    scores, carried = _contract(
-        state_at,
-        b_row,
-        c_row,
-        b_position_stride,
-        c_position_stride,
-        in_head,
-        width,
-        state_size,
-        PRECISION,
-        STAGES,
-        BLOCK_W,
-        BLOCK_P,
-        BLOCK_N,
-    )
+    # what takes long, over slices of the state's columns, of which the next are on their way while one is used: c b^T
+    # between the canvas's positions, and c h from the state
+    scores = tl.zeros((BLOCK_S, BLOCK_S), tl.float32)
+    carried = tl.zeros((BLOCK_S, BLOCK_P), tl.float32)
+    for start in tl.range(0, state_size, BLOCK_N, num_stages=STAGES):
+        n = start + tl.arange(0, BLOCK_N)[:, None]
+        state = tl.load(state_at + n, mask=in_head & (n < state_size), other=0.0)
+        b = _rows(b_row, b_position_stride, width, state_size, start, BLOCK_S, BLOCK_N)
+        c = _rows(c_row, c_position_stride, width, state_size, start, BLOCK_S, BLOCK_N)
+        scores = tl.dot(c, tl.trans(b), acc=scores, input_precision=PRECISION)
+        carried = tl.dot(c, state.to(tl.float32), acc=carried, input_precision=PRECISION)
     x_row = x_ptr + row * x_row_stride + head * x_head_stride
-    x = _rows(x_row, x_position_stride, width, head_dim, first, BLOCK_W, BLOCK_P)
+    x = _rows(x_row, x_position_stride, width, head_dim, first, BLOCK_S, BLOCK_P)
     a = tl.load(a_ptr + head).to(tl.float32)
     dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
-    log_decay, weights = _decays(dt_ptr + row * dt_row_stride + head, dt_position_stride, a, dt_bias, width, BLOCK_W)
+    log_decay, weights = _decays(dt_ptr + row * dt_row_stride + head, dt_position_stride, a, dt_bias, width, BLOCK_S)
     y = tl.dot(scores * weights, x, acc=carried * tl.exp(log_decay)[:, None], input_precision=PRECISION)
     y += tl.load(skip_ptr + head).to(tl.float32) * x
-    position = tl.arange(0, BLOCK_W)[:, None]
+    position = tl.arange(0, BLOCK_S)[:, None]
     out = out_ptr + ((row * width + position) * heads + head) * head_dim + column[None, :]
     tl.store(out, y, mask=(position < width) & in_head)
 
 
-def seeded_conv(
-    x_RWC: torch.Tensor,
-    weight_CK: torch.Tensor,
-    bias_C: torch.Tensor | None,
-    cache_BKC: torch.Tensor,
-    slot_R: torch.Tensor,
-) -> torch.Tensor:
+def _strides(name: str, tensor: torch.Tensor, *dims: str) -> dict[str, int]:
+    """A tensor's first strides, as the kernels name them."""
+    return {f"{name}_{dim}_stride": tensor.stride(i) for i, dim in enumerate(dims)}
+
+
+def seeded_conv(inputs: ConvInputs) -> torch.Tensor:
     """See ``vllm_twotower.ops.seeded_conv``."""
-    check_conv(x_RWC, weight_CK, bias_C, cache_BKC, slot_R)
-    check_unit_strides(x_RWC=x_RWC)
-    num_rows, width, channels = x_RWC.shape
-    block_w = triton.next_power_of_2(width)
-    block_c = min(256, CONV_TILE // block_w)
-    out_RWC = torch.empty(num_rows, width, channels, dtype=x_RWC.dtype, device=x_RWC.device)
+    x_RSC, cache_ZKC = inputs.x_RSC, inputs.cache_ZKC
+    check_unit_strides(x_RSC=x_RSC)
+    num_rows, width, channels = x_RSC.shape
+    block_s = triton.next_power_of_2(width)
+    block_c = min(256, CONV_TILE // block_s)
+    out_RSC = torch.empty(num_rows, width, channels, dtype=x_RSC.dtype, device=x_RSC.device)
     launch(
         _seeded_conv,
         (num_rows, triton.cdiv(channels, block_c)),
-        x_RWC,
-        weight_CK.contiguous(),
-        bias_C,
-        cache_BKC,
-        slot_R.contiguous(),
-        out_RWC,
-        width,
-        channels,
-        *x_RWC.stride()[:2],
-        *cache_BKC.stride(),
-        TAPS=weight_CK.shape[1],
-        BLOCK_W=block_w,
+        x_ptr=x_RSC,
+        weight_ptr=inputs.weight_CK.contiguous(),
+        bias_ptr=inputs.bias_C,
+        cache_ptr=cache_ZKC,
+        slot_ptr=inputs.slot_R.contiguous(),
+        out_ptr=out_RSC,
+        width=width,
+        channels=channels,
+        **_strides("x", x_RSC, "row", "position"),
+        **_strides("cache", cache_ZKC, "slot", "tap", "channel"),
+        TAPS=inputs.weight_CK.shape[1],
+        BLOCK_S=block_s,
         BLOCK_C=block_c,
         num_warps=4,
     )
-    return out_RWC
+    return out_RSC
 
 
-def seeded_scan(
-    x_RWHP: torch.Tensor,
-    dt_RWH: torch.Tensor,
-    a_H: torch.Tensor,
-    b_RWGN: torch.Tensor,
-    c_RWGN: torch.Tensor,
-    skip_H: torch.Tensor,
-    dt_bias_H: torch.Tensor,
-    state_BHPN: torch.Tensor,
-    slot_R: torch.Tensor,
-    out_dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
+def seeded_scan(inputs: ScanInputs, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """See ``vllm_twotower.ops.seeded_scan``."""
-    check_scan(x_RWHP, dt_RWH, (a_H, skip_H, dt_bias_H), b_RWGN, c_RWGN, state_BHPN, slot_R)
-    check_unit_strides(x_RWHP=x_RWHP, dt_RWH=dt_RWH, b_RWGN=b_RWGN, c_RWGN=c_RWGN, state_BHPN=state_BHPN)
-    num_rows, width, heads, head_dim = x_RWHP.shape
-    groups, state_size = b_RWGN.shape[2:]
-    out_RWHP = torch.empty(num_rows, width, heads, head_dim, dtype=out_dtype, device=x_RWHP.device)
+    x, dt, b, c, state = inputs.x_RSHP, inputs.dt_RSH, inputs.b_RSGN, inputs.c_RSGN, inputs.state_ZHPN
+    check_unit_strides(x_RSHP=x, dt_RSH=dt, b_RSGN=b, c_RSGN=c, state_ZHPN=state)
+    num_rows, width, heads, head_dim = x.shape
+    groups, state_size = b.shape[2:]
+    out_RSHP = torch.empty(num_rows, width, heads, head_dim, dtype=out_dtype, device=x.device)
     block_p = max(DOT_MINIMUM, min(SCAN_HEAD_DIM, triton.next_power_of_2(head_dim)))
     launch(
         _seeded_scan,
         (num_rows, heads, triton.cdiv(head_dim, block_p)),
-        *(x_RWHP, dt_RWH, b_RWGN, c_RWGN, state_BHPN, slot_R.contiguous()),
-        *(vector_H.contiguous() for vector_H in (a_H, skip_H, dt_bias_H)),
-        out_RWHP,
-        *(width, heads, head_dim, state_size, heads // groups),
-        *x_RWHP.stride()[:3],
-        *dt_RWH.stride()[:2],
-        *b_RWGN.stride()[:3],
-        *c_RWGN.stride()[:3],
-        *state_BHPN.stride()[:3],
+        x_ptr=x,
+        dt_ptr=dt,
+        b_ptr=b,
+        c_ptr=c,
+        state_ptr=state,
+        **_strides("x", x, "row", "position", "head"),
+        **_strides("dt", dt, "row", "position"),
+        **_strides("b", b, "row", "position", "group"),
+        **_strides("c", c, "row", "position", "group"),
+        **_strides("state", state, "slot", "head", "column"),
+        slot_ptr=inputs.slot_R.contiguous(),
+        a_ptr=inputs.a_H.contiguous(),
+        skip_ptr=inputs.skip_H.contiguous(),
+        dt_bias_ptr=inputs.dt_bias_H.contiguous(),
+        out_ptr=out_RSHP,
+        width=width,
+        heads=heads,
+        head_dim=head_dim,
+        state_size=state_size,
+        heads_per_group=heads // groups,
         PRECISION=PRECISION,
         STAGES=SCAN_STAGES,
-        BLOCK_W=max(DOT_MINIMUM, triton.next_power_of_2(width)),
+        BLOCK_S=max(DOT_MINIMUM, triton.next_power_of_2(width)),
         BLOCK_P=block_p,
         BLOCK_N=max(DOT_MINIMUM, min(SCAN_STATE_SLICE, triton.next_power_of_2(state_size))),
         num_warps=4,
     )
-    return out_RWHP
+    return out_RSHP
