@@ -66,6 +66,7 @@ def diffusion_stats(llm: "LLM", reset: bool = False) -> dict[str, int]:
     - ``commits``: those of the context passes that computed a finished canvas, or a part of one;
     - ``committed_tokens``: tokens of finished canvases, before trimming at a stop;
     - ``denoise_steps``, ``context_steps``: engine steps of each kind;
+    - ``drafts``, ``draft_tokens``, ``accepted_tokens``: of self-speculation, the known token of a draft not counted;
     - ``denoise_forwards``: forwards of the denoiser tower, counted once per batch.
 
     Args:

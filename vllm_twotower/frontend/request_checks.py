@@ -68,8 +68,8 @@ def check_beam_search(extra_args: Any, vllm_config: "VllmConfig") -> None:
     request = None if options is None else RequestOptions.from_extra_args(extra_args, options)
     if request is not None and not request.is_sampled:
         raise ValueError(
-            f"beam search cannot be honoured in {request.mode}: leave it out, or send diffusion_mode='ar' in vllm_xargs "
-            "(offline, load the model without diffusion)"
+            f"beam search cannot be honoured in {request.mode}: leave it out, or send diffusion_mode='ar' in "
+            "vllm_xargs (offline, load the model without diffusion)"
         )
 
 

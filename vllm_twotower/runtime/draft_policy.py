@@ -14,7 +14,6 @@ same with drafts or without and drafts are mostly right.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -63,14 +62,6 @@ class StepCosts:
         own = [key for key in self._mean if key[0] is kind]
         keys = own or list(self._mean)
         return self._mean[min(keys, key=lambda key: abs(key[1] - wanted))] if keys else 1.0
-
-
-@dataclass(kw_only=True)
-class _Round:
-    """Of one request."""
-
-    tokens: float
-    """Per round, lately."""
 
 
 class DraftPolicy:
@@ -158,10 +149,6 @@ class StepTimer:
     def begin(self, kind: StepClass, num_rows: int) -> None:
         """A step of one class begins."""
         self._running = kind, num_rows, self.clock()
-
-    def skip(self) -> None:
-        """The step that begins is of no class: it has prompts in it."""
-        self._running = None
 
     def end(self) -> None:
         """The step is over."""

@@ -86,6 +86,8 @@ class CanvasSampler:
                 output.num_nans = logits.isnan().sum(dim=-1, dtype=torch.int32)
             if step.verify is not None:
                 output = accept_drafts(output, step.verify, batch)
+                widths = [step.widths[row] - 1 for row in step.verify.rows]
+                self.stats.count_verification(widths, output.num_sampled[step.verify.rows] - 1)
             if any(emits_nothing):
                 emits_nothing_R = torch.tensor(emits_nothing, device=output.num_sampled.device)
                 output.num_sampled = output.num_sampled.masked_fill(emits_nothing_R, 0)

@@ -15,10 +15,12 @@ from typing import Any
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_twotower import compat
 from vllm_twotower.config import CONFIG_KEY, EngineOptions, RequestOptions
 from vllm_twotower.core import MASK_TOKEN_ID, Mode, StepKind
+from vllm_twotower.runtime.draft_policy import DraftPolicy, StepClass, StepTimer
 from vllm_twotower.runtime.policy import RunnableRows, StepPolicy
 from vllm_twotower.runtime.stat_loggers import StepCounts
 from vllm_twotower.runtime.step import ScheduledStep
@@ -51,6 +53,10 @@ class BlockCommitScheduler(Scheduler):
         self._drafted: dict[str, int] = {}
         self._verifying: dict[str, int] = {}
         self._prefill_len: dict[str, int] = {}  # tokens that a preempted request starts again with
+        self.draft_policy = DraftPolicy()
+        self.step_timer = StepTimer(self.draft_policy.costs)
+        self._drafts_next: dict[str, bool] = {}  # whether a request's next round is a draft or an AR step
+        self._speculation: SpecDecodingStats | None = None
         self._held_prompt_logprobs: dict[str, tuple[Any, Any]] = {}
         self._counts = StepCounts()
         # A context step admitted nobody although there was a free place (no KV blocks, say): until something changes,
@@ -65,6 +71,7 @@ class BlockCommitScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule one step of one kind; a context step that finds nothing to do becomes a denoise step in the same
         call."""
+        self._decide_who_drafts()
         denoisable = [r for r in self.running if self._is_denoisable(r)]
         kind = self.step_policy.choose_kind(self._runnable_rows())
         if kind is StepKind.CONTEXT:
@@ -79,6 +86,7 @@ class BlockCommitScheduler(Scheduler):
             output = self._schedule_denoise(args, kwargs)
         self.step_policy.record_step(kind)
         self.last_step = ScheduledStep(kind=kind, req_ids=frozenset(output.num_scheduled_tokens))
+        self._time_step()
         return output
 
     def _runnable_rows(self) -> RunnableRows:
@@ -95,8 +103,8 @@ class BlockCommitScheduler(Scheduler):
         return RunnableRows(commits=commits, canvases=canvases, context_only=context_only, admissible=admissible)
 
     def _is_commit(self, request: Request) -> bool:
-        """Whether a context step ends a canvas: what is left to compute is one that is finished (and not a prompt, or all
-        of a preempted request), or a draft waits for its verification."""
+        """Whether a context step ends a canvas: one that is finished is all there is to compute (not a prompt, nor all of
+        a preempted request), or a draft waits for its verification."""
         if request.request_id in self._drafted:
             return True
         options = self._options_of(request)
@@ -110,18 +118,41 @@ class BlockCommitScheduler(Scheduler):
 
     def _is_denoisable(self, request: Request) -> bool:
         options = self._options_of(request)
-        if not options.is_denoisable(request.num_computed_tokens, request.num_tokens):
-            return False
-        return options.mode is not Mode.SELF_SPECULATION or self._is_worth_drafting(request)
+        if options.mode is Mode.SELF_SPECULATION:
+            return self._drafts_next.get(request.request_id, False)
+        return options.is_denoisable(request.num_computed_tokens, request.num_tokens)
 
-    def _is_worth_drafting(self, request: Request) -> bool:
-        """Whether a request whose newest token is known should get a draft, and has none yet."""
+    def _can_draft(self, request: Request) -> bool:
+        """Whether a request in self-speculation stands where a draft or an AR step is next."""
+        options = self._options_of(request)
         return (
-            request.num_tokens > self._prefill_len.get(request.request_id, request.num_prompt_tokens)
+            options.mode is Mode.SELF_SPECULATION
+            and options.is_denoisable(request.num_computed_tokens, request.num_tokens)
+            and request.num_tokens > self._prefill_len.get(request.request_id, request.num_prompt_tokens)
             and request.request_id not in self._drafted
             and not request.use_structured_output
             and self._canvas_width(request) > 1
         )
+
+    def _decide_who_drafts(self) -> None:
+        """Ask the policy about those who have come to where a draft is possible since it was last asked."""
+        undecided = [r for r in self.running if r.request_id not in self._drafts_next and self._can_draft(r)]
+        if not undecided:
+            return
+        ids = [r.request_id for r in undecided]
+        steps = max(-(-self._options_of(r).max_steps // self.options.passes_per_step) for r in undecided)
+        chosen = self.draft_policy.choose(ids, steps, len(self.running) - len(ids))
+        self._drafts_next.update((req_id, req_id in chosen) for req_id in ids)
+
+    def _time_step(self) -> None:
+        """Time the step for the draft policy, if it holds nothing but drafts, or decoding rows."""
+        requests = [self.requests[req_id] for req_id in self.last_step.req_ids]
+        if not requests or not all(self._options_of(r).is_sampled for r in requests):
+            return
+        if self.last_step.kind is StepKind.DENOISE:
+            self.step_timer.begin(StepClass.DRAFT, len(requests))
+        elif not any(r.is_prefill_chunk or r.num_output_tokens == 0 for r in requests):
+            self.step_timer.begin(StepClass.VERIFY if self._verifying else StepClass.DECODE, len(requests))
 
     def _options_of(self, request: Request) -> RequestOptions:
         options = self._request_options.get(request.request_id)
@@ -149,6 +180,10 @@ class BlockCommitScheduler(Scheduler):
         self._verifying = {i: scheduled[i] for i in self._drafted if i in scheduled}
         for req_id in self._verifying:
             del self._drafted[req_id]
+        for req_id in scheduled:
+            self._drafts_next.pop(req_id, None)
+        if scheduled and not self._verifying:
+            self.draft_policy.record_decode_step()
         output.scheduled_spec_decode_tokens.clear()
         nobody_came = not output.scheduled_new_reqs and not output.scheduled_cached_reqs.resumed_req_ids
         self._commits_step_aside = self._commits_took_all(output, commits, hidden, nobody_came)
@@ -260,6 +295,7 @@ class BlockCommitScheduler(Scheduler):
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """As upstream's, except that prompt logprobs wait for the request's first tokens, passes are counted, and NaN
         logits end a request."""
+        self.step_timer.end()
         self._count(scheduler_output, model_runner_output)
         self._take_back_rejected(model_runner_output)
         self._hold_prompt_logprobs(model_runner_output)
@@ -272,6 +308,10 @@ class BlockCommitScheduler(Scheduler):
             num_sampled = len(result.sampled_token_ids[result.req_id_to_index[req_id]])
             if request is not None and num_sampled:  # a broken request has sampled nothing, and ends
                 request.num_computed_tokens -= width - num_sampled
+                self.draft_policy.record_round(req_id, num_sampled)
+                if self._speculation is None:
+                    self._speculation = SpecDecodingStats.new(self.options.canvas_length - 1)
+                self._speculation.observe_draft(width - 1, num_sampled - 1)
         self._verifying = {}
 
     def _hold_prompt_logprobs(self, result: Any) -> None:
@@ -305,6 +345,7 @@ class BlockCommitScheduler(Scheduler):
             request = self.requests.get(req_id)
             if request is not None and self._options_of(request).mode is Mode.SELF_SPECULATION:
                 self._drafted[req_id] = scheduler_output.num_scheduled_tokens[req_id]
+                self._drafts_next[req_id] = False
 
     def _end_broken(self, req_ids: list[str], result: Any) -> None:
         """End requests whose logits held a NaN; what was sampled from them is dropped."""
@@ -328,16 +369,19 @@ class BlockCommitScheduler(Scheduler):
         if stats is not None:
             self._counts.attach(stats)
             self._counts = StepCounts()
+            stats.spec_decoding_stats, self._speculation = self._speculation, None
         return stats
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._drafted.pop(request.request_id, None)
+        self._drafts_next.pop(request.request_id, None)
         self._prefill_len[request.request_id] = request.num_tokens
         return super()._preempt_request(request, *args, **kwargs)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         tables: tuple[dict[str, Any], ...] = (self._request_options, self._last_denoised, self._held_prompt_logprobs)
-        for table in (*tables, self._drafted, self._prefill_len):
+        for table in (*tables, self._drafted, self._drafts_next, self._prefill_len):
             table.pop(request.request_id, None)
+        self.draft_policy.forget(request.request_id)
         self._queue_is_stuck = False
         return super()._free_request(request, *args, **kwargs)

@@ -6,11 +6,13 @@ architecture with diffusion on are extended.
 """
 
 import dataclasses
+import types
 from collections.abc import Iterable
 from typing import Any
 
 from prometheus_client import Counter, Histogram
 from vllm.logger import init_logger
+from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
 
 from vllm_twotower.config import MAX_CANVAS_LENGTH
 
@@ -36,10 +38,14 @@ class StepCounts:
     context_passes: int = 0
     committed_tokens: int = 0
     passes_per_canvas: list[int] = dataclasses.field(default_factory=list)
+    speculation: SpecDecodingStats | None = None
+    """Travels in its own field of vLLM's statistics, where vLLM's log line finds it."""
 
     def add(self, other: "StepCounts") -> None:
         """Add another's counts to these."""
         for field in dataclasses.fields(self):
+            if field.name == "speculation":
+                continue
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
     def attach(self, stats: Any) -> None:
@@ -52,7 +58,8 @@ class StepCounts:
         payload = (stats.ec_connector_stats or {}).get(PAYLOAD_KEY) if stats is not None else None
         if payload is None:
             return stats, None
-        return dataclasses.replace(stats, ec_connector_stats=None), cls(**payload)
+        counts = cls(**{**payload, "speculation": stats.spec_decoding_stats})
+        return dataclasses.replace(stats, ec_connector_stats=None), counts
 
 
 class DiffusionProm:
@@ -71,6 +78,10 @@ class DiffusionProm:
             index: {n: c.labels(model_name, str(index)) for n, c in counters.items()} for index in engine_indexes
         }
         self._passes = {index: passes.labels(model_name, str(index)) for index in engine_indexes}
+        # vLLM's own counters of speculation, which it makes only where its own speculation is on
+        widest: Any = types.SimpleNamespace(num_speculative_tokens=MAX_CANVAS_LENGTH - 1)
+        by_engine: dict[int, list[object]] = {index: [model_name, str(index)] for index in engine_indexes}
+        self._speculation = SpecDecodingProm(widest, labels, by_engine)
 
     def observe(self, counts: StepCounts, engine_index: int) -> None:
         """Add one report."""
@@ -78,6 +89,8 @@ class DiffusionProm:
             counter.inc(getattr(counts, name))
         for passes in counts.passes_per_canvas:
             self._passes[engine_index].observe(passes)
+        if counts.speculation is not None:
+            self._speculation.observe(counts.speculation, engine_index)
 
 
 class DiffusionLogging:

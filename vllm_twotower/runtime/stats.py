@@ -1,6 +1,8 @@
 """Counters of one worker; ``diffusion_stats`` reads them, and their meaning is documented there."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+
+import torch
 
 from vllm_twotower.core import Mode
 from vllm_twotower.runtime.step import DenoiseOutcome, Step
@@ -18,6 +20,9 @@ class DiffusionStats:
     denoise_steps: int = 0
     context_steps: int = 0
     denoise_forwards: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int | torch.Tensor = 0
 
     def count_denoise_step(self, step: Step, outcome: DenoiseOutcome) -> None:
         """Count one denoise step; a mock-AR row is a pass and a token, and no canvas."""
@@ -35,9 +40,15 @@ class DiffusionStats:
         self.context_passes += num_rows
         self.commits += num_commits
 
+    def count_verification(self, num_draft_tokens_V: list[int], num_accepted_V: torch.Tensor) -> None:
+        """Count the drafts of a context step; what was accepted is added up on the device, int64 [V]."""
+        self.drafts += len(num_draft_tokens_V)
+        self.draft_tokens += sum(num_draft_tokens_V)
+        self.accepted_tokens = self.accepted_tokens + num_accepted_V.sum()
+
     def take(self, reset: bool) -> dict[str, int]:
         """The counters, and zeros from now on if ``reset``."""
-        counters = asdict(self)
+        counters = {f.name: int(getattr(self, f.name)) for f in fields(self)}
         if reset:
             self.__init__()  # type: ignore[misc]
         return counters
