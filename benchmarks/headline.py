@@ -1,8 +1,8 @@
 """The headline comparison: mask diffusion (gamma 0.8, canvas 16) against vLLM's own AR decoding of the context tower.
 
-    python benchmarks/headline.py --model FOLDER_OR_HUB_NAME             # two GPUs: ar, split, colocated, TP 2
-    python benchmarks/headline.py --model ... --tensor-parallel-size 1   # one GPU that holds both towers: no split
-    python benchmarks/headline.py --demo                                 # small numbers, demo model, any CPU
+    python -m benchmarks.headline --model FOLDER_OR_HUB_NAME             # two GPUs: ar, split, colocated, TP 2
+    python -m benchmarks.headline --model ... --tensor-parallel-size 1   # one GPU that holds both towers: no split
+    python -m benchmarks.headline --demo                                 # small numbers, demo model, any CPU
 
 Each arm is `vllm serve` with the same options but for --diffusion, measured by `vllm bench serve`: the same prompts in
 the same order, greedy, outputs of one length, at each of --concurrency. The report holds these commands. Writes
@@ -22,13 +22,11 @@ import tempfile
 import urllib.request
 from typing import Any
 
-from machine import described, environment
-from markdown_table import table
-from server import VLLM, vllm_server
+from benchmarks.machine import described, environment
+from benchmarks.markdown_table import table
+from benchmarks.paths import DEMO, RESULTS, ROOT
+from tests.harness.server import VLLM, vllm_server
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-DEMO = "vllm_twotower/assets/demo"
 DIFFUSION = {"canvas_length": 16, "max_steps": 16, "confidence_threshold": 0.8}
 ARMS: dict[str, list[str]] = {
     "ar": [],

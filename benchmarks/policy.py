@@ -1,8 +1,8 @@
 """The step policy, measured on the real scheduler class: throughput over AR, time to first token, worst wait.
 
-    python benchmarks/policy.py                       # five minutes on one idle core
-    python benchmarks/policy.py --batches 16 64       # half a minute
-    python benchmarks/policy.py --write               # also benchmarks/results/policy.json and policy.md
+    python -m benchmarks.policy                       # five minutes on one idle core
+    python -m benchmarks.policy --batches 16 64       # half a minute
+    python -m benchmarks.policy --write               # also benchmarks/results/policy.json and policy.md
 
 BlockCommitScheduler runs as in an engine; the model is played from a script (scripted_worker.py): passes per canvas are
 drawn, the same for every policy, and steps take the time that vllm_twotower/planning/ prices them at. So this measures
@@ -19,11 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 
-from machine import output_of
-from roofline import CONFIG, REFERENCE, SETUPS, Setup, costs_of, read_towers, step_times
-from scripted_worker import STEP_BUDGET, ScriptedRun, Tally, make_scheduler
 from vllm_twotower.runtime.step_costs import StepCosts
 
+from benchmarks.machine import output_of
+from benchmarks.roofline import CONFIG, REFERENCE, SETUPS, Setup, costs_of, read_towers, step_times
+from benchmarks.scripted_worker import STEP_BUDGET, ScriptedRun, Tally, make_scheduler
 from vllm_twotower.core import Mode, StepKind
 from vllm_twotower.planning.canvas_passes import THIRD_PARTY_COUNTS, CanvasPasses
 from vllm_twotower.planning.forward_cost import Forward, Machine, context_step
@@ -274,7 +274,7 @@ def main() -> None:
 def command(args: argparse.Namespace) -> str:
     """What to type to get the same."""
     setup = "" if args.setup == REFERENCE.name else f" --setup '{args.setup}'"
-    return f"python benchmarks/policy.py --write --seeds {args.seeds}{setup}"
+    return f"python -m benchmarks.policy --write --seeds {args.seeds}{setup}"
 
 
 def commit() -> str:

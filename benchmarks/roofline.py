@@ -1,7 +1,7 @@
 """Roofline of the 30B-A3B model: AR decoding against mask diffusion over batch size, placement, GPU and precision.
 
-    python benchmarks/roofline.py             # tables to the terminal
-    python benchmarks/roofline.py --write     # docs/roofline.md's tables, docs/roofline.png, results/roofline.json
+    python -m benchmarks.roofline             # tables to the terminal
+    python -m benchmarks.roofline --write     # docs/roofline.md's tables, docs/roofline.png, results/roofline.json
 
 An estimate by bytes and FLOPs (vllm_twotower/planning/), no measurement: no GPU is touched, nothing is loaded. --write
 needs matplotlib (the `bench` extra).
@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from vllm_twotower.runtime.step_costs import StepCosts
 
+from benchmarks.paths import REAL_MODEL, RESULTS, ROOT
 from vllm_twotower.core import StepKind
 from vllm_twotower.planning.canvas_passes import CanvasPasses, masked_fraction
 from vllm_twotower.planning.forward_cost import (
@@ -40,11 +41,10 @@ from vllm_twotower.planning.throughput import (
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes
 from vllm_twotower.runtime.policy import StepPolicy
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "benchmarks" / "models" / "30b-a3b" / "config.json"
+CONFIG = REAL_MODEL / "config.json"
 PAGE = ROOT / "docs" / "roofline.md"
 PICTURE = ROOT / "docs" / "roofline.png"
-RESULT = ROOT / "benchmarks" / "results" / "roofline.json"
+RESULT = RESULTS / "roofline.json"
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BREAKDOWN_BATCHES = (1, 8, 64, 256)
@@ -325,7 +325,9 @@ def fill_page(text: str, by_name: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write docs/roofline.md, docs/roofline.png and the JSON")
-    parser.add_argument("--config", type=pathlib.Path, default=CONFIG, help="config.json of another two-tower model")
+    parser.add_argument(
+        "--config", type=pathlib.Path, default=REAL_MODEL / "config.json", help="config.json of another two-tower model"
+    )
     parser.add_argument("--context-length", type=int, default=2048)
     parser.add_argument("--passes-per-canvas", type=float, default=5.9)
     args = parser.parse_args()
@@ -334,7 +336,7 @@ def main() -> None:
     for name, table in tables(result).items():
         print(f"{name}\n{table}\n")
     if args.write:
-        from roofline_plot import draw
+        from benchmarks.roofline_plot import draw
 
         PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), tables(result)), encoding="utf-8")
         RESULT.parent.mkdir(exist_ok=True)

@@ -7,10 +7,8 @@ import re
 import subprocess
 import sys
 
-import make_docs
-import make_readme
-from demo.item import PROMPT_END, Item
-
+from tools import make_docs, make_readme
+from tools.demo_training.item import PROMPT_END, Item
 from vllm_twotower import compat
 from vllm_twotower.commands.cli import DEMO_QUESTION_END, DEMO_QUESTIONS, DEMO_RUNS, demo_prompt
 

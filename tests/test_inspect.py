@@ -6,8 +6,8 @@ import struct
 
 import pytest
 from safetensors.torch import load_file, save_file
-from test_loading import REAL_CONFIG
 
+from tests.test_loading import REAL_CONFIG
 from vllm_twotower.commands.cli import DEMO_MODEL, main
 from vllm_twotower.planning.inspection import inspect, inspect_checkpoint
 

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 @pytest.fixture
 def policy(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import policy as module
+    from benchmarks import policy as module
 
     monkeypatch.setattr(module, "CANVASES_PER_ROW", 10)
     monkeypatch.setattr(module, "MIN_CANVASES", 200)

@@ -1,12 +1,12 @@
 """The byte-counting model: its terms against hand counts, and the page in docs against what it gives today."""
 
 import json
-import pathlib
 import random
 
 import pytest
-from test_loading import REAL_CONFIG
 
+from benchmarks import roofline
+from tests.test_loading import REAL_CONFIG
 from vllm_twotower.planning.canvas_passes import THIRD_PARTY_COUNTS, CanvasPasses
 from vllm_twotower.planning.forward_cost import Machine, ar_step, context_step, denoise_pass, expected_experts
 from vllm_twotower.planning.gpus import H100, H200, Assumptions
@@ -22,18 +22,9 @@ from vllm_twotower.planning.throughput import (
 from vllm_twotower.planning.tower_sizes import Part, Precision, Tower, TowerSizes
 from vllm_twotower.runtime.policy import StepPolicy
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 REAL = ModelFacts.from_config(REAL_CONFIG)
 TOWERS = {tower: TowerSizes.of(REAL, tower) for tower in Tower}
 CONTEXT = TOWERS[Tower.CONTEXT]
-
-
-@pytest.fixture
-def roofline(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import roofline as module
-
-    return module
 
 
 def times(gpu=H100, num_gpus=2, placement=Placement.COLOCATED, **load):
@@ -127,17 +118,17 @@ def test_overlapping_the_halves_helps_split_and_one_request_not_at_all():
     assert alone == pytest.approx(diffusion_tokens_per_s(split, 1, StepPolicy), rel=0.02)
 
 
-def test_winning_ranges(roofline):
+def test_winning_ranges():
     assert roofline.winning_ranges(lambda b: 13 <= b <= 200) == [(13, 200)]
     assert roofline.winning_ranges(lambda b: b < 3 or b > 90) == [(1, 2), (91, 256)]
     assert roofline.winning_ranges(lambda b: False) == []
 
 
-def test_the_page_shows_what_the_model_gives_today(roofline):
+def test_the_page_shows_what_the_model_gives_today():
     """The tables in docs come from the committed JSON, and the JSON's cheap parts from today's code."""
     result = json.loads(roofline.RESULT.read_text())
     page = roofline.PAGE.read_text()
-    assert roofline.fill_page(page, roofline.tables(result)) == page, "run benchmarks/roofline.py --write"
+    assert roofline.fill_page(page, roofline.tables(result)) == page, "run python -m benchmarks.roofline --write"
     towers, load, assumed = roofline.read_towers(), Workload(), Assumptions()
     assert result["breakdown"] == roofline.breakdown(towers, load, assumed)
     shown = next(r for r in result["sweep"] if r["setup"] == roofline.REFERENCE.name and r["batch"] == 64)
@@ -147,6 +138,6 @@ def test_the_page_shows_what_the_model_gives_today(roofline):
         roofline.fill_page("", {"speed-up": "x"})
 
 
-def test_the_benchmarks_model_is_the_real_one(roofline):
+def test_the_benchmarks_model_is_the_real_one():
     config = json.loads(roofline.CONFIG.read_text())
     assert {name: config[name] for name in REAL_CONFIG} == REAL_CONFIG
