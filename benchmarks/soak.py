@@ -1,8 +1,8 @@
 """A real server under full load for half an hour, with everything that clients do to it at once.
 
-    python benchmarks/soak.py                         # 30 minutes, a new seed
-    python benchmarks/soak.py --minutes 3 --seed 7
-    python benchmarks/soak.py --write                 # also benchmarks/results/soak.json and soak.md
+    python -m benchmarks.soak                         # 30 minutes, a new seed
+    python -m benchmarks.soak --minutes 3 --seed 7
+    python -m benchmarks.soak --write                 # also benchmarks/results/soak.json and soak.md
 
 More clients than the engine has places send random requests (``soak_requests.py``): three modes, many settings, short
 and long, streamed and not, some left in the middle, some bad. Fails unless every good request is answered, every bad

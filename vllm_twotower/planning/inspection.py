@@ -16,16 +16,9 @@ from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
 from vllm_twotower.planning.gpus import GPUS, Assumptions
 from vllm_twotower.planning.model_facts import ARCHITECTURE, LAYER_KINDS, ModelFacts
 from vllm_twotower.planning.placement import CachePages, Placement, Towers, fit
-from vllm_twotower.planning.throughput import (
-    StepTimes,
-    Workload,
-    ar_tokens_per_s,
-    diffusion_tokens_per_s,
-    overlapped_split_tokens_per_s,
-)
+from vllm_twotower.planning.throughput import StepTimes, Workload, ar_tokens_per_s, diffusion_tokens_per_s
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes, tower_of
-from vllm_twotower.planning.traffic import SplitTraffic, links_of
-from vllm_twotower.runtime.policy import StepPolicy
+from vllm_twotower.planning.traffic import SplitTraffic
 
 Report = dict[str, Any]
 
@@ -192,7 +185,7 @@ def _traffic(facts: ModelFacts, options: InspectOptions) -> Report:
     traffic = SplitTraffic.of(facts, options.canvas_length)
     links: Report = {}
     for gpu in GPUS.values():
-        for link, rate in links_of(gpu).items():
+        for link, rate in (("NVLink", gpu.nvlink_Bps), ("PCIe", gpu.pcie_Bps)):
             links[f"{gpu.name} {link}"] = {
                 "bytes_per_s": rate * options.assumed.link_fraction,
                 "seconds_per_canvas": traffic.seconds(traffic.bytes_per_canvas, rate, options.assumed),
@@ -218,53 +211,35 @@ def _assumptions(options: InspectOptions) -> Report:
 
 def _fits(towers: Towers, options: InspectOptions) -> list[Report]:
     rows = []
-    for gpu in GPUS.values():
-        for num_gpus in GPU_COUNTS:
-            for placement in Placement:
-                if placement is Placement.SPLIT and num_gpus == 1:
-                    continue
-                for precision in Precision:
-                    one = fit(towers, gpu, num_gpus, placement, precision, options.tokens_at_most, options.assumed)
-                    rows.append({**vars(one), "requests": one.num_requests})
+    for gpu, num_gpus, placement, precision in itertools.product(GPUS.values(), GPU_COUNTS, Placement, Precision):
+        if placement is not Placement.SPLIT or num_gpus > 1:
+            one = fit(towers, gpu, num_gpus, placement, precision, options.tokens_at_most, options.assumed)
+            rows.append({**vars(one), "requests": one.num_requests})
     return rows
 
 
 def _throughput(towers: Towers, options: InspectOptions) -> list[Report]:
-    """One and two GPUs of each kind, as far as the requests of a batch fit."""
+    """One and two GPUs of each kind: tokens per second of those placements that hold the batch."""
     load = Workload(
         context_length=options.tokens_at_most,
         canvas_length=options.canvas_length,
         passes=CanvasPasses(mean=options.passes_per_canvas, max_steps=options.canvas_length),
     )
     rows = []
-    for gpu, num_gpus, precision in itertools.product(GPUS.values(), (1, 2), Precision):
-        room, times = {}, {}
-        for place in Placement:
-            one = fit(towers, gpu, num_gpus, place, precision, options.tokens_at_most, options.assumed)
-            room[place] = one.num_requests
-            times[place] = StepTimes(
-                towers=towers,
-                gpu=gpu,
-                num_gpus=num_gpus,
-                placement=place,
-                precision=precision,
-                workload=load,
-                assumed=options.assumed,
-            )
-        for batch in BATCHES:
-            estimates = _estimates({p: times[p] for p in Placement if room[p] >= batch}, batch)
-            rows.append({"gpu": gpu.name, "num_gpus": num_gpus, "precision": precision, "batch": batch, **estimates})
+    for gpu, num_gpus, precision, batch in itertools.product(GPUS.values(), (1, 2), Precision, BATCHES):
+        rows.append({"gpu": gpu.name, "num_gpus": num_gpus, "precision": precision, "batch": batch})
+        for placement in Placement:
+            one = fit(towers, gpu, num_gpus, placement, precision, options.tokens_at_most, options.assumed)
+            if one.num_requests >= batch:
+                times = StepTimes(
+                    towers=towers,
+                    gpu=gpu,
+                    num_gpus=num_gpus,
+                    placement=placement,
+                    precision=precision,
+                    workload=load,
+                    assumed=options.assumed,
+                )
+                estimate = ar_tokens_per_s if placement is Placement.AR else diffusion_tokens_per_s
+                rows[-1][placement.value] = estimate(times, batch)
     return rows
-
-
-def _estimates(times: dict[Placement, StepTimes], batch: int) -> dict[str, float]:
-    """Tokens per second of those placements that hold the batch."""
-    found: dict[str, float] = {}
-    if Placement.AR in times:
-        found["ar"] = ar_tokens_per_s(times[Placement.AR], batch)
-    if Placement.COLOCATED in times:
-        found["colocated"] = diffusion_tokens_per_s(times[Placement.COLOCATED], batch, StepPolicy)
-    if Placement.SPLIT in times:
-        found["split"] = diffusion_tokens_per_s(times[Placement.SPLIT], batch, StepPolicy)
-        found["split_overlapped"] = overlapped_split_tokens_per_s(times[Placement.SPLIT], batch)
-    return found
