@@ -78,15 +78,9 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--gpu", choices=list(GPUS), default=H100.name, help="GPU of the throughput table")
     inspect.add_argument("--tokens-per-request", type=int, help="prompt and output of each request (default 4096)")
     inspect.add_argument("--canvas-length", type=int, default=16)
-    inspect.add_argument(
-        "--passes-per-canvas", type=float, default=MEAN_PASSES, help="denoise passes of a canvas, on average"
-    )
-    inspect.add_argument(
-        "--gpu-memory-utilization",
-        type=float,
-        default=Assumptions.gpu_memory_utilization,
-        help="vLLM's option of that name",
-    )
+    inspect.add_argument("--passes-per-canvas", type=float, default=MEAN_PASSES, help="mean denoise passes of a canvas")
+    share = Assumptions.gpu_memory_utilization
+    inspect.add_argument("--gpu-memory-utilization", type=float, default=share, help="vLLM's option of that name")
     inspect.set_defaults(run=_inspect)
     return parser
 

@@ -6,6 +6,7 @@ returns plain data (``--json``), ``inspection_text.describe`` the same for a per
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,21 +78,14 @@ def inspect(path: str, options: InspectOptions | None = None) -> Report:
         "towers": {tower.value: _tower(sizes) for tower, sizes in towers.items()},
         "cache": _cache(facts, options),
         "split_traffic": _traffic(facts, options),
-        "assumptions": _assumptions(options),
+        "assumptions": {
+            "passes_per_canvas": options.passes_per_canvas,
+            "canvas_length": options.canvas_length,
+            **vars(options.assumed),
+        },
         "fits": _fits(towers, options),
         "throughput_estimate": _throughput(towers, options),
     }
-
-
-def inspect_checkpoint(path: str) -> Report:
-    """The checkpoint alone: its tensors by config and by headers, and whether they agree.
-
-    Raises:
-        ValueError: as ``inspect``.
-
-    """
-    folder = CheckpointFolder.read(path)
-    return _checkpoint(folder, ModelFacts.from_config(folder.config, str(folder.config_file)))
 
 
 def _filled_in(options: InspectOptions, facts: ModelFacts) -> InspectOptions:
@@ -125,12 +119,9 @@ def _model(folder: CheckpointFolder, facts: ModelFacts) -> Report:
 def _checkpoint(folder: CheckpointFolder, facts: ModelFacts) -> Report:
     """Tensors by the config, and by the headers where there are shards; and whether they agree."""
     expected = checkpoint_shapes(facts)
-    by_config = dict.fromkeys(Tower, 0)
-    for name, shape in expected.items():
-        by_config[tower_of(name)] += math.prod(shape)
     report: Report = {
         "tensors_by_config": len(expected),
-        "parameters_by_config": {tower.value: count for tower, count in by_config.items()},
+        "parameters_by_config": _sum_by_tower({name: math.prod(shape) for name, shape in expected.items()}),
         "source": "config.json",
         "agrees": None,
         "differences": [f"shard {name} is missing" for name in folder.missing_shards],
@@ -138,17 +129,11 @@ def _checkpoint(folder: CheckpointFolder, facts: ModelFacts) -> Report:
     if folder.tensors is None:
         return report
     stored = folder.tensors
-    parameters, num_bytes = dict.fromkeys(Tower, 0), dict.fromkeys(Tower, 0)
-    dtypes: dict[str, int] = {}
-    for name, tensor in stored.items():
-        parameters[tower_of(name)] += math.prod(tensor.shape)
-        num_bytes[tower_of(name)] += tensor.num_bytes
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
     report["source"] = "headers"
     report["tensors_by_headers"] = len(stored)
-    report["parameters_by_headers"] = {tower.value: count for tower, count in parameters.items()}
-    report["bytes_by_headers"] = {tower.value: count for tower, count in num_bytes.items()}
-    report["tensors_by_dtype"] = dtypes
+    report["parameters_by_headers"] = _sum_by_tower({name: math.prod(t.shape) for name, t in stored.items()})
+    report["bytes_by_headers"] = _sum_by_tower({name: t.num_bytes for name, t in stored.items()})
+    report["tensors_by_dtype"] = dict(Counter(t.dtype for t in stored.values()))
     absent = [name for name in expected if name not in stored]
     unknown = [name for name in stored if name not in expected]
     misshapen = [name for name in stored if name in expected and stored[name].shape != expected[name]]
@@ -157,6 +142,11 @@ def _checkpoint(folder: CheckpointFolder, facts: ModelFacts) -> Report:
             report["differences"].append(f"{len(names)} tensors {what}: {list_names(sorted(names), NUM_NAMES_SHOWN)}")
     report["agrees"] = not report["differences"]
     return report
+
+
+def _sum_by_tower(counts: dict[str, int]) -> dict[str, int]:
+    """Numbers by tensor, added up."""
+    return {tower.value: sum(n for name, n in counts.items() if tower_of(name) is tower) for tower in Tower}
 
 
 def _tower(sizes: TowerSizes) -> Report:
@@ -201,14 +191,6 @@ def _traffic(facts: ModelFacts, options: InspectOptions) -> Report:
     }
 
 
-def _assumptions(options: InspectOptions) -> Report:
-    return {
-        "passes_per_canvas": options.passes_per_canvas,
-        "canvas_length": options.canvas_length,
-        **vars(options.assumed),
-    }
-
-
 def _fits(towers: Towers, options: InspectOptions) -> list[Report]:
     rows = []
     for gpu, num_gpus, placement, precision in itertools.product(GPUS.values(), GPU_COUNTS, Placement, Precision):
@@ -232,14 +214,9 @@ def _throughput(towers: Towers, options: InspectOptions) -> list[Report]:
             one = fit(towers, gpu, num_gpus, placement, precision, options.tokens_at_most, options.assumed)
             if one.num_requests >= batch:
                 times = StepTimes(
-                    towers=towers,
-                    gpu=gpu,
-                    num_gpus=num_gpus,
-                    placement=placement,
-                    precision=precision,
-                    workload=load,
-                    assumed=options.assumed,
-                )
+                    towers=towers, gpu=gpu, num_gpus=num_gpus, placement=placement, precision=precision,
+                    workload=load, assumed=options.assumed,
+                )  # fmt: skip
                 estimate = ar_tokens_per_s if placement is Placement.AR else diffusion_tokens_per_s
                 rows[-1][placement.value] = estimate(times, batch)
     return rows
