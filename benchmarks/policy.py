@@ -1,7 +1,7 @@
 """The step policy, measured on the real scheduler class: throughput over AR, time to first token, worst wait.
 
-    python -m benchmarks.policy                       # five minutes on one idle core
-    python -m benchmarks.policy --batches 16 64       # half a minute
+    python -m benchmarks.policy                       # two minutes on one core
+    python -m benchmarks.policy --batches 16 64       # a part of it
     python -m benchmarks.policy --write               # also benchmarks/results/policy.json and policy.md
 
 BlockCommitScheduler runs as in an engine; the model is played from a script (scripted_worker.py): passes per canvas are

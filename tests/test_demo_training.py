@@ -67,7 +67,7 @@ def rows():
 
 def test_met_canvases_are_those_that_denoising_passes_through(weights, rows, monkeypatch):
     """Each is what whole passes over a masked canvas leave, for some number of them, and no other canvas is there."""
-    monkeypatch.setattr("demo.corruptions.THRESHOLDS", (0.03,))  # random weights are sure of nothing
+    monkeypatch.setattr("tools.demo_training.corruptions.THRESHOLDS", (0.03,))  # random weights are sure of nothing
     towers, batch = TrainingTowers(weights, TowerShape.from_config(SMALL)), Batch.of(rows, 4)
     _, states = towers.context(batch.tokens_BL, batch.valid_BL)
     generator = torch.Generator().manual_seed(0)
@@ -113,7 +113,7 @@ def test_the_loss_is_the_mean_over_rows_of_a_rows_mean(weights, rows, monkeypatc
     towers, batch = TrainingTowers(weights, TowerShape.from_config(SMALL)), Batch.of(rows, 4)
     kept: list[Canvases] = []
     for name in ("masked_canvases", "met_canvases"):
-        monkeypatch.setattr(f"demo.losses.{name}", keeping(kept, globals()[name]))
+        monkeypatch.setattr(f"tools.demo_training.losses.{name}", keeping(kept, globals()[name]))
     loss, _ = masked_tokens(towers, batch, torch.Generator().manual_seed(2))
     _, states = towers.context(batch.tokens_BL, batch.valid_BL)
     means = []

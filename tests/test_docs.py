@@ -81,7 +81,7 @@ def test_the_watching_example():
 
 
 def test_the_generated_pages_are_what_the_code_says():
-    run("tools/make_docs.py", "--check")
+    run("-m", "tools.make_docs", "--check")
 
 
 def test_every_shim_says_what_it_is_and_names_a_test_that_exists():
