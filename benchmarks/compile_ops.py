@@ -1,8 +1,8 @@
 """Compile every kernel at the real model's shapes, for GPUs that are not there, and tabulate what each needs.
 
-    python benchmarks/compile_ops.py                     # sm_80, sm_90, sm_100 -> benchmarks/results/kernels.md
-    python benchmarks/compile_ops.py --arch 90 --check   # compile only, fail on a spill; what a test runs
-    python benchmarks/compile_ops.py --arch 90 --odd     # the same at sizes the real model does not have
+    python -m benchmarks.compile_ops                     # sm_80, sm_90, sm_100 -> benchmarks/results/kernels.md
+    python -m benchmarks.compile_ops --arch 90 --check   # compile only, fail on a spill; what a test runs
+    python -m benchmarks.compile_ops --arch 90 --odd     # the same at sizes the real model does not have
 
 What is compiled is what the ops launch: each op runs over tensors without memory (torch's meta device) and its launches
 are noted down. Registers and spills are those of the ptxas that Triton brings, run over the PTX that Triton emits.
@@ -23,16 +23,16 @@ from dataclasses import dataclass
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "kernels.md"
 if os.environ.pop("TRITON_INTERPRET", "0") == "1":  # Triton reads it when it is imported, and then compiles nothing
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.compile_ops", *sys.argv[1:]])
 
-import odd_shapes
 import torch
 import triton
-from op_cases import CASES
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from benchmarks import odd_shapes
+from benchmarks.op_cases import CASES
 from vllm_twotower.ops.launch import Launch, recorded_launches
 
 ARCHITECTURES = (80, 90, 100)
@@ -157,7 +157,7 @@ def main() -> None:
 HEADER = [
     "# What the kernels need",
     "",
-    f"`python benchmarks/compile_ops.py`, Triton {triton.__version__}, no GPU present: compiled, never run. Shapes are",
+    f"`python -m benchmarks.compile_ops`, Triton {triton.__version__}, no GPU present: compiled, never run. Shapes are",
     "those of the 30B model: 64 requests of 16 tokens, bf16 activations, fp32 states. Registers are per thread, shared",
     "memory per program, spilled bytes (stores and loads) per thread, as ptxas -v says.",
     "",

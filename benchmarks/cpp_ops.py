@@ -1,4 +1,4 @@
-"""The ops in C++ beside their references, fp32 at the demo model's shapes: ``python benchmarks/run.py cpp``.
+"""The ops in C++ beside their references, fp32 at the demo model's shapes: ``python -m benchmarks.run cpp``.
 
 Both in one run, on the same inputs and threads, fastest of many calls (the machines this runs on are shared).
 What the C++ is for is in ``csrc/README.md``.

@@ -1,4 +1,4 @@
-"""The engine against its two yardsticks on one workload, in one process: ``python benchmarks/run.py generate``.
+"""The engine against its two yardsticks on one workload, in one process: ``python -m benchmarks.run generate``.
 
 ``twotower`` is the engine with diffusion, ``ar`` vLLM's own decoding of the context tower alone, ``reference`` the
 plain-torch algorithm, one request after the other. All in fp32, greedy, to the end of sequence, with the same number of
@@ -20,16 +20,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from machine import described
-from markdown_table import table
-from smoke_parts.engine import engine as vllm_engine
-from smoke_parts.engine import runner_of
-from smoke_parts.timing import now
+
+from benchmarks.machine import described
+from benchmarks.markdown_table import table
+from benchmarks.paths import RESULTS
+from tests.harness.engine import find_runner, read_clock, start_llm
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 ENGINES = ("twotower", "ar", "reference")
 PARITY = ["tests/test_reference_goldens.py", "tests/test_engine_goldens.py", "tests/test_runner_kernels.py"]
 MAX_MODEL_LEN = 512
@@ -78,7 +77,7 @@ class Timing:
 
 def questions(count: int, seed: int = 1) -> list[str]:
     """Held-out questions of all task families in turn."""
-    from demo.tasks import FAMILIES, instances
+    from tools.demo_training.tasks import FAMILIES, instances
 
     sources = [instances(family, seed, held_out=True) for family in FAMILIES]
     return [next(sources[i % len(sources)]).prompt for i in range(count)]
@@ -86,7 +85,7 @@ def questions(count: int, seed: int = 1) -> list[str]:
 
 def beginnings(count: int) -> list[str]:
     """Of held-out verses, to be continued."""
-    from demo.text import documents
+    from tools.demo_training.text import documents
 
     verses = (text for text in documents(held_out=True)["bible"] if len(text) > 2 * BEGINNING)
     return [text[:BEGINNING] for text in itertools.islice(verses, count)]
@@ -100,9 +99,9 @@ def timed(owner: Any, name: str, add: Callable[[float], None]) -> None:
     function = getattr(owner, name)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        started = now()
+        started = read_clock()
         result = function(*args, **kwargs)
-        add(now() - started)
+        add(read_clock() - started)
         return result
 
     setattr(owner, name, call)
@@ -113,7 +112,7 @@ class EngineRun:
 
     def __init__(self, llm: Any, diffusion: bool, max_tokens: int) -> None:
         self.llm, self.diffusion, self.max_tokens, self.timing = llm, diffusion, max_tokens, Timing()
-        network = runner_of(llm).model
+        network = find_runner(llm).model
         timed(network.model, "forward", lambda s: setattr(self.timing, "context", self.timing.context + s))
         if self.diffusion:
             for name in ("forward", "logits"):
@@ -130,7 +129,7 @@ class EngineRun:
         params = SamplingParams(temperature=0.0, max_tokens=self.max_tokens)
         if self.diffusion:
             diffusion_stats(self.llm, reset=True)
-        started = now()
+        started = read_clock()
         queue = iter(enumerate(prompts))
         last_seen: dict[str, float] = {}
         outputs: dict[str, list[int]] = {}
@@ -138,7 +137,7 @@ class EngineRun:
         def send(count: int) -> None:
             for index, prompt in itertools.islice(queue, count):
                 engine.add_request(str(index), prompt, params.clone())
-                last_seen[str(index)] = now()
+                last_seen[str(index)] = read_clock()
 
         send(batch)
         while engine.has_unfinished_requests():
@@ -146,11 +145,11 @@ class EngineRun:
                 tokens = list(output.outputs[0].token_ids)
                 if len(tokens) > len(outputs.get(output.request_id, [])):
                     gaps = timing.between_arrivals if output.request_id in outputs else timing.first_token
-                    gaps.append(now() - last_seen[output.request_id])
-                    last_seen[output.request_id], outputs[output.request_id] = now(), tokens
+                    gaps.append(read_clock() - last_seen[output.request_id])
+                    last_seen[output.request_id], outputs[output.request_id] = read_clock(), tokens
                 timing.errors += output.outputs[0].finish_reason not in (None, "stop", "length")
                 send(int(output.finished))
-        timing.total = now() - started
+        timing.total = read_clock() - started
         timing.outputs = [outputs[str(i)] for i in range(len(prompts))]
         if self.diffusion:
             stats = diffusion_stats(self.llm)
@@ -180,31 +179,31 @@ class ReferenceRun:
     def run(self, prompts: Sequence[str], batch: int) -> Timing:
         assert batch == 1
         timing = Timing()
-        started = now()
+        started = read_clock()
         for prompt in prompts:
             self._one(self.tokenizer.encode(prompt).ids, timing)
-        timing.total = now() - started
+        timing.total = read_clock() - started
         return timing
 
     def _one(self, prompt: list[int], timing: Timing) -> None:
         from vllm_twotower.oracle.plain_towers import ContextCache
         from vllm_twotower.oracle.reference import MaskDiffusion, generate_mask_diffusion
 
-        cache, arrivals = ContextCache(), [now()]
+        cache, arrivals = ContextCache(), [read_clock()]
 
         def extend(tokens: Sequence[int]) -> None:
-            before = now()
+            before = read_clock()
             self.towers.extend_context(torch.tensor([tokens]), cache)
-            timing.context += now() - before
+            timing.context += read_clock() - before
 
         def denoise(canvas: Sequence[int], level: float) -> torch.Tensor:
-            before = now()
+            before = read_clock()
             logits = self.towers.denoise(torch.tensor([canvas]), torch.tensor([level]), cache)[0]
-            timing.denoiser += now() - before
+            timing.denoiser += read_clock() - before
             return logits
 
         def commit(canvas: Sequence[int]) -> None:
-            arrivals.append(now())
+            arrivals.append(read_clock())
             if self.eos not in canvas:  # nothing follows the last canvas
                 timing.context_passes += 1
                 extend(canvas)
@@ -226,7 +225,7 @@ def started(engine: str, args: Any) -> Iterator[EngineRun | ReferenceRun]:
         yield ReferenceRun(args.model, args.max_tokens)
         return
     diffusion = {"passes_per_step": args.passes_per_step} if engine == "twotower" else None
-    with vllm_engine(
+    with start_llm(
         args.model,
         skip_tokenizer_init=False,
         dtype="float32",
@@ -286,14 +285,14 @@ def add_arguments(parser: Any) -> None:
 
 def report(rows: list[dict[str, Any]], environment: dict[str, Any], args: Any) -> None:
     """JSON, a table and a picture."""
-    out = args.out or ROOT / "benchmarks" / "results"
+    out = args.out or RESULTS
     out.mkdir(parents=True, exist_ok=True)
     name = f"generate-{args.workload}-{'gpu' if environment['gpu'] else 'cpu'}"
     settings = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(args).items() if k != "run"}
     settings["model"] = args.model.name
     content = {"environment": environment, "arguments": settings, "rows": rows}
     (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    command = shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]])
     lines = [
         "# Whole generations, one workload",
         "",

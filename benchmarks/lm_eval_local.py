@@ -13,10 +13,9 @@ import subprocess
 import sys
 import tempfile
 
-from server import vllm_server
+from benchmarks.paths import DEMO, ROOT
+from tests.harness.server import vllm_server
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-MODEL = ROOT / "vllm_twotower" / "assets" / "demo"
 OPTIONS = ["--diffusion", '{"passes_per_step": 4}', "--served-model-name", "demo", "--dtype", "float32"]
 OPTIONS += ["--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager"]
 
@@ -24,7 +23,7 @@ OPTIONS += ["--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager"]
 def evaluate(lm_eval: str, url: str, mode: str, out: pathlib.Path) -> tuple[str, dict]:
     """One run of lm-eval; returns its table and its results by task."""
     command = [lm_eval, "--model", "local-completions", "--include_path", "benchmarks/lm_eval"]
-    server = f"model=demo,base_url={url}/v1/completions,tokenizer={MODEL},num_concurrent=4,add_bos_token=True"
+    server = f"model=demo,base_url={url}/v1/completions,tokenizer={DEMO},num_concurrent=4,add_bos_token=True"
     command += ["--model_args", server]
     command += ["--tasks", "demo_questions,demo_last_number", "--output_path", str(out)]
     command += ["--gen_kwargs", json.dumps({"vllm_xargs": {"diffusion_mode": mode}})]
@@ -43,7 +42,7 @@ def main() -> None:
         raise SystemExit("lm_eval is not installed beside this Python: use `make lm-eval`, or name it with --lm-eval")
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder)
-        with vllm_server(MODEL, *OPTIONS, log=out / "log", cwd=ROOT) as url:
+        with vllm_server(DEMO, *OPTIONS, log=out / "log", cwd=ROOT) as url:
             for mode in ("mask_diffusion", "ar"):
                 table, results = evaluate(args.lm_eval, url, mode, out / mode)
                 assert set(results) == {"demo_questions", "demo_last_number"}

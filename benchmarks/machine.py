@@ -2,25 +2,24 @@
 
 import importlib.metadata
 import os
-import pathlib
 import platform
 import shutil
 import subprocess
 from typing import Any
 
-import torch
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from benchmarks.paths import ROOT
 
 
 def environment() -> dict[str, Any]:
     """Commit, versions and hardware; a package that is not installed is None."""
+    import torch
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     found: dict[str, Any] = {
         "commit": output_of("git", "rev-parse", "--short", "HEAD"),
         "uncommitted_changes": bool(output_of("git", "status", "--porcelain")),
-        **{package: _version(package) for package in ("vllm", "torch", "triton")},
-        "python": platform.python_version(),
+        **{package: version_of(package) for package in ("vllm", "torch", "triton")},
+        "python": platform.pythonversion_of(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
@@ -40,7 +39,8 @@ def output_of(*command: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package, else None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,18 +1,17 @@
 """How long each half of split towers works and waits, on two CPU processes over gloo.
 
-    python benchmarks/placement.py            # prints a table
-    python benchmarks/placement.py --write    # also benchmarks/results/placement.md
+    python -m benchmarks.placement            # prints a table
+    python -m benchmarks.placement --write    # also benchmarks/results/placement.md
 
 Weights are random and every canvas takes six passes: only time is measured, on a model that is wide enough for the
 towers to outweigh the host's work (`WIDE`) and on the demo model as it is.
 """
 
 import argparse
-import gc
 import os
-import pathlib
 import random
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0|1")
@@ -20,19 +19,19 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to the workers
 
-from machine import described, environment
-from rank_clock import LINK, STEPS, TOWER, start_clock, take_clock
+from benchmarks.machine import described, environment
+from benchmarks.paths import DEMO, RESULTS, ROOT
+from benchmarks.rank_clock import LINK, STEPS, TOWER, start_clock, take_clock
+from tests.harness.engine import start_llm
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "placement.md"
-MODEL = "vllm_twotower/assets/demo"
+RESULT = RESULTS / "placement.md"
 WIDE = {"hidden_size": 1024, "moe_intermediate_size": 1024, "moe_shared_expert_intermediate_size": 2048}
 WIDE |= {"num_attention_heads": 16, "head_dim": 64, "mamba_num_heads": 32}
 MODELS: dict[str, dict[str, int]] = {"demo's sizes": {}, "wide": WIDE}
 NUM_PROMPT_TOKENS, NUM_TOKENS, NUM_PASSES = 32, 64, 6
 HEAD = """# How long each half of split towers waits
 
-{machine}. Written by `python benchmarks/placement.py --write`: two CPU processes over gloo, a core each, fp32, random
+{machine}. Written by `python -m benchmarks.placement --write`: two CPU processes over gloo, a core each, fp32, random
 weights, prompts of {prompt} tokens, {tokens} tokens a request, {passes} passes a canvas. Shares of the time from the
 first request in to the last token out. *Own tower*: its forwards (the denoiser's with proposals, reveals). *Waits for
 the other tower*: in the messages between them. *Host work*: the rest of its steps. *Between steps*: nothing to do until
@@ -43,11 +42,10 @@ the engine's process has taken in a step and scheduled the next. *Idle* is waiti
 """
 
 
-def start(overrides: dict[str, int], most_requests: int) -> Any:
-    from vllm import LLM
-
-    llm = LLM(
-        str(ROOT / MODEL),
+def start_split(overrides: dict[str, int], most_requests: int) -> AbstractContextManager[Any]:
+    return start_llm(
+        ROOT / DEMO,
+        skip_tokenizer_init=False,
         load_format="dummy",
         hf_overrides=overrides,
         dtype="float32",
@@ -59,8 +57,6 @@ def start(overrides: dict[str, int], most_requests: int) -> Any:
         kv_cache_memory_bytes=256 << 20,
         additional_config={"diffusion": {"tower_placement": "split"}},
     )
-    llm.collective_rpc(start_clock)
-    return llm
 
 
 def measure(llm: Any, num_requests: int) -> tuple[float, list[dict[str, float]]]:
@@ -95,16 +91,14 @@ def main() -> None:
     args = parser.parse_args()
     lines = []
     for name in args.models:
-        llm = start(MODELS[name], max(args.requests))
-        for num_requests in args.requests:
-            tokens_per_s, halves = measure(llm, num_requests)
-            for half, parts in zip(("context", "denoiser"), halves, strict=True):
-                figures = " | ".join(f"{share:.0%}" for share in parts.values())
-                lines.append(f"| {name} | {num_requests} | {tokens_per_s:.0f} | {half} | {figures} |")
-                print(lines[-1], flush=True)
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
+        with start_split(MODELS[name], max(args.requests)) as llm:
+            llm.collective_rpc(start_clock)
+            for num_requests in args.requests:
+                tokens_per_s, halves = measure(llm, num_requests)
+                for half, parts in zip(("context", "denoiser"), halves, strict=True):
+                    figures = " | ".join(f"{share:.0%}" for share in parts.values())
+                    lines.append(f"| {name} | {num_requests} | {tokens_per_s:.0f} | {half} | {figures} |")
+                    print(lines[-1], flush=True)
     text = HEAD.format(machine=described(environment()), prompt=NUM_PROMPT_TOKENS, tokens=NUM_TOKENS, passes=NUM_PASSES)
     text += "\n".join(lines) + "\n"
     print(text)

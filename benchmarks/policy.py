@@ -1,8 +1,8 @@
 """The step policy, measured on the real scheduler class: throughput over AR, time to first token, worst wait.
 
-    python benchmarks/policy.py                       # five minutes on one idle core
-    python benchmarks/policy.py --batches 16 64       # half a minute
-    python benchmarks/policy.py --write               # also benchmarks/results/policy.json and policy.md
+    python -m benchmarks.policy                       # two minutes on one core
+    python -m benchmarks.policy --batches 16 64       # a part of it
+    python -m benchmarks.policy --write               # also benchmarks/results/policy.json and policy.md
 
 BlockCommitScheduler runs as in an engine; the model is played from a script (scripted_worker.py): passes per canvas are
 drawn, the same for every policy, and steps take the time that vllm_twotower/planning/ prices them at. So this measures
@@ -13,37 +13,27 @@ sends its next prompt when an answer ends, so prompts keep arriving).
 import argparse
 import itertools
 import json
-import pathlib
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass, field
 
-from machine import output_of
-from roofline import CONFIG, REFERENCE, SETUPS, Setup, costs_of, read_towers, step_times
-from scripted_worker import STEP_BUDGET, ScriptedRun, Tally, make_scheduler
-from vllm_twotower.runtime.step_costs import StepCosts
-
-from vllm_twotower.core import Mode, StepKind
-from vllm_twotower.planning.canvas_passes import THIRD_PARTY_COUNTS, CanvasPasses
-from vllm_twotower.planning.forward_cost import Forward, Machine, context_step
+from benchmarks.machine import output_of
+from benchmarks.paths import REAL_MODEL, RESULTS
+from benchmarks.roofline import REFERENCE, SETUPS, Setup, read_towers, step_times
+from benchmarks.scripted_worker import STEP_BUDGET, ScriptedRun, Tally, make_scheduler
+from vllm_twotower.core import Mode
+from vllm_twotower.planning.canvas_passes import CanvasPasses
+from vllm_twotower.planning.forward_cost import context_step
 from vllm_twotower.planning.gpus import Assumptions
 from vllm_twotower.planning.throughput import StepTimes, Workload
-from vllm_twotower.planning.tower_sizes import Part, Tower, TowerSizes
+from vllm_twotower.planning.tower_sizes import Tower
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-MODEL = CONFIG.parent
-"""The scheduler reads the config; there are no weights."""
-
-RESULTS = ROOT / "benchmarks" / "results"
 BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 100, 128, 256)
 POLICIES = {
     "lockstep": {"commit_quorum": 1},
     "commit at once": {"commit_quorum": 0},
     "quorum 0.4": {"commit_quorum": 0.4},
-    "auto": {"commit_quorum": "auto"},
 }
-ORACLE = "knows passes left"
 CANVASES_PER_ROW = 24
 MIN_CANVASES = 1000
 
@@ -60,57 +50,6 @@ class Load:
 LOADS = (Load("decoding", 16, 3072), Load("serving", 512, 512))
 
 
-class PassesLeft:
-    """A rule that no scheduler can follow: it knows how many passes each canvas has left, and commits where the cycle
-    then yields most useful work per second. How far the rules that can be followed are from it is what knowing would be
-    worth."""
-
-    def __init__(self, run: ScriptedRun, costs: StepCosts) -> None:
-        self.run, self.costs = run, costs
-        self.committed()
-
-    def is_due(self, finished: int, unfinished: int) -> bool:
-        left = [n for n in self.run.passes_left.values() if n]
-        everyone = finished + unfinished
-        cost = self.costs.cost
-        worth = {kind: cost(kind, everyone) / everyone for kind in StepKind}
-        passes, elapsed, yields = self._passes, self._elapsed, []
-        for wait in range(max(left, default=0) + 1):
-            ready = everyone - sum(n > wait for n in left)
-            work = passes * worth[StepKind.DENOISE] + ready * worth[StepKind.CONTEXT]
-            yields.append(work / (elapsed + cost(StepKind.CONTEXT, ready)))
-            going = everyone - ready
-            passes, elapsed = passes + going, elapsed + cost(StepKind.DENOISE, going)
-        return yields[0] >= max(yields)
-
-    def denoised(self, unfinished: int, finished: int) -> None:
-        self._passes += unfinished
-        self._elapsed += self.costs.cost(StepKind.DENOISE, unfinished)
-
-    def committed(self) -> None:
-        self._passes, self._elapsed = 0.0, 0.0
-
-
-class WeightsOnly(Machine):
-    """The prices of the first simulation of this model (the project's design notes): weights and products, no KV,
-    states, logits or links. There a quorum of 0.4 reached 79% of perfect sharing at batch 64; kept to compare."""
-
-    def seconds(self, sizes: TowerSizes, forward: Forward) -> float:
-        cost = self.cost(sizes, forward)
-        num_bytes = cost.dense_bytes + cost.expert_bytes + cost.head_bytes
-        flops = 2 * (sizes.active_parameters + sizes.parameters[Part.EMBEDDING]) * forward.tokens
-        memory_s = num_bytes / (self.gpu.bandwidth_Bps * self.assumed.memory_fraction)
-        return max(memory_s, flops / (self.gpu.bf16_flops * self.assumed.compute_fraction))
-
-
-class FirstPrices(StepTimes):
-    """Steps at those prices."""
-
-    @cached_property
-    def machine(self) -> Machine:
-        return WeightsOnly(gpu=self.gpu, assumed=self.assumed)
-
-
 def perfect_s(times: StepTimes, batch: int, done: Tally) -> float:
     """Seconds for the same passes, commits and prompt tokens if every forward were full."""
     shape = context_step(batch, STEP_BUDGET, times.workload.context_length)
@@ -121,12 +60,8 @@ def perfect_s(times: StepTimes, batch: int, done: Tally) -> float:
 
 def measure(times: StepTimes, batch: int, load: Load, policy: str, seed: int) -> dict:
     """One policy on one load, after a warm-up of a quarter."""
-    options = POLICIES.get(policy, {})
-    run = ScriptedRun(
-        make_scheduler(str(MODEL), batch, options), times, batch, load.prompt_tokens, load.output_tokens, seed=seed
-    )
-    if policy == ORACLE:
-        run.use(PassesLeft(run, costs_of(times)))
+    scheduler = make_scheduler(str(REAL_MODEL), batch, POLICIES[policy])
+    run = ScriptedRun(scheduler, times, batch, load.prompt_tokens, load.output_tokens, seed=seed)
     end = max(MIN_CANVASES, CANVASES_PER_ROW * batch) * times.workload.canvas_length
     run.run_until(end // 4)
     before = run.tally.copy()
@@ -152,7 +87,7 @@ def _difference(after: Tally, before: Tally) -> Tally:
 
 def measure_ar(times: StepTimes, batch: int, load: Load) -> dict:
     """AR decoding of the same requests through the same scheduler."""
-    scheduler = make_scheduler(str(MODEL), batch, {})
+    scheduler = make_scheduler(str(REAL_MODEL), batch, {})
     run = ScriptedRun(scheduler, times, batch, load.prompt_tokens, min(load.output_tokens, 512), mode=Mode.AR)
     end = max(200, 80 * batch)
     run.run_until(end // 4)
@@ -167,33 +102,23 @@ def measure_ar(times: StepTimes, batch: int, load: Load) -> dict:
 class Study:
     """A machine, its prices and a distribution of passes."""
 
-    name: str
     setup: Setup
-    passes: CanvasPasses
     batches: list[int]
-    first_prices: bool = False
+    passes: CanvasPasses = field(default_factory=CanvasPasses)
+
+    @property
+    def name(self) -> str:
+        return f"{self.setup.name}, gamma-distributed passes, mean {self.passes.mean}"
 
     def times(self, ar: bool) -> StepTimes:
         """Prices of the machine's steps."""
-        times = step_times(read_towers(), self.setup, Workload(passes=self.passes), Assumptions(), ar)
-        return FirstPrices(**{f.name: getattr(times, f.name) for f in fields(times)}) if self.first_prices else times
+        return step_times(read_towers(), self.setup, Workload(passes=self.passes), Assumptions(), ar)
 
 
-def studies_of(setup: Setup, batches: list[int], everything: bool) -> list[Study]:
-    """The set-up asked for, and where everything is written, what else shows the rules' limits."""
-    gamma, recorded = CanvasPasses(), CanvasPasses(recorded=tuple(THIRD_PARTY_COUNTS))
-    drawn = "gamma-distributed passes, mean 5.9"
-    found = [Study(f"{setup.name}, {drawn}", setup, gamma, batches)]
-    if everything:
-        some = [16, 64, 100]
-        h200, fp8 = (next(s for s in SETUPS if s.name == n) for n in ("1 x H200 bf16", "2 x H100 fp8 colocated"))
-        found += [
-            Study(f"{h200.name}, {drawn}", h200, gamma, some),
-            Study(f"{fp8.name}, {drawn}", fp8, gamma, some),
-            Study(f"{setup.name}, recorded passes, mean {recorded.expected:.2f}", setup, recorded, some),
-            Study(f"{h200.name}, {drawn}, first simulation's prices", h200, gamma, some, first_prices=True),
-        ]
-    return found
+def list_studies(setup: Setup, batches: list[int], everything: bool) -> list[Study]:
+    """The set-up asked for, and where everything is written, two others."""
+    others = ("1 x H200 bf16", "2 x H100 fp8 colocated") if everything else ()
+    return [Study(setup, batches), *(Study(s, [16, 64, 100]) for s in SETUPS if s.name in others)]
 
 
 def compare(study: Study, seeds: int, report: Callable[[dict], None]) -> list[dict]:
@@ -201,7 +126,7 @@ def compare(study: Study, seeds: int, report: Callable[[dict], None]) -> list[di
     times, ar_times, rows = study.times(ar=False), study.times(ar=True), []
     for load, batch in itertools.product(LOADS, study.batches):
         ar = measure_ar(ar_times, batch, load)
-        for policy in (*POLICIES, ORACLE):
+        for policy in POLICIES:
             runs = [measure(times, batch, load, policy, seed) for seed in range(seeds)]
             row = {"load": load.name, "batch": batch, "policy": policy, "ar_tokens_per_s": ar["tokens_per_s"]}
             for name, first in runs[0].items():
@@ -234,9 +159,11 @@ def page(result: dict) -> str:
         f"Made by `{result['command']}` at commit {result['commit']}; see the top of `benchmarks/policy.py`.",
         "An estimate: decisions are the engine's own, prices of steps are not measured (`docs/roofline.md`).",
         "*Of perfect sharing*: the time that the same passes, commits and prompt tokens would take if every forward\n"
-        "were full, over the time they took. `lockstep`, `commit at once`, `quorum 0.4` (the default) and `auto` are\n"
-        "the engine option `commit_quorum` at 1, 0, 0.4 and auto, whose costs are measured on the benchmark's clock;\n"
-        f"`{ORACLE}` is no rule but a bound: it sees how many passes each canvas has left.",
+        "were full, over the time they took. `lockstep`, `commit at once` and `quorum 0.4` (the default) are the\n"
+        "engine option `commit_quorum` at 1, 0 and 0.4.",
+        "A rule that weighed what one more pass brings against what the cycle since the last commit brings was\n"
+        "within 2 % of the quorum from 8 to 100 requests, and so was a bound that knew how many passes every canvas\n"
+        "has left. The rule is gone; this file's history in git has the figures.",
     ]
     for name, rows in result["studies"].items():
         parts.append(f"## {name}")
@@ -262,7 +189,7 @@ def main() -> None:
     args = parser.parse_args()
     setup = next(s for s in SETUPS if s.name == args.setup)
     result = {"command": command(args), "commit": commit(), "seeds": args.seeds, "studies": {}}
-    for study in studies_of(setup, args.batches, everything=args.write):
+    for study in list_studies(setup, args.batches, everything=args.write):
         print(study.name)
         result["studies"][study.name] = compare(study, args.seeds, print_row)
     if args.write:
@@ -274,7 +201,7 @@ def main() -> None:
 def command(args: argparse.Namespace) -> str:
     """What to type to get the same."""
     setup = "" if args.setup == REFERENCE.name else f" --setup '{args.setup}'"
-    return f"python benchmarks/policy.py --write --seeds {args.seeds}{setup}"
+    return f"python -m benchmarks.policy --write --seeds {args.seeds}{setup}"
 
 
 def commit() -> str:

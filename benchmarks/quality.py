@@ -12,15 +12,13 @@ import itertools
 import json
 import os
 import pathlib
-import sys
 import time
+
+from benchmarks.paths import RESULTS
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TRITON_INTERPRET", "1")
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
 GAMMAS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 STEPS = (4, 8, 16)
@@ -28,8 +26,8 @@ STEPS = (4, 8, 16)
 
 def evaluate(model: pathlib.Path, per_family: int, gammas=GAMMAS, steps=STEPS, prose: int = 60) -> dict:
     """Every setting through one engine."""
-    from quality_parts.engine_runs import ask, bits_per_byte, started
-    from quality_parts.questions import FAMILIES, held_out, held_out_prose
+    from benchmarks.quality_parts.engine_runs import ask, bits_per_byte, started
+    from benchmarks.quality_parts.questions import FAMILIES, held_out, held_out_prose
 
     items = held_out(per_family)
     with started(model) as llm:
@@ -47,8 +45,8 @@ def evaluate(model: pathlib.Path, per_family: int, gammas=GAMMAS, steps=STEPS, p
 
 def ablate(model: pathlib.Path, per_family: int) -> list[dict]:
     """Every ablation through the plain reference."""
-    from quality_parts.ablations import CASES, PlainRun
-    from quality_parts.questions import held_out
+    from benchmarks.quality_parts.ablations import CASES, PlainRun
+    from benchmarks.quality_parts.questions import held_out
 
     run, rows = PlainRun(model), []
     for name in CASES:
@@ -68,14 +66,14 @@ def main() -> None:
     parser.add_argument("--model", type=pathlib.Path, default=DEMO_MODEL)
     parser.add_argument("--per-family", type=int, default=16, help="questions of each family")
     parser.add_argument("--ablation-per-family", type=int, default=4, help="the same for the ablations; 0 for none")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
     started = time.perf_counter()
     report = evaluate(args.model, args.per_family)
     report["ablation_questions"] = args.ablation_per_family * report["families"]
     report["ablations"] = ablate(args.model, args.ablation_per_family) if args.ablation_per_family else []
     report["seconds"] = round(time.perf_counter() - started)
-    from quality_parts.report import markdown, picture
+    from benchmarks.quality_parts.report import markdown, picture
 
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quality.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Roofline of the 30B-A3B model: AR decoding against mask diffusion over batch size, placement, GPU and precision.
 
-    python benchmarks/roofline.py             # tables to the terminal
-    python benchmarks/roofline.py --write     # docs/roofline.md's tables, docs/roofline.png, results/roofline.json
+    python -m benchmarks.roofline             # tables to the terminal
+    python -m benchmarks.roofline --write     # docs/roofline.md's tables, docs/roofline.png, results/roofline.json
 
 An estimate by bytes and FLOPs (vllm_twotower/planning/), no measurement: no GPU is touched, nothing is loaded. --write
 needs matplotlib (the `bench` extra).
@@ -15,10 +15,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from vllm_twotower.runtime.step_costs import StepCosts
-
-from vllm_twotower.core import StepKind
-from vllm_twotower.planning.canvas_passes import CanvasPasses, masked_fraction
+from benchmarks.paths import REAL_MODEL, RESULTS, ROOT
+from vllm_twotower.planning.canvas_passes import CanvasPasses
 from vllm_twotower.planning.forward_cost import (
     Machine,
     ar_step,
@@ -29,22 +27,13 @@ from vllm_twotower.planning.forward_cost import (
 from vllm_twotower.planning.gpus import B200, GPUS, H100, H200, Assumptions, Gpu
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.placement import Placement, Towers, fit
-from vllm_twotower.planning.throughput import (
-    StepTimes,
-    Workload,
-    ar_tokens_per_s,
-    diffusion_tokens_per_s,
-    overlapped_split_tokens_per_s,
-    perfect_tokens_per_s,
-)
+from vllm_twotower.planning.throughput import StepTimes, Workload, ar_tokens_per_s, diffusion_tokens_per_s
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes
-from vllm_twotower.runtime.policy import StepPolicy
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "benchmarks" / "models" / "30b-a3b" / "config.json"
+CONFIG = REAL_MODEL / "config.json"
 PAGE = ROOT / "docs" / "roofline.md"
 PICTURE = ROOT / "docs" / "roofline.png"
-RESULT = ROOT / "benchmarks" / "results" / "roofline.json"
+RESULT = RESULTS / "roofline.json"
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BREAKDOWN_BATCHES = (1, 8, 64, 256)
@@ -97,7 +86,7 @@ def step_times(towers: Towers, setup: Setup, load: Workload, assumed: Assumption
 
 def speed_up(towers: Towers, setup: Setup, batch: int, load: Workload, assumed: Assumptions) -> float:
     """Tokens per second of mask diffusion over those of AR, same GPUs, same batch."""
-    rate = diffusion_tokens_per_s(step_times(towers, setup, load, assumed), batch, StepPolicy)
+    rate = diffusion_tokens_per_s(step_times(towers, setup, load, assumed), batch)
     return rate / ar_tokens_per_s(step_times(towers, setup, load, assumed, ar=True), batch)
 
 
@@ -113,7 +102,7 @@ def breakdown(towers: Towers, load: Workload, assumed: Assumptions) -> list[dict
         tokens = batch * width
         for name, tower, shape in (
             ("AR step", Tower.CONTEXT, ar_step(batch, length)),
-            ("denoise pass", Tower.DENOISER, denoise_pass(batch, length, width, masked_fraction(load.passes.expected))),
+            ("denoise pass", Tower.DENOISER, denoise_pass(batch, length, width, load.passes.masked_fraction)),
             ("commit", Tower.CONTEXT, context_step(batch, tokens, length)),
         ):
             facts, cost = towers[tower].facts, machine.cost(towers[tower], shape)
@@ -149,11 +138,8 @@ def sweep(towers: Towers, load: Workload, assumed: Assumptions) -> list[dict]:
             row = {"setup": setup.name, "gpu": setup.gpu.name, "num_gpus": setup.num_gpus,
                    "placement": setup.placement, "precision": setup.precision, "batch": batch,
                    "fits": batch <= room, "ar": ar_tokens_per_s(theirs, batch)}  # fmt: skip
-            row["diffusion"] = diffusion_tokens_per_s(ours, batch, StepPolicy)
-            row["perfect"] = perfect_tokens_per_s(ours, batch)
+            row["diffusion"] = diffusion_tokens_per_s(ours, batch)
             row["speed_up"] = row["diffusion"] / row["ar"]
-            if setup.placement is Placement.SPLIT:
-                row["overlapped"] = overlapped_split_tokens_per_s(ours, batch)
             rows.append(row)
     return rows
 
@@ -185,10 +171,10 @@ def winning_ranges(wins: Callable[[int], bool]) -> list[tuple[int, int]]:
     return list(zip(starts, ends, strict=True))
 
 
-def costs_of(times: StepTimes) -> StepCosts:
-    """The prices of steps as the table that ``commit_quorum=auto`` reads."""
-    denoise, commit = ([(b, price(b)) for b in BATCHES] for price in (times.denoise_s, times.commit_s))
-    return StepCosts({StepKind.DENOISE: denoise, StepKind.CONTEXT: commit})
+def perfect_tokens_per_s(times: StepTimes, rows: int) -> float:
+    """Throughput if every forward were full: no policy can do better where forwards are memory-bound."""
+    per_canvas = times.workload.passes.mean * times.denoise_s(rows) + times.commit_s(rows)
+    return rows * times.workload.canvas_length / per_canvas
 
 
 def policies(towers: Towers, load: Workload, assumed: Assumptions) -> list[dict]:
@@ -199,8 +185,8 @@ def policies(towers: Towers, load: Workload, assumed: Assumptions) -> list[dict]
     for batch in BATCHES:
         ar = ar_tokens_per_s(theirs, batch)
         row: dict = {"batch": batch}
-        for name, quorum in (("lockstep", 1.0), ("commit at once", 0.0), ("quorum 0.4", 0.4), ("auto", "auto")):
-            row[name] = diffusion_tokens_per_s(ours, batch, lambda q=quorum: StepPolicy(q, costs_of(ours))) / ar
+        for name, quorum in (("lockstep", 1.0), ("commit at once", 0.0), ("quorum 0.4", 0.4)):
+            row[name] = diffusion_tokens_per_s(ours, batch, quorum) / ar
         rows.append({**row, "all shared": perfect_tokens_per_s(ours, batch) / ar})
     return rows
 
@@ -238,7 +224,7 @@ def study(towers: Towers, load: Workload, assumed: Assumptions) -> dict:
     """The whole of it, as plain data."""
     return {
         "workload": {"context_length": load.context_length, "canvas_length": load.canvas_length,
-                     "passes_per_canvas": load.passes.expected},
+                     "passes_per_canvas": load.passes.mean},
         "assumptions": vars(assumed),
         "gpus": {name: vars(gpu) for name, gpu in GPUS.items()},
         "breakdown": breakdown(towers, load, assumed),
@@ -258,9 +244,6 @@ def tables(result: dict) -> dict[str, str]:
         "breakdown": _breakdown_table(result["breakdown"]),
         "speed-up": _sweep_table(result["sweep"], lambda r: f"{r['speed_up']:.2f}"),
         "tokens": _sweep_table(result["sweep"], lambda r: f"{r['diffusion']:,.0f}", ar=True),
-        "overlapped": _sweep_table(
-            [r for r in result["sweep"] if "overlapped" in r], lambda r: f"{r['overlapped'] / r['ar']:.2f}"
-        ),
         "crossovers": _crossover_table(result["crossovers"]),
         "policies": _plain_table(result["policies"]),
         "sensitivity": _plain_table(result["sensitivity"]),
@@ -325,7 +308,9 @@ def fill_page(text: str, by_name: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write docs/roofline.md, docs/roofline.png and the JSON")
-    parser.add_argument("--config", type=pathlib.Path, default=CONFIG, help="config.json of another two-tower model")
+    parser.add_argument(
+        "--config", type=pathlib.Path, default=REAL_MODEL / "config.json", help="config.json of another two-tower model"
+    )
     parser.add_argument("--context-length", type=int, default=2048)
     parser.add_argument("--passes-per-canvas", type=float, default=5.9)
     args = parser.parse_args()
@@ -334,7 +319,7 @@ def main() -> None:
     for name, table in tables(result).items():
         print(f"{name}\n{table}\n")
     if args.write:
-        from roofline_plot import draw
+        from benchmarks.roofline_plot import draw
 
         PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), tables(result)), encoding="utf-8")
         RESULT.parent.mkdir(exist_ok=True)

@@ -1,9 +1,9 @@
 """Timings on the machine this runs on, after the tests that make them worth something.
 
-``python benchmarks/run.py generate`` times whole generations (``generate.py``), ``python benchmarks/run.py cpp`` the
+``python -m benchmarks.run generate`` times whole generations (``generate.py``), ``python -m benchmarks.run cpp`` the
 C++ ops (``cpp_ops.py``).
 
-``python benchmarks/run.py ops`` times the ops. On a GPU their tests run natively first, then each kernel is compared
+``python -m benchmarks.run ops`` times the ops. On a GPU their tests run natively first, then each kernel is compared
 with its reference at the timed shapes; a red test or a difference prints no figure and exits 1. Both forms are timed
 there. Elsewhere kernels would run in Triton's interpreter, whose time says nothing, so only references are timed, and
 only over cases that a CPU can hold.
@@ -17,7 +17,6 @@ implementation must move once (``op_cases.py``). Writes ``benchmarks/results/ops
 import argparse
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import time
@@ -29,13 +28,11 @@ import torch
 ON_GPU = torch.cuda.is_available()
 os.environ["TRITON_INTERPRET"] = "0" if ON_GPU else "1"
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import generate as generation
-from machine import environment
-from markdown_table import table
-from op_cases import CASES, Case
+from benchmarks import generate as generation
+from benchmarks.machine import environment
+from benchmarks.markdown_table import table
+from benchmarks.op_cases import CASES, Case
+from benchmarks.paths import RESULTS, ROOT
 
 QUANTILES = (0.2, 0.5, 0.8)
 CPU_FLOOR_BYTES = 64 << 20
@@ -56,8 +53,7 @@ def tensors_of(result: Any) -> list[torch.Tensor]:
 
 def require_same(case: Case, inputs: tuple[Any, ...]) -> None:
     """Kernel and reference agree at the timed shapes, integers exactly."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from tolerances import BF16_OP
+    from tests.tolerances import BF16_OP
 
     got, expected = tensors_of(case.kernel(*inputs)), tensors_of(case.reference(*inputs))
     for index, (g, e) in enumerate(zip(got, expected, strict=True)):
@@ -125,7 +121,7 @@ def ops(args: argparse.Namespace) -> None:
     if args.skip_tests or args.only:
         print("a part, or tests skipped: nothing written", file=sys.stderr)
         return
-    out = ROOT / "benchmarks" / "results" / f"ops-{'gpu' if ON_GPU else 'cpu'}.json"
+    out = RESULTS / f"ops-{'gpu' if ON_GPU else 'cpu'}.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
 
@@ -139,7 +135,7 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def cpp(args: argparse.Namespace) -> None:
-    import cpp_ops
+    from benchmarks import cpp_ops
 
     if not args.skip_tests:
         require_green(cpp_ops.TESTS)
@@ -150,7 +146,7 @@ def cpp(args: argparse.Namespace) -> None:
         found = environment()
         about = f"Commit {found['commit'][:9]}, torch {found['torch']}, {found['threads']} threads, fastest calls."
         text = "\n".join(["# C++ ops beside their references", "", about, "", *lines]) + "\n"
-        (ROOT / "benchmarks" / "results" / "cpp-ops.md").write_text(text)
+        (RESULTS / "cpp-ops.md").write_text(text)
 
 
 def main() -> None:

@@ -6,16 +6,14 @@ how long it takes is made up here.
 
 import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before vLLM imports triton, on a machine without a GPU
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from vllm_twotower.runtime.commit_timing import CommitTiming
-from vllm_twotower.runtime.step_costs import MeasuredCosts
 
-from vllm_twotower.core import Mode
-from vllm_twotower.planning.canvas_passes import PassCounts
+from vllm_twotower.core import Mode, StepKind
 from vllm_twotower.planning.forward_cost import ar_step, context_step
 from vllm_twotower.planning.throughput import StepTimes
 from vllm_twotower.planning.tower_sizes import Tower
@@ -110,20 +108,14 @@ class ScriptedRun:
         self.tally = Tally()
         self.passes_left: dict[str, int] = {}
         self.arrived_s: dict[str, float] = {}
-        self._counts: dict[int, PassCounts] = {}
+        self._counts: dict[int, Iterator[int]] = {}
         self._last_seen_s: dict[str, float] = {}
         self._ids = itertools.count()
-        if isinstance(scheduler.step_costs, MeasuredCosts):
-            scheduler.step_costs.clock = lambda: self.tally.now_s
         for client in range(batch):
-            self._counts[client] = times.workload.passes.of_request(client, seed)
+            self._counts[client] = times.workload.passes.draw_counts(client, seed)
             # clients do not start in step with each other: the first outputs differ in length
             first = output_tokens - times.workload.canvas_length * (client * (output_tokens // 16) // batch)
             self._send(client, max(16, first))
-
-    def use(self, timing: CommitTiming) -> None:
-        """Replace the rule of when canvases are committed."""
-        self.scheduler.policy_of_steps.timing = timing
 
     def run_until(self, num_tokens: int) -> None:
         """Step until so many tokens have come out."""
@@ -140,7 +132,7 @@ class ScriptedRun:
         assert scheduled, "an empty step would never end"
         for req_id in scheduled:
             tally.waits_s.append(tally.now_s - self._last_seen_s[req_id])
-        denoising = bool(scheduler._denoising)
+        denoising = scheduler.last_step.kind is StepKind.DENOISE
         tally.now_s += self._seconds(scheduled, denoising)
         tally.steps += 1
         sampled = [self._row(req_id, width, denoising) for req_id, width in scheduled.items()]
@@ -182,7 +174,7 @@ class ScriptedRun:
             return []  # a chunk of a prompt
         if self.mode is Mode.AR:
             return self._emit(req_id, 1)
-        self.passes_left[req_id] = self._counts[int(req_id.split("-")[0])].next()
+        self.passes_left[req_id] = next(self._counts[int(req_id.split("-")[0])])
         return []
 
     def _emit(self, req_id: str, num_tokens: int) -> list[int]:

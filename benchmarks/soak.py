@@ -1,8 +1,8 @@
 """A real server under full load for half an hour, with everything that clients do to it at once.
 
-    python benchmarks/soak.py                         # 30 minutes, a new seed
-    python benchmarks/soak.py --minutes 3 --seed 7
-    python benchmarks/soak.py --write                 # also benchmarks/results/soak.json and soak.md
+    python -m benchmarks.soak                         # 30 minutes, a new seed
+    python -m benchmarks.soak --minutes 3 --seed 7
+    python -m benchmarks.soak --write                 # also benchmarks/results/soak.json and soak.md
 
 More clients than the engine has places send random requests (``soak_requests.py``): three modes, many settings, short
 and long, streamed and not, some left in the middle, some bad. Fails unless every good request is answered, every bad
@@ -27,18 +27,17 @@ from typing import Any
 
 import httpx
 import psutil
-from machine import described, environment
-from server import processes_of, vllm_server
-from soak_client import ANSWER_SECONDS, Outcome, ask
-from soak_metrics import check_exact, check_under_load, grown, held, read_counters
-from soak_requests import draw_request
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-MODEL = "vllm_twotower/assets/demo"
+from benchmarks.machine import described, environment
+from benchmarks.paths import DEMO, RESULTS, ROOT
+from benchmarks.soak_client import ANSWER_SECONDS, Outcome, ask
+from benchmarks.soak_metrics import check_exact, check_under_load, grown, held, read_counters
+from benchmarks.soak_requests import draw_request
+from tests.harness.server import processes_of, vllm_server
+
 MAX_MODEL_LEN = 512
 COMMAND = (
-    f"vllm serve {MODEL} --diffusion '{{\"passes_per_step\": 8}}' --served-model-name demo --dtype float32"
+    f"vllm serve {DEMO} --diffusion '{{\"passes_per_step\": 8}}' --served-model-name demo --dtype float32"
     f" --max-model-len {MAX_MODEL_LEN} --max-num-seqs 16 --enforce-eager --num-gpu-blocks-override 28"
 )
 """The KV cache is small: some requests are preempted, and the warm-up touches all of it (a page counts as memory from

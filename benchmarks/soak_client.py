@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from soak_requests import CHAT, Request
+
+from benchmarks.soak_requests import CHAT, Request
 
 ANSWER_SECONDS = 1200
 

@@ -5,7 +5,7 @@ import time
 import urllib.request
 from collections.abc import Sequence
 
-from soak_client import Outcome
+from benchmarks.soak_client import Outcome
 
 COUNTERS = {
     "generation_tokens": "vllm:generation_tokens_total",

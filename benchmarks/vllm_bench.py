@@ -14,20 +14,19 @@ import shlex
 import subprocess
 import tempfile
 
-from machine import described, environment
-from server import VLLM, vllm_server
+from benchmarks.machine import described, environment
+from benchmarks.paths import DEMO, RESULTS, ROOT
+from tests.harness.server import VLLM, vllm_server
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "vllm-bench.md"
-MODEL = "vllm_twotower/assets/demo"
+RESULT = RESULTS / "vllm-bench.md"
 SMALL = "--max-model-len 512 --max-num-seqs 16 --enforce-eager"
 THROUGHPUT = (
-    f"vllm bench throughput --model {MODEL} {SMALL} --dataset-name random --random-input-len 32"
+    f"vllm bench throughput --model {DEMO} {SMALL} --dataset-name random --random-input-len 32"
     " --random-output-len 64 --num-prompts 16"
 )
-SERVE = f"vllm serve {MODEL} --diffusion --served-model-name demo {SMALL}"
+SERVE = f"vllm serve {DEMO} --diffusion --served-model-name demo {SMALL}"
 CLIENT = (
-    f"vllm bench serve --model demo --tokenizer {MODEL} --dataset-name random --random-input-len 32"
+    f"vllm bench serve --model demo --tokenizer {DEMO} --dataset-name random --random-input-len 32"
     " --random-output-len 64 --ignore-eos --num-prompts 16 --max-concurrency 8"
 )
 HEAD = """# vLLM's own benchmarks on the demo model
@@ -64,7 +63,7 @@ def main() -> None:
     sections.append(section("Throughput, AR: the same model without --diffusion", THROUGHPUT, run(THROUGHPUT)))
     with tempfile.TemporaryDirectory() as folder:
         options = shlex.split(SERVE)[3:]
-        with vllm_server(MODEL, *options, log=pathlib.Path(folder) / "log", cwd=ROOT) as url:
+        with vllm_server(DEMO, *options, log=pathlib.Path(folder) / "log", cwd=ROOT) as url:
             for title, more in (("mask diffusion", ""), ("ar on the same server", AR_BODY)):
                 output = run(CLIENT + more, f" --base-url {url}")
                 sections.append(section(f"Serving, {title}", f"{SERVE}\n{CLIENT}{more}", output))

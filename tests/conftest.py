@@ -10,29 +10,11 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it overrides every engine's kv_cache_memory_bytes
 
 import contextlib
-import json
-import pathlib
 
 import pytest
 import torch
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens"
-
-
-class Golden:
-    """One golden checkpoint and what NVIDIA's reference did with it."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.path = GOLDENS / name
-        self.config = json.loads((self.path / "config.json").read_text())
-        expected = json.loads((self.path / "expected.json").read_text())
-        self.mask_diffusion: list[dict] = expected["mask_diffusion"]
-        self.ar: list[dict] = expected["ar"]
-        self.mock_ar: list[dict] = expected["mock_ar"]
-
-    def cases(self, canvas_length: int) -> list[dict]:
-        return [c for c in self.mask_diffusion if c["params"]["block_size"] == canvas_length]
+from tests.harness.goldens import Golden
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from request_mixes import MixedRequest
 
+from tests.request_mixes import MixedRequest
 from vllm_twotower.core import MASK_TOKEN_ID, Mode
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.decoding.noise_level import noise_level

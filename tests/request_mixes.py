@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from engine_harness import Engine
-
+from tests.harness.engine import Engine
 from vllm_twotower import diffusion_params
 from vllm_twotower.core import Mode
 from vllm_twotower.runtime.policy import MAX_CONTEXT_STEPS, StepPolicy

@@ -5,13 +5,13 @@ import functools
 import math
 
 import pytest
-from engine_harness import engine
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.input_processor import InputProcessor
 
+from tests.harness.engine import start_engine
 from vllm_twotower import diffusion_params
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.config import EngineOptions, RequestOptions
@@ -156,7 +156,7 @@ def test_vllm_still_admits_what_it_cannot_send_to_the_engine():
 def test_the_models_own_stop_tokens_count(tiny_moe):
     """They are added by vLLM's own processing, so the check has to come after that."""
     params = diffusion_params(min_tokens=1, stop_token_ids=list(range(4, 132)), max_tokens=4, detokenize=False)
-    with engine(tiny_moe.path) as e:
+    with start_engine(tiny_moe.path) as e:
         with pytest.raises(VLLMValidationError, match="129 stop token ids"):
             e.tokens([[5, 6, 7]], params)
         assert len(e.tokens([[5, 6, 7]], diffusion_params(max_tokens=4, ignore_eos=True, detokenize=False))[0]) == 4

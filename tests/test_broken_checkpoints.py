@@ -8,10 +8,11 @@ import time
 
 import pytest
 import torch
-from engine_harness import engine, golden_params
 from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
 
+from tests.harness.engine import start_engine
+from tests.harness.goldens import golden_params
 from vllm_twotower import diffusion_params
 from vllm_twotower.frontend.checkpoint_checks import check_checkpoint
 
@@ -116,7 +117,7 @@ def test_a_broken_file_is_named(folder, name):
 
 def test_a_folder_without_weights_is_named(folder):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(RuntimeError, match=f"Cannot find any model weights with `{folder}`"), engine(folder):
+    with pytest.raises(RuntimeError, match=f"Cannot find any model weights with `{folder}`"), start_engine(folder):
         pass
 
 
@@ -124,7 +125,7 @@ def test_weights_of_another_float_type_are_converted(folder, tiny_moe):
     _tensors(lambda t: t.update({TENSOR: t[TENSOR].double()}))(folder)
     _in_two_shards(folder)
     case = tiny_moe.cases(16)[0]
-    with engine(folder, {"passes_per_step": 16}) as e:
+    with start_engine(folder, {"passes_per_step": 16}) as e:
         assert e.tokens([case["prompt"]], golden_params(case)) == [case["output"]]
 
 
@@ -215,10 +216,10 @@ def test_nothing_of_a_checkpoint_is_executed_or_unpickled(folder, tiny_moe):
     }
     change_config(folder, auto_map=auto_map)
     case = tiny_moe.cases(16)[0]
-    with engine(folder, {"passes_per_step": 16}) as e:
+    with start_engine(folder, {"passes_per_step": 16}) as e:
         assert e.tokens([case["prompt"]], golden_params(case)) == [case["output"]]
     (folder / "model.safetensors").unlink()  # now the pickles are all there is
-    with pytest.raises(RuntimeError, match="Cannot find any model weights"), engine(folder):
+    with pytest.raises(RuntimeError, match="Cannot find any model weights"), start_engine(folder):
         pass
     assert not any(mark.exists() for mark in marks.values())
 
@@ -251,7 +252,7 @@ def test_nan_ends_a_request_with_an_error_and_nobody_else(folder, tiny_moe, pref
     save_file(tensors, folder / "model.safetensors")
     bad_prompt = [*healthy[0]["prompt"][:9], poison, 7, 8]
     small = {"max_num_seqs": 16, "max_model_len": 256, "kv_cache_memory_bytes": 4 << 20}  # blocks are used again
-    with engine(folder, {"passes_per_step": 4}, enable_prefix_caching=prefix_caching, **small) as e:
+    with start_engine(folder, {"passes_per_step": 4}, enable_prefix_caching=prefix_caching, **small) as e:
         for _ in range(2):
             prompts = [bad_prompt, cases[lost]["prompt"], bad_prompt, bad_prompt, *(c["prompt"] for c in healthy)]
             params = [golden_params(cases[0]), golden_params(cases[lost]), one_by_one("ar"), one_by_one("mock_ar")]
@@ -270,7 +271,7 @@ def test_a_denoiser_of_nan_reveals_nothing_and_the_context_tower_goes_on(folder,
     tensors["denoiser_tower.norm_f.weight"][5] = float("nan")
     save_file(tensors, folder / "model.safetensors")
     case, ar = tiny_moe.cases(16)[4], tiny_moe.ar[4]
-    with engine(folder) as e:
+    with start_engine(folder) as e:
         prompts = [case["prompt"], ar["prompt"], case["prompt"]]
         outputs = e.generate(prompts, [golden_params(case), one_by_one("ar"), one_by_one("mock_ar")])
         assert [o.outputs[0].finish_reason for o in outputs] == ["error", "length", "error"]

@@ -8,10 +8,11 @@ import itertools
 import math
 
 import pytest
-from engine_harness import engine, golden_params
-from request_mixes import MixedRequest, play
 from vllm.engine.arg_utils import EngineArgs
 
+from tests.harness.engine import start_engine
+from tests.harness.goldens import golden_params
+from tests.request_mixes import MixedRequest, play
 from vllm_twotower import diffusion_params
 
 CANVAS, KV_BLOCK = 16, 128
@@ -56,7 +57,7 @@ def test_a_preemption_storm(tiny_moe, prefix_caching, passes_per_step):
     requests = all_modes(tiny_moe, [10 * k + i for k in range(5) for i in growing], growing)
     requests = [part[:20] for part in requests]
     assert len(requests[0]) == 20
-    with engine(
+    with start_engine(
         tiny_moe.path,
         {"passes_per_step": passes_per_step},
         enable_prefix_caching=prefix_caching,
@@ -103,7 +104,7 @@ def test_shared_prefixes_cut_around_a_kv_block_and_canvas_boundaries(tiny_moe, c
     case = tiny_moe.cases(CANVAS)[6]  # threshold 0.8, 16 passes: the engine's defaults
     prompt, output = case["prompt"] + case["output"][:CANVAS], case["output"][CANVAS:]
     assert len(prompt) == 129, "canvases begin at 129, 145, 161; a KV block of the prompt ends at 128"
-    with engine(tiny_moe.path, {"passes_per_step": 16}, enable_prefix_caching=True, max_num_seqs=8) as e:
+    with start_engine(tiny_moe.path, {"passes_per_step": 16}, enable_prefix_caching=True, max_num_seqs=8) as e:
         hits = check_cuts(e, prompt, output, list(cuts))
     assert hits == {cut: KV_BLOCK if cut >= KV_BLOCK else 0 for cut in cuts}
 
@@ -116,7 +117,7 @@ def test_a_prefix_that_is_being_written_holds_the_queue_up_for_four_steps_at_mos
     prompts = [stem, [*stem[:200], *range(100, 130)], [7, 8, 9]]
     mix = [MixedRequest(prompt, {**settings, "ignore_eos": True}, 0, None) for prompt in prompts]
     options = {"passes_per_step": 1, "commit_quorum": 1}
-    with engine(tiny_moe.path, options, enable_prefix_caching=True, max_num_seqs=8) as e:
+    with start_engine(tiny_moe.path, options, enable_prefix_caching=True, max_num_seqs=8) as e:
         assert play(e, mix).longest_queue <= 4
 
 
@@ -126,11 +127,11 @@ def test_prefixes_that_are_evicted_and_computed_again(tiny_moe):
     stems = [[(31 * k + 3 * i) % 500 + 4 for i in range(200)] for k in range(6)]
     params = greedy("mask_diffusion", 20, confidence_threshold=0.5)
     options = {"passes_per_step": 16}
-    with engine(tiny_moe.path, options, enable_prefix_caching=False) as e:
+    with start_engine(tiny_moe.path, options, enable_prefix_caching=False) as e:
         prompts = [stem[:cut] for cut in (127, 128, 129, 200) for stem in stems]
         expected = {tuple(p): e.tokens([p], params)[0] for p in prompts}
     cached = []
-    with engine(
+    with start_engine(
         tiny_moe.path,
         options,
         enable_prefix_caching=True,
@@ -153,7 +154,7 @@ def test_prefixes_that_are_evicted_and_computed_again(tiny_moe):
 
 
 def check_room(golden, budget, places, **more):
-    with engine(
+    with start_engine(
         golden.path,
         {"passes_per_step": 4},
         enable_prefix_caching=more.pop("prefix_caching", False),
@@ -213,7 +214,7 @@ def test_a_budget_of_one_canvas_leaves_nobody_waiting(tiny_moe, budget, commit_q
     mix = [MixedRequest(c["prompt"], request_settings(c), 0 if i < 6 else 20, None) for i, c in enumerate(cases)]
     options = {"passes_per_step": 16, "commit_quorum": commit_quorum}
     room = {"max_num_batched_tokens": budget, "max_num_seqs": 8, "enable_prefix_caching": False}
-    with engine(tiny_moe.path, options, **room) as e:
+    with start_engine(tiny_moe.path, options, **room) as e:
         played = play(e, mix)
     assert played.tokens == [c["output"] for c in cases]
     turns = math.ceil(len(mix) / (budget // CANVAS))

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_harness import engine, golden_params
 from vllm import SamplingParams
 
+from tests.harness.engine import start_engine
+from tests.harness.goldens import golden_params
 from vllm_twotower import compat
 from vllm_twotower.core import KERNELS_VARIABLE
 from vllm_twotower.cpu import shims
@@ -19,7 +20,7 @@ from vllm_twotower.cpu import shims
 def test_vllms_experts_still_refuse_this_model_on_a_cpu(tiny_moe, monkeypatch):
     """Death test of ``portable_moe_layers``."""
     monkeypatch.setattr(shims, "portable_moe_layers", contextlib.nullcontext)
-    with pytest.raises(Exception) as refusal, engine(tiny_moe.path, diffusion=None):  # noqa: PT011 - upstream's choice
+    with pytest.raises(Exception) as refusal, start_engine(tiny_moe.path, diffusion=None):  # noqa: PT011 - upstream's choice
         pass
     assert not isinstance(refusal.value, SystemExit)
 
@@ -56,9 +57,9 @@ LONG = 300
 def test_prompts_longer_than_a_kv_block_work_with_prefix_caching(tiny_mlp):
     prompt = [4 + i % 500 for i in range(LONG)]
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
-    with engine(tiny_mlp.path, diffusion=None, enable_prefix_caching=False) as e:
+    with start_engine(tiny_mlp.path, diffusion=None, enable_prefix_caching=False) as e:
         expected = e.tokens([prompt], params)
-    with engine(tiny_mlp.path, diffusion=None, enable_prefix_caching=True) as e:
+    with start_engine(tiny_mlp.path, diffusion=None, enable_prefix_caching=True) as e:
         assert e.tokens([prompt], params) == expected
         assert e.tokens([prompt], params) == expected, "and again from the cache"
 
@@ -67,7 +68,7 @@ def test_vllms_cpu_scan_still_cannot_export_checkpoints(tiny_mlp, monkeypatch):
     """Death test of ``disable_prefill_checkpoints``."""
     monkeypatch.setattr(shims, "disable_prefill_checkpoints", lambda layers: None)
     params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
-    with pytest.raises(IndexError), engine(tiny_mlp.path, diffusion=None, enable_prefix_caching=True) as e:
+    with pytest.raises(IndexError), start_engine(tiny_mlp.path, diffusion=None, enable_prefix_caching=True) as e:
         e.tokens([[4 + i % 500 for i in range(LONG)]], params)
 
 
@@ -79,13 +80,13 @@ def test_vllms_scheduler_still_refuses_prompt_logprobs_without_tokens(tiny_mlp, 
     case = tiny_mlp.cases(16)[4]
     params = golden_params(case)
     params.prompt_logprobs = 1
-    with pytest.raises(AssertionError), engine(tiny_mlp.path) as e:
+    with pytest.raises(AssertionError), start_engine(tiny_mlp.path) as e:
         e.tokens([case["prompt"]], params)
 
 
 def test_vllm_still_reserves_a_slot_at_the_end_of_the_context(tiny_mlp, monkeypatch):
     """Death test of ``num_sampled_tokens_per_step = 0``: without it the edge of max_model_len never finishes."""
-    with engine(tiny_mlp.path) as e:
+    with start_engine(tiny_mlp.path) as e:
         e.scheduler.num_sampled_tokens_per_step = 1
         params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True, detokenize=False)
         with pytest.raises(AssertionError):
@@ -97,7 +98,7 @@ def test_vllms_kernel_warm_up_runs_and_leaves_nothing_behind(tiny_moe):
     from vllm.v1.worker.gpu.warmup import warmup_kernels
 
     case = tiny_moe.cases(16)[3]
-    with engine(tiny_moe.path, {"passes_per_step": 16}) as e:
+    with start_engine(tiny_moe.path, {"passes_per_step": 16}) as e:
         worker = e.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         warmup_kernels(e.runner, worker.execute_model, worker.sample_tokens)
         assert e.stats()["denoise_steps"] == e.stats()["context_steps"] == 0

@@ -7,8 +7,8 @@ import urllib.request
 
 import httpx
 import pytest
-from server import vllm_server
 
+from tests.harness.server import vllm_server
 from vllm_twotower.commands.cli import DEMO_MODEL
 
 OPTIONS = ["--diffusion", '{"passes_per_step": 4}', "--data-parallel-size", "2", "--served-model-name", "tiny"]

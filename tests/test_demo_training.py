@@ -6,17 +6,17 @@ import random
 
 import pytest
 import torch
-from demo import layers
-from demo.batches import Batch, Row
-from demo.config import CANVAS, MODEL
-from demo.corruptions import Canvases, corrupt, masked_canvases, met_canvases
-from demo.initial import context_weights, denoiser_weights
-from demo.item import Item, fixed
-from demo.losses import masked_tokens
-from demo.tasks import FAMILIES, instances
-from demo.towers import TrainingTowers
 from tokenizers import Tokenizer
 
+from tools.demo_training import layers
+from tools.demo_training.batches import Batch, Row
+from tools.demo_training.config import CANVAS, MODEL
+from tools.demo_training.corruptions import Canvases, corrupt, masked_canvases, met_canvases
+from tools.demo_training.initial import context_weights, denoiser_weights
+from tools.demo_training.item import Item, fixed
+from tools.demo_training.losses import masked_tokens
+from tools.demo_training.tasks import FAMILIES, instances
+from tools.demo_training.towers import TrainingTowers
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.oracle.plain_towers import DENOISER, ContextCache, PlainTwoTower, TowerShape
 
@@ -67,7 +67,7 @@ def rows():
 
 def test_met_canvases_are_those_that_denoising_passes_through(weights, rows, monkeypatch):
     """Each is what whole passes over a masked canvas leave, for some number of them, and no other canvas is there."""
-    monkeypatch.setattr("demo.corruptions.THRESHOLDS", (0.03,))  # random weights are sure of nothing
+    monkeypatch.setattr("tools.demo_training.corruptions.THRESHOLDS", (0.03,))  # random weights are sure of nothing
     towers, batch = TrainingTowers(weights, TowerShape.from_config(SMALL)), Batch.of(rows, 4)
     _, states = towers.context(batch.tokens_BL, batch.valid_BL)
     generator = torch.Generator().manual_seed(0)
@@ -113,7 +113,7 @@ def test_the_loss_is_the_mean_over_rows_of_a_rows_mean(weights, rows, monkeypatc
     towers, batch = TrainingTowers(weights, TowerShape.from_config(SMALL)), Batch.of(rows, 4)
     kept: list[Canvases] = []
     for name in ("masked_canvases", "met_canvases"):
-        monkeypatch.setattr(f"demo.losses.{name}", keeping(kept, globals()[name]))
+        monkeypatch.setattr(f"tools.demo_training.losses.{name}", keeping(kept, globals()[name]))
     loss, _ = masked_tokens(towers, batch, torch.Generator().manual_seed(2))
     _, states = towers.context(batch.tokens_BL, batch.valid_BL)
     means = []
@@ -171,5 +171,5 @@ def test_fixed_text_is_found_where_it_was_marked():
 
 
 def test_files_are_small():
-    for path in (pathlib.Path(__file__).parents[1] / "tools" / "demo").rglob("*.py"):
+    for path in (pathlib.Path(__file__).parents[1] / "tools" / "demo_training").rglob("*.py"):
         assert path.read_text(encoding="utf-8").count("\n") <= 500

@@ -9,9 +9,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from engine_harness import engine, golden_params
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.harness.engine import start_engine
+from tests.harness.goldens import golden_params
 from vllm_twotower import diffusion_params
 from vllm_twotower.runtime import denoise_graphs
 from vllm_twotower.runtime.denoise_loop import DenoiseLoop
@@ -64,7 +65,7 @@ def ask(e, cases):
 
 def test_goldens_through_captured_passes_that_read_once(tiny_moe, recorder):
     cases = tiny_moe.cases(16)[:3]
-    with engine(tiny_moe.path, {"passes_per_step": 3, "commit_quorum": 1}) as e:
+    with start_engine(tiny_moe.path, {"passes_per_step": 3, "commit_quorum": 1}) as e:
         capture(e)
         e.runner.model_state.loop.reads_are_free = False
         assert sorted(recorder.num_replays) == [1, 2, 4, 8]
@@ -83,7 +84,7 @@ def test_other_shapes_run_layer_by_layer(tiny_moe, recorder):
     mock_ar = diffusion_params(mode="mock_ar", temperature=0.0, max_tokens=2, ignore_eos=True, detokenize=False)
     settings = golden_params({"params": {**case["params"], "max_new_tokens": 24}})
     prompts = [case["prompt"], tiny_moe.mock_ar[0]["prompt"][:4]]
-    with engine(tiny_moe.path, {"passes_per_step": 2}, max_model_len=room) as e:
+    with start_engine(tiny_moe.path, {"passes_per_step": 2}, max_model_len=room) as e:
         expected = e.tokens(prompts, [settings, mock_ar])
         capture(e)
         e.runner.model_state.loop.reads_are_free = False
@@ -101,7 +102,7 @@ def test_rows_that_are_looked_at_still_read_every_pass(tiny_moe):
         )
         for m in more
     ]
-    with engine(tiny_moe.path, {"passes_per_step": 4}) as e:
+    with start_engine(tiny_moe.path, {"passes_per_step": 4}) as e:
         answers = []
         for free in (True, False):
             e.runner.model_state.loop.reads_are_free = free
@@ -143,7 +144,7 @@ def test_a_step_reads_nothing_between_its_passes(tiny_moe, recorder, monkeypatch
     run = denoise_graphs.DenoiseGraph.run
     monkeypatch.setattr(DenoiseLoop, "run_passes", counted)
     monkeypatch.setattr(denoise_graphs.DenoiseGraph, "run", replay_unseen)
-    with engine(tiny_moe.path, {"passes_per_step": 3}) as e:
+    with start_engine(tiny_moe.path, {"passes_per_step": 3}) as e:
         capture(e)
         for free in (True, False):
             e.runner.model_state.loop.reads_are_free = free

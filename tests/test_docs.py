@@ -7,10 +7,8 @@ import re
 import subprocess
 import sys
 
-import make_docs
-import make_readme
-from demo.item import PROMPT_END, Item
-
+from tools import make_docs, make_readme
+from tools.demo_training.item import PROMPT_END, Item
 from vllm_twotower import compat
 from vllm_twotower.commands.cli import DEMO_QUESTION_END, DEMO_QUESTIONS, DEMO_RUNS, demo_prompt
 
@@ -83,7 +81,7 @@ def test_the_watching_example():
 
 
 def test_the_generated_pages_are_what_the_code_says():
-    run("tools/make_docs.py", "--check")
+    run("-m", "tools.make_docs", "--check")
 
 
 def test_every_shim_says_what_it_is_and_names_a_test_that_exists():

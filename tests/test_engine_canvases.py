@@ -1,20 +1,22 @@
 """Canvases of different widths in one batch, and canvases whose request goes away."""
 
 import pytest
-from engine_harness import engine, golden_params
+
+from tests.harness.engine import start_engine
+from tests.harness.goldens import golden_params
 
 
 def test_narrower_canvases_per_request_share_a_batch(tiny_mlp):
     narrow, wide = tiny_mlp.cases(8)[2:5], tiny_mlp.cases(16)[2:5]
     params = [golden_params(c, canvas_length=8) for c in narrow] + [golden_params(c, canvas_length=16) for c in wide]
-    with engine(tiny_mlp.path, {"canvas_length": 16, "passes_per_step": 3}) as e:
+    with start_engine(tiny_mlp.path, {"canvas_length": 16, "passes_per_step": 3}) as e:
         outputs = e.tokens([c["prompt"] for c in narrow + wide], params)
     assert outputs == [c["output"] for c in narrow + wide]
 
 
 def test_an_aborted_request_frees_its_canvas_and_leaves_its_neighbours_alone(tiny_moe):
     cases = tiny_moe.cases(16)[:4]
-    with engine(tiny_moe.path, {"passes_per_step": 1}) as e:
+    with start_engine(tiny_moe.path, {"passes_per_step": 1}) as e:
         core = e.llm.llm_engine
         for index, case in enumerate(cases):
             core.add_request(str(index), {"prompt_token_ids": case["prompt"]}, golden_params(case))

@@ -2,10 +2,10 @@
 what is refused."""
 
 import pytest
-from engine_harness import MAX_MODEL_LEN, engine
 from safetensors.torch import load_file
 from vllm.exceptions import VLLMValidationError
 
+from tests.harness.engine import MAX_MODEL_LEN, start_engine
 from vllm_twotower import diffusion_params
 from vllm_twotower.oracle.plain_towers import PlainTwoTower, TowerShape
 from vllm_twotower.oracle.reference import MaskDiffusion
@@ -17,7 +17,7 @@ THRESHOLD = 0.5
 @pytest.fixture(scope="module")
 def e(tiny_moe):
     options = {"passes_per_step": 16, "confidence_threshold": THRESHOLD}
-    with engine(tiny_moe.path, options, enable_prefix_caching=False, max_num_seqs=32) as running:
+    with start_engine(tiny_moe.path, options, enable_prefix_caching=False, max_num_seqs=32) as running:
         yield running
 
 

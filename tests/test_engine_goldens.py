@@ -1,10 +1,11 @@
 """The engine against NVIDIA's reference: token for token and pass for pass, all cases of a checkpoint in one call."""
 
 import pytest
-from engine_harness import engine, golden_params
 from vllm import SamplingParams
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+from tests.harness.engine import start_engine
+from tests.harness.goldens import golden_params
 from vllm_twotower import diffusion_stats
 from vllm_twotower.runtime.sampler import CanvasSampler
 from vllm_twotower.runtime.scheduler import BlockCommitScheduler
@@ -19,7 +20,7 @@ def test_all_golden_cases_in_one_generate_call(name, canvas_length, request):
     golden = request.getfixturevalue(name)
     cases = golden.cases(canvas_length)
     options = {"canvas_length": canvas_length, "passes_per_step": 16}
-    with engine(golden.path, options, enable_prefix_caching=True) as e:
+    with start_engine(golden.path, options, enable_prefix_caching=True) as e:
         outputs = e.llm.generate(
             [{"prompt_token_ids": c["prompt"]} for c in cases], [golden_params(c) for c in cases], use_tqdm=False
         )
@@ -45,7 +46,7 @@ def test_all_golden_cases_in_one_generate_call(name, canvas_length, request):
 @pytest.mark.parametrize("name", ["tiny_moe", pytest.param("tiny_mlp", marks=pytest.mark.slow)])
 def test_without_diffusion_the_engine_decodes_autoregressively(name, request):
     golden = request.getfixturevalue(name)
-    with engine(golden.path, diffusion=None) as e:
+    with start_engine(golden.path, diffusion=None) as e:
         assert e.model.denoiser is None
         params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
         outputs = e.tokens([c["prompt"] for c in golden.ar], params)

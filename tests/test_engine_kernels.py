@@ -1,9 +1,10 @@
 """The engine with every kernel on, under Triton's interpreter, still writes what NVIDIA's reference writes."""
 
 import pytest
-from engine_harness import engine, golden_params
 
 import vllm_twotower.ops.launch as launch_module
+from tests.harness.engine import start_engine
+from tests.harness.goldens import golden_params
 from vllm_twotower import diffusion_params, diffusion_stats
 from vllm_twotower.core import KERNELS_VARIABLE
 
@@ -46,7 +47,7 @@ def test_all_modes_with_kernels_on_and_off_in_one_engine(tiny_moe, launched, mon
     mock_ar = diffusion_params(mode="mock_ar", temperature=0.0, max_tokens=2, ignore_eos=True, detokenize=False)
     prompts = [case["prompt"], case["prompt"][:20], tiny_moe.mock_ar[0]["prompt"]]
     # a small cache: for every kernel the interpreter copies the whole allocation that a tensor lies in
-    with engine(tiny_moe.path, {"passes_per_step": 16}, kv_cache_memory_bytes=16 << 20) as e:
+    with start_engine(tiny_moe.path, {"passes_per_step": 16}, kv_cache_memory_bytes=16 << 20) as e:
         tokens, passes = {}, {}
         for form in ("triton", "reference", "auto"):  # auto: C++ where it was built
             monkeypatch.setenv(KERNELS_VARIABLE, form)
@@ -69,7 +70,7 @@ def test_goldens_with_kernels_on(name, indices, request, launched, monkeypatch):
     cases = [golden.cases(16)[i] for i in indices]
     monkeypatch.setenv(KERNELS_VARIABLE, "triton")
     # a small cache: for every kernel the interpreter copies the whole allocation that a tensor lies in
-    with engine(golden.path, {"passes_per_step": 16}, kv_cache_memory_bytes=16 << 20) as e:
+    with start_engine(golden.path, {"passes_per_step": 16}, kv_cache_memory_bytes=16 << 20) as e:
         outputs = e.llm.generate(
             [{"prompt_token_ids": c["prompt"]} for c in cases], [golden_params(c) for c in cases], use_tqdm=False
         )

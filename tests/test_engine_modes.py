@@ -1,9 +1,10 @@
 """The three modes in one engine and one batch, each equal to NVIDIA's reference."""
 
 import pytest
-from engine_harness import engine, golden_params
 from vllm.exceptions import VLLMValidationError
 
+from tests.harness.engine import start_engine
+from tests.harness.goldens import golden_params
 from vllm_twotower import diffusion_params
 from vllm_twotower.core import MASK_TOKEN_ID
 
@@ -17,7 +18,7 @@ def one_by_one(mode, max_tokens, **more):
 @pytest.mark.parametrize("name", ["tiny_moe", pytest.param("tiny_mlp", marks=pytest.mark.slow)])
 def test_mock_ar_is_the_references(name, request):
     golden = request.getfixturevalue(name)
-    with engine(golden.path) as e:
+    with start_engine(golden.path) as e:
         outputs = e.tokens([c["prompt"] for c in golden.mock_ar], one_by_one("mock_ar", 8))
         assert outputs == [c["output"][:8] for c in golden.mock_ar]
         e.assert_one_tower_per_step()
@@ -33,7 +34,7 @@ def test_all_modes_in_one_batch_and_none_starves(tiny_moe, prefix_caching):
     diffusion, ar, mock_ar = tiny_moe.cases(16)[5:9], tiny_moe.ar[5:9], tiny_moe.mock_ar[5:9]
     cases = [*diffusion, *ar, *mock_ar]
     params = [golden_params(c) for c in diffusion] + [one_by_one("ar", 10)] * 4 + [one_by_one("mock_ar", 10)] * 4
-    with engine(tiny_moe.path, {"passes_per_step": 2}, enable_prefix_caching=prefix_caching) as e:
+    with start_engine(tiny_moe.path, {"passes_per_step": 2}, enable_prefix_caching=prefix_caching) as e:
         outputs = e.tokens([c["prompt"] for c in cases], params, max_steps=150)
         assert outputs == [c["output"][: len(o)] for c, o in zip(cases, outputs, strict=True)]
         assert [len(o) for o in outputs] == [64] * 4 + [10] * 8
@@ -52,16 +53,16 @@ def test_mock_ar_leaves_no_noise_in_the_prefix_cache(tiny_moe):
     assert length == 120
     filled = 128 - length
     longer = case["prompt"] + case["output"][: filled + 4]
-    with engine(tiny_moe.path, enable_prefix_caching=False) as e:
+    with start_engine(tiny_moe.path, enable_prefix_caching=False) as e:
         expected = e.tokens([longer], one_by_one("ar", 8))
-    with engine(tiny_moe.path, enable_prefix_caching=True) as e:
+    with start_engine(tiny_moe.path, enable_prefix_caching=True) as e:
         for max_tokens in (filled, filled + 1, filled + 4):
             e.tokens([case["prompt"]], one_by_one("mock_ar", max_tokens))
             assert e.tokens([longer], one_by_one("ar", 8)) == expected
 
 
 def test_a_one_token_prompt_is_refused_in_mock_ar(tiny_moe):
-    with engine(tiny_moe.path) as e:
+    with start_engine(tiny_moe.path) as e:
         with pytest.raises(VLLMValidationError, match="send 2 tokens or more"):
             e.tokens([[7]], one_by_one("mock_ar", 4))
         assert len(e.tokens([[7]], one_by_one("ar", 4))[0]) == 4

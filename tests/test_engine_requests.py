@@ -2,10 +2,11 @@
 beside diffusion."""
 
 import pytest
-from engine_harness import MAX_MODEL_LEN, engine, golden_params
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from tests.harness.engine import MAX_MODEL_LEN, start_engine
+from tests.harness.goldens import golden_params
 from vllm_twotower import diffusion_params
 
 CANVAS = 16
@@ -13,7 +14,7 @@ CANVAS = 16
 
 @pytest.fixture(scope="module")
 def e(tiny_moe):
-    with engine(tiny_moe.path, {"passes_per_step": 16}) as running:
+    with start_engine(tiny_moe.path, {"passes_per_step": 16}) as running:
         yield running
 
 

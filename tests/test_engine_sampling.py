@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from demo_questions import LONG
-from engine_harness import engine
 from safetensors.torch import load_file
 
+from tests.demo_questions import LONG
+from tests.harness.engine import start_engine
 from vllm_twotower import diffusion_params
 from vllm_twotower.oracle.logits_rules import LogitsRules
 from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower, TowerShape
@@ -65,7 +65,7 @@ def test_every_parameter_acts_as_in_the_reference(tiny_mlp, model, prompt):
     for sampling, _, _ in wanted.values():
         merged = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True, "detokenize": False, **sampling}
         params.append(diffusion_params(**merged))
-    with engine(tiny_mlp.path, {"passes_per_step": 4}) as e:
+    with start_engine(tiny_mlp.path, {"passes_per_step": 4}) as e:
         first, *outputs = e.tokens([prompt] * len(params), params)
     assert first == plain, "a neighbour's parameters change nothing"
     for (name, (_, rules, settings)), tokens in zip(wanted.items(), outputs, strict=True):
@@ -90,7 +90,7 @@ def test_bad_words_need_a_tokenizer_and_forbid_their_last_token():
         (output,) = e.llm.generate([prompt], params, use_tqdm=False)
         return output.outputs[0].text
 
-    with engine(DEMO_MODEL, {"passes_per_step": 16}, skip_tokenizer_init=False) as e:
+    with start_engine(DEMO_MODEL, {"passes_per_step": 16}, skip_tokenizer_init=False) as e:
         plain = text(e)
         assert "silver" in plain
         without = text(e, bad_words=["silver"])
@@ -108,7 +108,7 @@ def test_stop_strings_inside_and_across_canvases():
         (output,) = e.llm.generate([LONG], diffusion_params(**greedy, **more), use_tqdm=False)
         return output.outputs[0]
 
-    with engine(DEMO_MODEL, {"passes_per_step": 16}, skip_tokenizer_init=False, max_num_seqs=8) as e:
+    with start_engine(DEMO_MODEL, {"passes_per_step": 16}, skip_tokenizer_init=False, max_num_seqs=8) as e:
         whole = text(e)
         tokenizer = e.llm.get_tokenizer()
         border = len(tokenizer.decode(list(whole.token_ids)[:16]))
@@ -154,7 +154,7 @@ def test_logprobs_are_those_of_the_pass_that_revealed_each_token(tiny_mlp, model
         temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False, logprobs=2, logit_bias=bias
     )
     silent = diffusion_params(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False)
-    with engine(tiny_mlp.path, {"passes_per_step": 2}, logprobs_mode=mode) as e:
+    with start_engine(tiny_mlp.path, {"passes_per_step": 2}, logprobs_mode=mode) as e:
         neighbour, output = e.generate([prompt, prompt], [silent, params])
     completion = output.outputs[0]
     assert list(completion.token_ids) == list(expected.token_ids)

@@ -5,7 +5,9 @@ Every test runs under a step bound, so nothing can wait for ever.
 """
 
 import pytest
-from engine_harness import engine, golden_params
+
+from tests.harness.engine import start_engine
+from tests.harness.goldens import golden_params
 
 NUM_CASES = 16
 
@@ -29,13 +31,13 @@ def check(e, cases, max_steps=400):
 def test_quorum_and_passes_per_step_do_not_change_tokens(tiny_moe, cases, commit_quorum, passes_per_step):
     assert len(cases) == NUM_CASES
     options = {"commit_quorum": commit_quorum, "passes_per_step": passes_per_step}
-    with engine(tiny_moe.path, options, enable_prefix_caching=False) as e:
+    with start_engine(tiny_moe.path, options, enable_prefix_caching=False) as e:
         check(e, cases)
 
 
 @pytest.mark.parametrize("budget", [48, 50])
 def test_step_budgets_schedule_whole_canvases(tiny_moe, cases, budget):
-    with engine(
+    with start_engine(
         tiny_moe.path,
         {"passes_per_step": 16},
         enable_prefix_caching=False,
@@ -47,13 +49,15 @@ def test_step_budgets_schedule_whole_canvases(tiny_moe, cases, budget):
 
 @pytest.mark.parametrize("prefix_caching", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_more_prompts_than_places(tiny_moe, cases, prefix_caching):
-    with engine(tiny_moe.path, {"passes_per_step": 16}, enable_prefix_caching=prefix_caching, max_num_seqs=4) as e:
+    with start_engine(
+        tiny_moe.path, {"passes_per_step": 16}, enable_prefix_caching=prefix_caching, max_num_seqs=4
+    ) as e:
         check(e, cases)
 
 
 @pytest.mark.parametrize("prefix_caching", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_preemption_when_kv_memory_is_short(tiny_moe, cases, prefix_caching):
-    with engine(
+    with start_engine(
         tiny_moe.path,
         {"passes_per_step": 3},
         enable_prefix_caching=prefix_caching,

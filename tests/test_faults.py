@@ -16,9 +16,9 @@ import httpx
 import openai
 import psutil
 import pytest
-from demo_questions import LONG
-from server import START_SECONDS, is_healthy, starting_server, terminate, wait_until_healthy
 
+from tests.demo_questions import LONG
+from tests.harness.server import START_SECONDS, is_healthy, starting_server, terminate, wait_until_healthy
 from vllm_twotower.commands.cli import DEMO_MODEL
 
 OPTIONS = ["--diffusion", "--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "512"]

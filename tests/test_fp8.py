@@ -9,15 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_harness import engine
 from safetensors.torch import load_file
-from test_loading import REAL_CONFIG, real_engine_config
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.online import fp8 as online_fp8
 from vllm.model_executor.model_loader.reload import layerwise
 
+from tests.harness.engine import start_engine
+from tests.test_loading import REAL_CONFIG, real_engine_config
 from vllm_twotower import diffusion_params
-from vllm_twotower.models import denoiser_tower, twotower
+from vllm_twotower.models import denoiser_tower, entry, twotower
 from vllm_twotower.models.tensor_shapes import checkpoint_shapes
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes
@@ -65,7 +65,7 @@ def test_fp8_reaches_every_linear_and_expert_of_both_towers_and_nothing_else(
     with set_current_vllm_config(config), single_process_group(config), torch.device("meta"):
         torch.set_default_dtype(torch.bfloat16)
         try:
-            model = twotower.NemotronHTwoTowerForCausalLM(vllm_config=config)
+            model = entry.NemotronHTwoTowerForCausalLM(vllm_config=config)
             shapes = checkpoint_shapes(config.model_config.hf_config)
             loaded = model.load_weights((name, torch.empty(shape)) for name, shape in shapes.items())
         finally:
@@ -116,7 +116,7 @@ def test_a_checkpoint_is_quantised_as_it_loads_and_still_answers(monkeypatch, ti
     """The engine in bf16 on a CPU, dense layers in FP8 (the portable experts stay as they are)."""
     monkeypatch.setattr(online_fp8, "ops", SimpleNamespace(scaled_fp8_quant=quantise))
     tensors = load_file(tiny_moe.path / "model.safetensors")
-    with engine(tiny_moe.path, dtype="bfloat16", quantization="fp8") as e:
+    with start_engine(tiny_moe.path, dtype="bfloat16", quantization="fp8") as e:
         checked = Counter()
         for name, module in e.model.named_modules():
             if not name.endswith((".in_proj", ".out_proj", ".o_proj", ".up_proj", ".down_proj")):

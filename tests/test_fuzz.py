@@ -16,10 +16,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from demo_questions import LONG, OPEN, SHORT
-from hostile_requests import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, UNSATISFIABLE, Hostile, base, hostile_requests
-from server import vllm_server
 
+from tests.demo_questions import LONG, OPEN, SHORT
+from tests.harness.server import vllm_server
+from tests.hostile_requests import (
+    CHAT,
+    COMPLETIONS,
+    DETOKENIZE,
+    TOKENIZE,
+    UNSATISFIABLE,
+    Hostile,
+    base,
+    hostile_requests,
+)
 from vllm_twotower.commands.cli import DEMO_MODEL
 
 NUM_REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "150"))

@@ -1,4 +1,4 @@
-"""``tools/gpu_smoke.py`` in its CPU form: the same code on a tiny model; and what it makes of a part that fails."""
+"""``tools.gpu_smoke`` in its CPU form: the same code on a tiny model; and what it makes of a part that fails."""
 
 import json
 import os
@@ -7,13 +7,14 @@ import subprocess
 import sys
 
 import pytest
-from smoke_parts.goldens import compare
+
+from tools.smoke_parts.golden_runs import compare
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def smoke(out, *options):
-    command = [sys.executable, "tools/gpu_smoke.py", "--dry-run", "--out", str(out), *options]
+    command = [sys.executable, "-m", "tools.gpu_smoke", "--dry-run", "--out", str(out), *options]
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     return result.returncode, json.loads(out.read_text())

@@ -6,10 +6,10 @@ import struct
 
 import pytest
 from safetensors.torch import load_file, save_file
-from test_loading import REAL_CONFIG
 
+from tests.test_loading import REAL_CONFIG
 from vllm_twotower.commands.cli import DEMO_MODEL, main
-from vllm_twotower.planning.inspection import inspect, inspect_checkpoint
+from vllm_twotower.planning.inspection import inspect
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_the_real_config_as_json(real_config, capsys):
 
 
 def test_shards_are_counted_by_their_headers(golden_copy, tiny_mlp):
-    checkpoint = inspect_checkpoint(str(golden_copy))
+    checkpoint = inspect(str(golden_copy))["checkpoint"]
     assert checkpoint["agrees"]
     assert checkpoint["parameters_by_headers"] == checkpoint["parameters_by_config"]
     tensors = load_file(tiny_mlp.path / "model.safetensors")
@@ -82,9 +82,9 @@ def test_a_checkpoint_as_the_hub_lays_it_out(tmp_path, tiny_mlp):
     config = {**tiny_mlp.config, "auto_map": {"AutoConfig": "x.Y"}, "time_step_limit": [0.0, float("inf")]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "Infinity" in (tmp_path / "config.json").read_text()
-    assert inspect_checkpoint(str(tmp_path))["agrees"]
+    assert inspect(str(tmp_path))["checkpoint"]["agrees"]
     (tmp_path / "model-00007-of-00024.safetensors").unlink()
-    differences = inspect_checkpoint(str(tmp_path))["differences"]
+    differences = inspect(str(tmp_path))["checkpoint"]["differences"]
     assert differences[0] == "shard model-00007-of-00024.safetensors is missing"
     assert "tensors missing" in differences[1]
 

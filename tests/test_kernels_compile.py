@@ -9,7 +9,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "benchmarks" / "compile_ops.py"
+COMMAND = [sys.executable, "-m", "benchmarks.compile_ops"]
 TABLE = ROOT / "benchmarks" / "results" / "kernels.md"
 
 
@@ -17,25 +17,27 @@ TABLE = ROOT / "benchmarks" / "results" / "kernels.md"
 def test_every_kernel_compiles_without_spills(arch):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, str(SCRIPT), "--arch", str(arch), "--check"],
+        [*COMMAND, "--arch", str(arch), "--check"],
         capture_output=True,
         text=True,
         check=False,
         env=environment,
+        cwd=ROOT,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert kernels(run.stdout) == kernels(TABLE.read_text()) == jitted(), "run benchmarks/compile_ops.py again"
+    assert kernels(run.stdout) == kernels(TABLE.read_text()) == jitted(), "run python -m benchmarks.compile_ops again"
 
 
 @pytest.mark.slow
 def test_every_kernel_compiles_at_odd_sizes():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, str(SCRIPT), "--arch", "90", "--odd"],
+        [*COMMAND, "--arch", "90", "--odd"],
         capture_output=True,
         text=True,
         check=False,
         env=environment,
+        cwd=ROOT,
     )
     assert run.returncode == 0, run.stdout + run.stderr
 

@@ -7,18 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from demo_questions import SHORT
-from engine_harness import engine, golden_params
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from vllm import SamplingParams
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
+from tests.demo_questions import SHORT
+from tests.harness.engine import start_engine
+from tests.harness.goldens import golden_params
 from vllm_twotower import diffusion_params
 from vllm_twotower.commands.cli import DEMO_MODEL
+from vllm_twotower.models.entry import NemotronHTwoTowerForCausalLM
 from vllm_twotower.models.tensor_shapes import checkpoint_shapes
-from vllm_twotower.models.twotower import NemotronHTwoTowerForCausalLM
 from vllm_twotower.models.weights import check_weights
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.tower_sizes import Tower, TowerSizes
@@ -159,7 +160,7 @@ NAME = "denoiser_tower.layers.3.mixer.q_proj.weight"
     ],
 )
 def test_a_checkpoint_that_does_not_match_is_an_error_naming_the_tensor(copy_of, change, message):
-    with pytest.raises(ValueError, match=message), engine(copy_of(change)):
+    with pytest.raises(ValueError, match=message), start_engine(copy_of(change)):
         pass
 
 
@@ -168,7 +169,7 @@ def test_without_diffusion_the_denoiser_may_be_absent(copy_of, tiny_mlp):
         for name in [n for n in tensors if not n.startswith("context_")]:
             del tensors[name]
 
-    with engine(copy_of(context_only), diffusion=None) as e:
+    with start_engine(copy_of(context_only), diffusion=None) as e:
         case = tiny_mlp.ar[3]
         params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False)
         assert e.tokens([case["prompt"]], params) == [case["output"][:4]]
@@ -189,7 +190,7 @@ def test_the_released_configs_oddities_are_read(copy_of, tiny_mlp, limit):
 
     path = copy_of(change_config=change)
     case = tiny_mlp.cases(16)[0]
-    with engine(path, {"passes_per_step": 16}) as e:
+    with start_engine(path, {"passes_per_step": 16}) as e:
         assert e.tokens([case["prompt"]], golden_params(case)) == [case["output"]]
 
 
@@ -229,7 +230,7 @@ def hub_folder(tmp_path):
 
 
 def test_a_folder_laid_out_like_the_hubs(hub_folder):
-    with engine(hub_folder, {"passes_per_step": 16}, skip_tokenizer_init=False) as e:
+    with start_engine(hub_folder, {"passes_per_step": 16}, skip_tokenizer_init=False) as e:
         tokenizer = e.llm.get_tokenizer()
         assert tokenizer.eos_token_id == 12
         prompt = tokenizer.encode(SHORT)

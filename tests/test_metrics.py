@@ -2,8 +2,8 @@
 
 import logging
 
-from engine_harness import engine, golden_params
-
+from tests.harness.engine import start_engine
+from tests.harness.goldens import golden_params
 from vllm_twotower import diffusion_params
 
 
@@ -11,7 +11,9 @@ def test_prometheus_and_the_log_line_agree_with_diffusion_stats(tiny_moe, caplog
     cases = tiny_moe.cases(16)[3:8]
     params = [golden_params(c) for c in cases]
     params.append(diffusion_params(mode="mock_ar", temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False))
-    with engine(tiny_moe.path, {"passes_per_step": 3}, disable_log_stats=False, logprobs_mode="raw_logprobs") as e:
+    with start_engine(
+        tiny_moe.path, {"passes_per_step": 3}, disable_log_stats=False, logprobs_mode="raw_logprobs"
+    ) as e:
         e.tokens([*[c["prompt"] for c in cases], cases[0]["prompt"]], params)
         stats = e.stats(reset=False)
         metrics = {m.name: m for m in e.llm.get_metrics() if "twotower" in m.name}

@@ -8,10 +8,10 @@ import re
 
 import pytest
 import torch
-from near_ties import NEAR, check_same, legal_ties, replay
-from request_mixes import MixedRequest
 from safetensors.torch import load_file
 
+from tests.near_ties import NEAR, check_same, legal_ties, replay
+from tests.request_mixes import MixedRequest
 from vllm_twotower.core import MASK_TOKEN_ID, Mode
 from vllm_twotower.oracle.logits_rules import LogitsRules
 from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower, TowerShape

@@ -3,9 +3,9 @@ formulas in fp64."""
 
 import pytest
 import torch
-from op_forms import every_form, kernels_of
-from tolerances import BF16_OP, FP32_OP
 
+from tests.op_forms import every_form, kernels_of
+from tests.tolerances import BF16_OP, FP32_OP
 from vllm_twotower import ops
 from vllm_twotower.cpu.ops import adaln as cpp
 from vllm_twotower.ops.adaln import kernel as kernel_module

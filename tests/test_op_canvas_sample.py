@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from op_forms import IN_CPP, kernels_of
-from tolerances import BF16_OP, FP32_OP
 
+from tests.op_forms import IN_CPP, kernels_of
+from tests.tolerances import BF16_OP, FP32_OP
 from vllm_twotower import ops
 from vllm_twotower.cpu.ops import canvas_sample as cpp
 from vllm_twotower.decoding.noise import gumbel_from_bits, gumbel_noise, philox_4x32

@@ -9,11 +9,11 @@ return is from the packages' documentation.
 
 import pytest
 import torch
-from op_forms import NATIVE
-from test_op_canvas_sample import logits
-from test_op_seeded_scan import difference, scan_arguments
-from tolerances import BF16_OP
 
+from tests.op_forms import NATIVE
+from tests.test_op_canvas_sample import logits
+from tests.test_op_seeded_scan import difference, scan_arguments
+from tests.tolerances import BF16_OP
 from vllm_twotower.ops.adaln import kernel as adaln
 from vllm_twotower.ops.adaln.reference import UNMODULATED, Modulation
 from vllm_twotower.ops.canvas_sample import kernel as canvas_sample

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from op_forms import every_form
-from tolerances import BF16_OP, FP32_OP
 
+from tests.op_forms import every_form
+from tests.tolerances import BF16_OP, FP32_OP
 from vllm_twotower import ops
 from vllm_twotower.cpu.ops import mixture_of_experts as cpp
 from vllm_twotower.ops.mixture_of_experts import reference

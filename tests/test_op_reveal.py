@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from op_forms import kernels_of
 
+from tests.op_forms import kernels_of
 from vllm_twotower import ops
 from vllm_twotower.decoding.noise_level import all_noise_levels
 from vllm_twotower.ops.reveal import kernel as kernel_module

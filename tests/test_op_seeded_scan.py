@@ -4,9 +4,9 @@ one token at a time in fp64."""
 import pytest
 import torch
 import torch.nn.functional as F
-from op_forms import every_form, kernels_of
-from tolerances import BF16_OP, FP32_OP
 
+from tests.op_forms import every_form, kernels_of
+from tests.tolerances import BF16_OP, FP32_OP
 from vllm_twotower import ops
 from vllm_twotower.cpu.ops import seeded_scan as cpp
 from vllm_twotower.ops.seeded_scan import kernel as kernel_module

@@ -5,9 +5,9 @@ On a deep tower a small error of the scan does not stay small, and these towers 
 
 import pytest
 import torch
-from demo.initial import context_weights, denoiser_weights
-from tolerances import DEEP_LOGITS
 
+from tests.tolerances import DEEP_LOGITS
+from tools.demo_training.initial import context_weights, denoiser_weights
 from vllm_twotower.oracle import plain_towers
 from vllm_twotower.oracle.plain_towers import DENOISER, ContextCache, PlainTwoTower, TowerShape
 

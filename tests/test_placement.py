@@ -14,17 +14,17 @@ import types
 import httpx
 import openai
 import pytest
-from demo_questions import LONG
-from server import is_healthy, vllm_server
 
+from benchmarks.paths import REAL_MODEL
+from tests.demo_questions import LONG
+from tests.harness.server import is_healthy, vllm_server
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.config import EngineOptions
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.tower_sizes import Tower, TowerSizes
 from vllm_twotower.planning.traffic import SplitTraffic
 
-HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parent
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 SPLIT = {"passes_per_step": 4, "tower_placement": "split"}
 COLOCATED = {"passes_per_step": 4}  # tower_placement auto: colocated where the heads divide
 SOME = {"mask_diffusion": [24, 27, 30, 33, 36, 40], "ar": [0, 1], "mock_ar": [0, 1]}
@@ -33,7 +33,8 @@ SOME = {"mask_diffusion": [24, 27, 30, 33, 36, 40], "ar": [0, 1], "mock_ar": [0,
 def run(golden, diffusion, cases, **engine):
     job = {"diffusion": diffusion, "cases": cases, "engine": engine}
     result = subprocess.run(
-        [sys.executable, str(HERE / "two_ranks.py"), str(golden.path), json.dumps(job)],
+        [sys.executable, "-m", "tests.two_ranks", golden.name, json.dumps(job)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=580,
@@ -133,7 +134,7 @@ def test_two_ranks_per_tower(tiny_moe):
     ],
 )
 def test_what_auto_means(placement, size, split):
-    config = json.loads((ROOT / "benchmarks" / "models" / "30b-a3b" / "config.json").read_text())
+    config = json.loads((REAL_MODEL / "config.json").read_text())
     assert EngineOptions(tower_placement=placement).is_split(size, types.SimpleNamespace(**config)) is split
 
 

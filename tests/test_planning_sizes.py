@@ -1,12 +1,12 @@
 """Sizes by arithmetic equal those of real tensors, of the real module tree and of vLLM's own cache arithmetic."""
 
 import json
-import pathlib
 
 import pytest
 from safetensors.torch import load_file
-from test_loading import REAL_CONFIG
 
+from tests.harness.goldens import GOLDENS
+from tests.test_loading import REAL_CONFIG
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
 from vllm_twotower.planning.gpus import B200, H100, H200, Assumptions
@@ -15,7 +15,6 @@ from vllm_twotower.planning.placement import CachePages, Placement, fit
 from vllm_twotower.planning.tower_sizes import Part, Precision, Tower, TowerSizes, part_of, tower_of
 from vllm_twotower.planning.traffic import SplitTraffic
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens"
 REAL = ModelFacts.from_config(REAL_CONFIG)
 TOWERS = {tower: TowerSizes.of(REAL, tower) for tower in Tower}
 

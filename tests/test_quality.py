@@ -1,10 +1,10 @@
 """A few dozen held-out questions through the real engine: the smoke version of ``benchmarks/quality.py``."""
 
 import pytest
-from quality import evaluate
-from quality_parts.questions import FAMILIES, Outcome, held_out, shares
-from quality_parts.report import markdown
 
+from benchmarks.quality import evaluate
+from benchmarks.quality_parts.questions import FAMILIES, Outcome, held_out, shares
+from benchmarks.quality_parts.report import markdown
 from vllm_twotower.commands.cli import DEMO_MODEL
 
 PER_FAMILY = 3
@@ -31,7 +31,7 @@ def test_the_published_setting_on_a_few_questions(report):
 
 def test_the_plain_reference_finds_what_the_engine_found(report):
     """Same tokens in as many passes, so the same answers."""
-    from quality_parts.ablations import PlainRun
+    from benchmarks.quality_parts.ablations import PlainRun
 
     plain, (engine,) = PlainRun(DEMO_MODEL).ask(held_out(PER_FAMILY), "as published").row(), report["mask_diffusion"]
     for figure in ("exact", "unfinished", "tokens", "denoise_passes"):

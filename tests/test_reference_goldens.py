@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tolerances import GOLDEN_LOGITS
 
+from tests.tolerances import GOLDEN_LOGITS
 from vllm_twotower.core import MASK_TOKEN_ID
 from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower, TowerShape
 from vllm_twotower.oracle.reference import MaskDiffusion, generate_greedy

@@ -1,39 +1,23 @@
 """The byte-counting model: its terms against hand counts, and the page in docs against what it gives today."""
 
 import json
-import pathlib
 import random
 
 import pytest
-from test_loading import REAL_CONFIG
 
-from vllm_twotower.planning.canvas_passes import THIRD_PARTY_COUNTS, CanvasPasses
+from benchmarks import roofline
+from tests.test_loading import REAL_CONFIG
+from vllm_twotower.planning.canvas_passes import CanvasPasses
 from vllm_twotower.planning.forward_cost import Machine, ar_step, context_step, denoise_pass, expected_experts
 from vllm_twotower.planning.gpus import H100, H200, Assumptions
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.placement import Placement
-from vllm_twotower.planning.throughput import (
-    StepTimes,
-    Workload,
-    diffusion_tokens_per_s,
-    overlapped_split_tokens_per_s,
-    perfect_tokens_per_s,
-)
+from vllm_twotower.planning.throughput import StepTimes, Workload, diffusion_tokens_per_s
 from vllm_twotower.planning.tower_sizes import Part, Precision, Tower, TowerSizes
-from vllm_twotower.runtime.policy import StepPolicy
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 REAL = ModelFacts.from_config(REAL_CONFIG)
 TOWERS = {tower: TowerSizes.of(REAL, tower) for tower in Tower}
 CONTEXT = TOWERS[Tower.CONTEXT]
-
-
-@pytest.fixture
-def roofline(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import roofline as module
-
-    return module
 
 
 def times(gpu=H100, num_gpus=2, placement=Placement.COLOCATED, **load):
@@ -98,46 +82,34 @@ def test_fp8_halves_experts_and_linears():
 
 def test_passes_have_the_mean_asked_for_and_repeat():
     passes = CanvasPasses(mean=5.9)
-    counts = [passes.of_request(r) for r in range(200)]
-    drawn = [c.next() for c in counts for _ in range(50)]
+    counts = [passes.draw_counts(r) for r in range(200)]
+    drawn = [next(c) for c in counts for _ in range(50)]
     assert sum(drawn) / len(drawn) == pytest.approx(5.9, rel=0.02)
     assert set(drawn) <= set(range(1, 17))
-    again = passes.of_request(7)
-    assert [again.next() for _ in range(50)] == drawn[7 * 50 : 8 * 50]
-    recorded = CanvasPasses(recorded=tuple(THIRD_PARTY_COUNTS))
-    assert recorded.expected == pytest.approx(5.25)
-    assert recorded.of_request(0).next() in THIRD_PARTY_COUNTS
+    again = passes.draw_counts(7)
+    assert [next(again) for _ in range(50)] == drawn[7 * 50 : 8 * 50]
     with pytest.raises(ValueError, match="use a number from 1 to max_steps=16"):
         CanvasPasses(mean=17)
-    with pytest.raises(ValueError, match="use integers from 1 to 16"):
-        CanvasPasses(recorded=(0,))
 
 
 def test_no_policy_beats_full_sharing_and_one_request_needs_none():
     ours = times()
     for batch in (8, 32):
-        assert diffusion_tokens_per_s(ours, batch, StepPolicy) < perfect_tokens_per_s(ours, batch)
-    assert diffusion_tokens_per_s(ours, 1, StepPolicy) == pytest.approx(perfect_tokens_per_s(ours, 1), rel=0.03)
+        assert diffusion_tokens_per_s(ours, batch) < roofline.perfect_tokens_per_s(ours, batch)
+    assert diffusion_tokens_per_s(ours, 1) == pytest.approx(roofline.perfect_tokens_per_s(ours, 1), rel=0.03)
 
 
-def test_overlapping_the_halves_helps_split_and_one_request_not_at_all():
-    split = times(placement=Placement.SPLIT)
-    assert overlapped_split_tokens_per_s(split, 32) > diffusion_tokens_per_s(split, 32, StepPolicy)
-    alone = overlapped_split_tokens_per_s(split, 1)
-    assert alone == pytest.approx(diffusion_tokens_per_s(split, 1, StepPolicy), rel=0.02)
-
-
-def test_winning_ranges(roofline):
+def test_winning_ranges():
     assert roofline.winning_ranges(lambda b: 13 <= b <= 200) == [(13, 200)]
     assert roofline.winning_ranges(lambda b: b < 3 or b > 90) == [(1, 2), (91, 256)]
     assert roofline.winning_ranges(lambda b: False) == []
 
 
-def test_the_page_shows_what_the_model_gives_today(roofline):
+def test_the_page_shows_what_the_model_gives_today():
     """The tables in docs come from the committed JSON, and the JSON's cheap parts from today's code."""
     result = json.loads(roofline.RESULT.read_text())
     page = roofline.PAGE.read_text()
-    assert roofline.fill_page(page, roofline.tables(result)) == page, "run benchmarks/roofline.py --write"
+    assert roofline.fill_page(page, roofline.tables(result)) == page, "run python -m benchmarks.roofline --write"
     towers, load, assumed = roofline.read_towers(), Workload(), Assumptions()
     assert result["breakdown"] == roofline.breakdown(towers, load, assumed)
     shown = next(r for r in result["sweep"] if r["setup"] == roofline.REFERENCE.name and r["batch"] == 64)
@@ -147,6 +119,6 @@ def test_the_page_shows_what_the_model_gives_today(roofline):
         roofline.fill_page("", {"speed-up": "x"})
 
 
-def test_the_benchmarks_model_is_the_real_one(roofline):
+def test_the_benchmarks_model_is_the_real_one():
     config = json.loads(roofline.CONFIG.read_text())
     assert {name: config[name] for name in REAL_CONFIG} == REAL_CONFIG

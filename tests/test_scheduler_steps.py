@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import pytest
-from engine_harness import engine, golden_params
 
+from tests.harness.engine import start_engine
+from tests.harness.goldens import golden_params
 from vllm_twotower.core import StepKind
 
 CANVAS = 16
@@ -60,7 +61,7 @@ def kinds(steps):
 
 def test_a_lone_request_alternates_and_commits_each_canvas_but_the_last(tiny_moe):
     case = tiny_moe.cases(16)[0]
-    with engine(tiny_moe.path, {"passes_per_step": 16, "commit_quorum": 0.4}) as e:
+    with start_engine(tiny_moe.path, {"passes_per_step": 16, "commit_quorum": 0.4}) as e:
         steps = watch(e)
         assert e.tokens([case["prompt"]], golden_params(case)) == [case["output"]]
     assert kinds(steps).rstrip("-") == "CDCDCDCD"
@@ -69,7 +70,7 @@ def test_a_lone_request_alternates_and_commits_each_canvas_but_the_last(tiny_moe
 
 def test_a_newcomer_joins_in_the_middle_of_a_canvas(tiny_moe):
     first, second = tiny_moe.cases(16)[0], tiny_moe.cases(16)[5]
-    with engine(tiny_moe.path, {"passes_per_step": 1, "commit_quorum": 0}) as e:
+    with start_engine(tiny_moe.path, {"passes_per_step": 1, "commit_quorum": 0}) as e:
         steps, core = watch(e), e.llm.llm_engine
         core.add_request("a", {"prompt_token_ids": first["prompt"]}, golden_params(first))
         done = {}
@@ -97,7 +98,7 @@ def test_a_newcomer_joins_in_the_middle_of_a_canvas(tiny_moe):
 @pytest.mark.parametrize("budget", [pytest.param(48, marks=pytest.mark.slow), 50])
 def test_a_small_budget_takes_turns_with_whole_canvases(tiny_moe, budget):
     cases = tiny_moe.cases(16)[:6]
-    with engine(
+    with start_engine(
         tiny_moe.path, {"passes_per_step": 1, "commit_quorum": 0}, max_num_batched_tokens=budget, max_num_seqs=6
     ) as e:
         steps = watch(e)
@@ -119,7 +120,7 @@ def test_commits_wait_for_the_quorum_and_share_a_step(tiny_moe):
     cases = tiny_moe.cases(16)[:5]
     widest = {}
     for quorum in (0, 1):
-        with engine(tiny_moe.path, {"passes_per_step": 1, "commit_quorum": quorum}) as e:
+        with start_engine(tiny_moe.path, {"passes_per_step": 1, "commit_quorum": quorum}) as e:
             steps = watch(e)
             e.tokens([c["prompt"] for c in cases], [golden_params(c) for c in cases])
             commits = [s for s in steps if s.computed][1:]
@@ -130,7 +131,7 @@ def test_commits_wait_for_the_quorum_and_share_a_step(tiny_moe):
 def test_the_last_canvas_is_as_narrow_as_the_room_that_is_left(tiny_moe):
     case = tiny_moe.cases(16)[8]
     room = 16 + 5
-    with engine(tiny_moe.path, {"passes_per_step": 16}, max_model_len=len(case["prompt"]) + room) as e:
+    with start_engine(tiny_moe.path, {"passes_per_step": 16}, max_model_len=len(case["prompt"]) + room) as e:
         steps = watch(e)
         (tokens,) = e.tokens([case["prompt"]], golden_params(case))
     assert len(tokens) == room

@@ -7,12 +7,12 @@ import subprocess
 import time
 import urllib.request
 
-import make_readme
 import openai
 import pytest
-from demo_questions import LONG, OPEN, SHORT
-from server import VLLM, vllm_server
 
+from tests.demo_questions import LONG, OPEN, SHORT
+from tests.harness.server import VLLM, vllm_server
+from tools import make_readme
 from vllm_twotower.commands.cli import DEMO_MODEL
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -4,9 +4,10 @@ import random
 import shlex
 
 import pytest
-import soak
-from server import vllm_server
-from soak_requests import draw_request
+
+from benchmarks import soak
+from benchmarks.soak_requests import draw_request
+from tests.harness.server import vllm_server
 
 
 @pytest.mark.slow

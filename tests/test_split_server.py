@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from server import vllm_server
 
+from tests.harness.server import vllm_server
 from vllm_twotower.commands.cli import DEMO_MODEL
 
 OPTIONS = ["--diffusion", '{"passes_per_step": 16, "tower_placement": "split"}', "--tensor-parallel-size", "2"]

@@ -7,8 +7,9 @@ import shutil
 import subprocess
 
 import pytest
-from engine_harness import engine, golden_params
 
+from tests.harness.engine import start_engine
+from tests.harness.goldens import golden_params
 from vllm_twotower.commands.live import Recording
 from vllm_twotower.commands.trace_page import canvases_of, render_page
 
@@ -57,7 +58,7 @@ def case(tiny_moe):
 
 @pytest.fixture(scope="module")
 def recording(tiny_moe, case):
-    with engine(tiny_moe.path, {"passes_per_step": 2}) as e:
+    with start_engine(tiny_moe.path, {"passes_per_step": 2}) as e:
         e.llm.collective_rpc("diffusion_trace_start")
         (tokens,) = e.tokens([case["prompt"]], golden_params(case))
         (passes,) = e.llm.collective_rpc("diffusion_trace_take")[0].values()

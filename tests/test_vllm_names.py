@@ -9,12 +9,13 @@ import zipfile
 
 import pytest
 
-TOOL = pathlib.Path(__file__).resolve().parents[1] / "tools" / "check_vllm_names.py"
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TOOL = [sys.executable, "-m", "tools.check_vllm_names"]
 SITE_PACKAGES = pathlib.Path(importlib.util.find_spec("vllm").submodule_search_locations[0]).parent
 
 
 def check(*args: object) -> tuple[int, list[str]]:
-    done = subprocess.run([sys.executable, TOOL, *map(str, args)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*TOOL, *map(str, args)], capture_output=True, text=True, check=False, cwd=ROOT)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout.splitlines()
 
@@ -61,5 +62,5 @@ def test_every_renamed_name_is_named_with_its_user(renamed_wheel: pathlib.Path) 
 
 
 def test_what_holds_no_vllm_is_said(tmp_path: pathlib.Path) -> None:
-    done = subprocess.run([sys.executable, TOOL, tmp_path], capture_output=True, text=True, check=False)
+    done = subprocess.run([*TOOL, str(tmp_path)], capture_output=True, text=True, check=False, cwd=ROOT)
     assert "holds no vLLM" in done.stderr

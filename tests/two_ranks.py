@@ -1,20 +1,19 @@
 """Runs golden cases on two or more worker processes and prints what came out as a line of JSON; see
 ``test_placement.py``.
 
-python two_ranks.py GOLDEN_FOLDER '{"diffusion": {...}, "cases": {"mask_diffusion": [0, 1]}, "engine": {...}}'
+python -m tests.two_ranks NAME_OF_GOLDEN '{"diffusion": {...}, "cases": {"mask_diffusion": [0, 1]}, "engine": {...}}'
 """
 
 import itertools
 import json
 import os
-import pathlib
 import sys
 
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `apply_model` sends a function
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "tools"))  # what pytest adds by its settings
 
-from conftest import Golden  # sets the environment
-from smoke_parts.goldens import golden_params
+import tests.conftest  # noqa: F401 - sets the environment
+from tests.harness.engine import start_llm
+from tests.harness.goldens import Golden, golden_params
 
 
 def weight_bytes(model) -> int:
@@ -48,35 +47,27 @@ def give_cores(num_ranks: int) -> None:
 
 
 def main() -> None:
-    from two_ranks import weight_bytes  # what is sent to the workers must not be `__main__`'s
-    from vllm import LLM
-
+    from tests.two_ranks import weight_bytes  # what is sent to the workers must not be `__main__`'s
     from vllm_twotower import diffusion_stats
 
-    folder, job = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
+    golden, job = Golden(sys.argv[1]), json.loads(sys.argv[2])
     small = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
     settings = {"tensor_parallel_size": 2} | small | job["engine"]
+    settings |= {"dtype": "float32", "disable_log_stats": False, "additional_config": {"diffusion": job["diffusion"]}}
     give_cores(settings["tensor_parallel_size"])
-    llm = LLM(
-        str(folder),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        disable_log_stats=False,
-        additional_config={"diffusion": job["diffusion"]},
-        **settings,
-    )
-    prompts, params = requests_of(Golden(folder.name), job["cases"])
-    answers = llm.generate(prompts, params, use_tqdm=False)
-    outputs = [o.outputs[0] for o in answers]
-    result = {
-        "tokens": [list(o.token_ids) for o in outputs],
-        "num_logprobs": [len(o.logprobs or ()) for o in outputs],
-        "num_prompt_tokens": sum(len(o.prompt_token_ids) - (o.num_cached_tokens or 0) for o in answers),
-        "num_preemptions": next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
-        "stats": diffusion_stats(llm),
-        "traffic": llm.collective_rpc("diffusion_traffic"),
-        "weight_bytes": llm.apply_model(weight_bytes),
-    }
+    prompts, params = requests_of(golden, job["cases"])
+    with start_llm(golden.path, **settings) as llm:
+        answers = llm.generate(prompts, params, use_tqdm=False)
+        outputs = [o.outputs[0] for o in answers]
+        result = {
+            "tokens": [list(o.token_ids) for o in outputs],
+            "num_logprobs": [len(o.logprobs or ()) for o in outputs],
+            "num_prompt_tokens": sum(len(o.prompt_token_ids) - (o.num_cached_tokens or 0) for o in answers),
+            "num_preemptions": next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
+            "stats": diffusion_stats(llm),
+            "traffic": llm.collective_rpc("diffusion_traffic"),
+            "weight_bytes": llm.apply_model(weight_bytes),
+        }
     print("RESULT " + json.dumps(result))
 
 

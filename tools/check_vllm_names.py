@@ -1,8 +1,8 @@
 """Check that a vLLM has what this package uses of it, without importing or installing that vLLM.
 
-    python tools/check_vllm_names.py --installed            # the vLLM of this environment
-    python tools/check_vllm_names.py vllm-0.33.0-*.whl      # a wheel, or the folder of an unpacked one
-    python tools/check_vllm_names.py --download 0.33.0      # fetches that wheel first: several hundred MB
+    python -m tools.check_vllm_names --installed            # the vLLM of this environment
+    python -m tools.check_vllm_names vllm-0.33.0-*.whl      # a wheel, or the folder of an unpacked one
+    python -m tools.check_vllm_names --download 0.33.0      # fetches that wheel first: several hundred MB
 
 Most of what we use of vLLM is private and moves without notice, and its GPU wheel cannot be installed where the tests
 run. mypy reads that vLLM (a minute; seconds with its cache) and sees names that are gone, keywords that calls no longer

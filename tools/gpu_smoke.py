@@ -1,9 +1,9 @@
 """What the first owner of a GPU runs: one command, one JSON file that says what works and how far from its floor it is.
 
-    python tools/gpu_smoke.py                          # one GPU, some twenty minutes; writes gpu-smoke.json
-    python tools/gpu_smoke.py --parts goldens_fp32     # one part
-    python tools/gpu_smoke.py --quantization fp8       # timings with both towers in FP8
-    python tools/gpu_smoke.py --dry-run                # the same code on a CPU, tiny; its times say nothing of a GPU
+    python -m tools.gpu_smoke                          # one GPU, some twenty minutes; writes gpu-smoke.json
+    python -m tools.gpu_smoke --parts goldens_fp32     # one part
+    python -m tools.gpu_smoke --quantization fp8       # timings with both towers in FP8
+    python -m tools.gpu_smoke --dry-run                # the same code on a CPU, tiny; its times say nothing of a GPU
 
 Parts, each in a process of its own, so that what fails, or takes its GPU down, is reported and the next one runs:
 
@@ -20,11 +20,11 @@ reasons of their own; please send the file either way.
 
 import argparse
 import functools
-import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,9 +32,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "benchmarks" / "models" / "30b-a3b"
-TINY = ROOT / "tests" / "goldens" / "tiny-moe"
+from benchmarks.machine import output_of, version_of
+from benchmarks.paths import REAL_MODEL
+from tests.harness.goldens import GOLDENS
+
 PARTS = ("goldens_fp32", "goldens_graphs", "goldens_bf16", "timing_eager", "timing_graphs")
 EXACT_PARTS = ("goldens_fp32", "goldens_graphs")
 GPU_ONLY = {
@@ -47,12 +48,13 @@ ERROR_CHARACTERS = 4000
 
 def part(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Run one part in this process."""
-    from smoke_parts import goldens, timing
+    from tools.smoke_parts import golden_runs, timing
 
+    attention = "CPU_ATTN" if args.dry_run else "TRITON_ATTN"
     functions: dict[str, Callable[[], dict[str, Any]]] = {
-        "goldens_fp32": functools.partial(goldens.run, args, "float32", "CPU_ATTN" if args.dry_run else "TRITON_ATTN"),
-        "goldens_graphs": functools.partial(goldens.run, args, "float32", "TRITON_ATTN", eager=False),
-        "goldens_bf16": functools.partial(goldens.run, args, "bfloat16", "FLASH_ATTN"),
+        "goldens_fp32": functools.partial(golden_runs.run, args, "float32", attention),
+        "goldens_graphs": functools.partial(golden_runs.run, args, "float32", "TRITON_ATTN", eager=False),
+        "goldens_bf16": functools.partial(golden_runs.run, args, "bfloat16", "FLASH_ATTN"),
         "timing_eager": functools.partial(timing.run, args, eager=True),
         "timing_graphs": functools.partial(timing.run, args, eager=False),
     }
@@ -66,11 +68,15 @@ def run_part(name: str, args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         result, log = pathlib.Path(folder) / "result.json", pathlib.Path(folder) / "log"
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", name, str(result)]
+        command = [sys.executable, "-m", "tools.gpu_smoke", *sys.argv[1:], "--child", name, str(result)]
         with log.open("wb") as out:
             try:
                 code: int | str = subprocess.run(
-                    command, env=environment_of(name, args), stdout=out, stderr=subprocess.STDOUT, timeout=args.timeout
+                    command,
+                    env=environment_of(name, args),
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    timeout=args.timeout,
                 ).returncode
             except subprocess.TimeoutExpired:
                 code = f"stopped after {args.timeout} s"
@@ -92,24 +98,14 @@ def environment_of(name: str, args: argparse.Namespace) -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """What the figures belong to."""
-    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False)
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    try:
-        gpus = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
-    except FileNotFoundError:
-        gpus = []
-    versions = {}
-    for package in ("vllm", "torch", "triton", "flashinfer-python", "mamba-ssm"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+    packages = ("vllm", "torch", "triton", "flashinfer-python", "mamba-ssm")
     return {
-        "gpus": gpus,
-        "versions": versions,
+        "gpus": output_of(*query).splitlines() if shutil.which("nvidia-smi") else [],
+        "versions": {package: version_of(package) for package in packages},
         "python": platform.python_version(),
-        "commit": git(["git", "rev-parse", "HEAD"]).stdout.strip(),
-        "uncommitted_changes": bool(git(["git", "status", "--porcelain"]).stdout.strip()),
+        "commit": output_of("git", "rev-parse", "HEAD"),
+        "uncommitted_changes": bool(output_of("git", "status", "--porcelain")),
     }
 
 
@@ -128,7 +124,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--child", nargs=2, metavar=("PART", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.config = args.config or (TINY if args.dry_run else CONFIG)
+    args.config = args.config or (GOLDENS / "tiny-moe" if args.dry_run else REAL_MODEL)
     args.batches = args.batches or ([1, 2] if args.dry_run else [1, 8, 32, 64])
     args.prompt_tokens = args.prompt_tokens or (24 if args.dry_run else 2048)
     args.cases = args.cases or (2 if args.dry_run else None)

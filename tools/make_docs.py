@@ -1,7 +1,7 @@
 """Write ``docs/configuration.md`` and ``docs/compatibility.md`` from the code's own tables and docstrings.
 
-python tools/make_docs.py            # writes them
-python tools/make_docs.py --check    # exits 1 if a file is not what would be written
+python -m tools.make_docs            # writes them
+python -m tools.make_docs --check    # exits 1 if a file is not what would be written
 """
 
 import argparse
@@ -276,7 +276,7 @@ def main() -> int:
             path.write_text(text, encoding="utf-8")
         elif path.read_text(encoding="utf-8") != text:
             stale.append(name)
-    print("\n".join(f"docs/{name} is not what the code says: run tools/make_docs.py" for name in stale), end="")
+    print("\n".join(f"docs/{name} is not what the code says: run python -m tools.make_docs" for name in stale), end="")
     return int(bool(stale))
 
 

@@ -1,7 +1,7 @@
 """Rewrite what README and the demo model's card show of the model: after new weights, or a changed example.
 
     make quality                     # its figures are among them
-    python tools/make_readme.py      # runs README's example, its server session and its trace, a few minutes
+    python -m tools.make_readme      # runs README's example, its server session and its trace, a few minutes
 
 Outputs stand below the commands that print them, figures between ``<!-- name -->`` and ``<!-- /name -->``. Read the
 difference before you commit it: the text around them may have to change too.
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 
+from tests.harness.server import vllm_server
 from vllm_twotower.commands.cli import DEMO_MODEL
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -89,9 +90,6 @@ def with_example(readme: str) -> str:
 
 def with_session(readme: str) -> str:
     """The server section's commands, in order, on one server of its own command."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from server import vllm_server
-
     with (
         tempfile.TemporaryDirectory() as folder,
         vllm_server(*serve_arguments(readme), log=pathlib.Path(folder) / "log", cwd=ROOT) as url,

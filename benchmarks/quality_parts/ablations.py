@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from quality_parts.ablated_towers import AblatedTwoTower, Ablation
-from quality_parts.questions import MAX_TOKENS, Item, Outcome, shares
+from benchmarks.quality_parts.ablated_towers import AblatedTwoTower, Ablation
+from benchmarks.quality_parts.questions import MAX_TOKENS, Item, Outcome, shares
 from vllm_twotower.oracle.plain_towers import TowerShape
 from vllm_twotower.oracle.reference import MaskDiffusion
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from smoke_parts.engine import engine
-
-from quality_parts.questions import MAX_TOKENS, Item, Outcome, shares
+from benchmarks.quality_parts.questions import MAX_TOKENS, Item, Outcome, shares
+from tests.harness.engine import start_llm
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -18,7 +17,7 @@ PROSE_TOKENS = 200
 
 def started(model: pathlib.Path) -> AbstractContextManager["LLM"]:
     """An engine in fp32, where its tokens equal the plain reference's."""
-    return engine(
+    return start_llm(
         model,
         skip_tokenizer_init=False,
         additional_config={"diffusion": {"passes_per_step": 16}},

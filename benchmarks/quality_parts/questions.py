@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from demo.item import Item
-from demo.tasks import FAMILIES, instances
-from demo.text import documents
+from tools.demo_training.item import Item
+from tools.demo_training.tasks import FAMILIES, instances
+from tools.demo_training.text import documents
 
 MAX_TOKENS = 96
 """Above every right answer; one that runs on is cut there and wrong."""

@@ -9,12 +9,11 @@ import json
 import pathlib
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from smoke_parts.engine import backends_of, engine, num_denoise_graphs, runner_of
+from tests.harness.engine import count_denoise_graphs, find_runner, list_backends, read_clock, start_llm
 
 CANVAS_LENGTH = 16
 STEPS_OF_AR = 24
@@ -40,9 +39,9 @@ class StepClock:
 
     def _timed(self, function: Callable, record: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
-            started = now()
+            started = read_clock()
             result = function(*args, **kwargs)
-            record(now() - started, *args)
+            record(read_clock() - started, *args)
             return result
 
         return call
@@ -53,15 +52,6 @@ class StepClock:
 
     def _add(self, seconds: float, *_: Any) -> None:
         self.steps[-1].seconds += seconds
-
-
-def now() -> float:
-    """Seconds, after what the device was given to do."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def run(args: Any, eager: bool) -> dict[str, Any]:
@@ -79,12 +69,12 @@ def run(args: Any, eager: bool) -> dict[str, Any]:
     diffusion = {"canvas_length": CANVAS_LENGTH, "commit_quorum": 1.0, "max_steps": 1}
     with tempfile.TemporaryDirectory() as folder:
         (pathlib.Path(folder) / "config.json").write_text(json.dumps(config))
-        with engine(folder, additional_config={"diffusion": diffusion}, **settings) as llm:
-            clock, rows = StepClock(runner_of(llm)), []
+        with start_llm(folder, additional_config={"diffusion": diffusion}, **settings) as llm:
+            clock, rows = StepClock(find_runner(llm)), []
             for batch in args.batches:
                 rows += measure(llm, clock, batch, args, floor_of(config, gpu, args))
             graphs = str(llm.llm_engine.vllm_config.compilation_config.cudagraph_mode)
-            backends, denoise_graphs = backends_of(llm), num_denoise_graphs(llm)
+            backends, denoise_graphs = list_backends(llm), count_denoise_graphs(llm)
     return {
         "layers": layers,
         "layers_of_config": len(json.loads((args.config / "config.json").read_text())["hybrid_override_pattern"]),

@@ -6,6 +6,9 @@ import pathlib
 import sys
 from typing import Any
 
+from vllm_twotower.planning.canvas_passes import MEAN_PASSES
+from vllm_twotower.planning.gpus import GPUS, H100, Assumptions
+
 DEMO_MODEL = pathlib.Path(__file__).parents[1] / "assets" / "demo"
 DEMO_QUESTIONS = {
     "Sam has 60 of hat, then finds 27, loses 21, wins 21, drops 4. How many now?": (
@@ -72,11 +75,12 @@ def make_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="say what a checkpoint needs and fits on, loading nothing")
     inspect.add_argument("model", help="a checkpoint folder, or a config.json")
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")
-    inspect.add_argument("--gpu", choices=("H100", "H200", "B200"), default="H100", help="GPU of the throughput table")
+    inspect.add_argument("--gpu", choices=list(GPUS), default=H100.name, help="GPU of the throughput table")
     inspect.add_argument("--tokens-per-request", type=int, help="prompt and output of each request (default 4096)")
     inspect.add_argument("--canvas-length", type=int, default=16)
-    inspect.add_argument("--passes-per-canvas", type=float, default=5.9, help="denoise passes of a canvas, on average")
-    inspect.add_argument("--gpu-memory-utilization", type=float, default=0.92, help="vLLM's option of that name")
+    inspect.add_argument("--passes-per-canvas", type=float, default=MEAN_PASSES, help="mean denoise passes of a canvas")
+    share = Assumptions.gpu_memory_utilization
+    inspect.add_argument("--gpu-memory-utilization", type=float, default=share, help="vLLM's option of that name")
     inspect.set_defaults(run=_inspect)
     return parser
 
@@ -153,7 +157,6 @@ def _inspect(args: argparse.Namespace) -> int:
     """Print the report; 1 where shards and ``config.json`` disagree."""
     import json
 
-    from vllm_twotower.planning.gpus import Assumptions
     from vllm_twotower.planning.inspection import InspectOptions, inspect
     from vllm_twotower.planning.inspection_text import describe
 

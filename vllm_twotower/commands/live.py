@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_twotower import diffusion_stats
-from vllm_twotower.config import mask_token_id_of
+from vllm_twotower.config import CONFIG_KEY, mask_token_id_of
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -50,14 +50,8 @@ def start_engine(model: str, **settings: Any) -> "LLM":
     """A small engine for looking at things: eager, one process, a few requests."""
     from vllm import LLM
 
-    return LLM(
-        model=model,
-        additional_config={"diffusion": True},
-        max_model_len=512,
-        max_num_seqs=8,
-        enforce_eager=True,
-        **settings,
-    )
+    diffusion = {CONFIG_KEY: True}
+    return LLM(model, additional_config=diffusion, max_model_len=512, max_num_seqs=8, enforce_eager=True, **settings)
 
 
 def write_live(llm: "LLM", prompts: list[str], params: "SamplingParams", title: str) -> Run:
@@ -65,10 +59,9 @@ def write_live(llm: "LLM", prompts: list[str], params: "SamplingParams", title: 
     engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
     diffusion_stats(llm, reset=True)
     llm.collective_rpc("diffusion_trace_start")
-    prompt_of: dict[str, str] = {}
-    for index, prompt in enumerate(prompts):
-        prompt_of[str(index)] = prompt
-        engine.add_request(str(index), prompt, params.clone())
+    prompt_of = {str(index): prompt for index, prompt in enumerate(prompts)}
+    for request, prompt in prompt_of.items():
+        engine.add_request(request, prompt, params.clone())
     mask = mask_token_id_of(engine.vllm_config.model_config.hf_config)
     shown, finished = _Screen(tokenizer, prompt_of, mask), []
     passes_of: dict[str, list[dict[str, Any]]] = {request: [] for request in prompt_of}

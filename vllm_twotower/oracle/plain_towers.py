@@ -1,5 +1,5 @@
 """Both towers in plain torch, batch first, no vLLM: the oracle for the engine and the model that
-``tools/train_demo.py`` trains.
+``tools/demo_training`` trains.
 
 Written for reading and differentiable throughout. Weights are a flat mapping in the released layout's names, so what is
 trained here is saved as it is. Source of every formula: ``modeling_nemotron_twotower.py`` over

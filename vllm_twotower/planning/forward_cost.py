@@ -83,15 +83,8 @@ class Cost:
     @property
     def num_bytes(self) -> float:
         """All bytes of memory traffic on each GPU."""
-        return (
-            self.dense_bytes
-            + self.expert_bytes
-            + self.head_bytes
-            + self.logit_bytes
-            + self.embedding_bytes
-            + self.kv_bytes
-            + self.state_bytes
-        )
+        weights = self.dense_bytes + self.expert_bytes + self.head_bytes
+        return weights + self.logit_bytes + self.embedding_bytes + self.kv_bytes + self.state_bytes
 
     @property
     def flops(self) -> float:

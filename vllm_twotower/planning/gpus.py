@@ -4,7 +4,7 @@ Memory is what CUDA reports as total (less than the box says); rates are the mak
 direction for links. The fractions are assumptions to be replaced by measurements: see ``docs/roofline.md``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIB = 1 << 30
 
@@ -26,40 +26,19 @@ class Gpu:
     """The same for FP8."""
     nvlink_Bps: float
     """NVLink, one direction, bytes per second."""
-    pcie_Bps: float
-    """PCIe x16, one direction, bytes per second."""
+    pcie_Bps: float = 64e9
+    """PCIe x16 of the fifth generation, one direction, bytes per second."""
 
 
 H100 = Gpu(
-    name="H100",
-    marketed_gb=80,
-    memory_bytes=int(79.2 * GIB),
-    bandwidth_Bps=3.35e12,
-    bf16_flops=989e12,
-    fp8_flops=1979e12,
-    nvlink_Bps=450e9,
-    pcie_Bps=64e9,
-)
-H200 = Gpu(
-    name="H200",
-    marketed_gb=141,
-    memory_bytes=int(139.8 * GIB),
-    bandwidth_Bps=4.8e12,
-    bf16_flops=989e12,
-    fp8_flops=1979e12,
-    nvlink_Bps=450e9,
-    pcie_Bps=64e9,
-)
+    name="H100", marketed_gb=80, memory_bytes=int(79.2 * GIB), bandwidth_Bps=3.35e12,
+    bf16_flops=989e12, fp8_flops=1979e12, nvlink_Bps=450e9,
+)  # fmt: skip
+H200 = replace(H100, name="H200", marketed_gb=141, memory_bytes=int(139.8 * GIB), bandwidth_Bps=4.8e12)
 B200 = Gpu(
-    name="B200",
-    marketed_gb=192,
-    memory_bytes=int(178.3 * GIB),
-    bandwidth_Bps=7.67e12,
-    bf16_flops=2250e12,
-    fp8_flops=4500e12,
-    nvlink_Bps=900e9,
-    pcie_Bps=64e9,
-)
+    name="B200", marketed_gb=192, memory_bytes=int(178.3 * GIB), bandwidth_Bps=7.67e12,
+    bf16_flops=2250e12, fp8_flops=4500e12, nvlink_Bps=900e9,
+)  # fmt: skip
 GPUS = {gpu.name: gpu for gpu in (H100, H200, B200)}
 
 

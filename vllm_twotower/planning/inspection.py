@@ -6,6 +6,7 @@ returns plain data (``--json``), ``inspection_text.describe`` the same for a per
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,16 +17,9 @@ from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
 from vllm_twotower.planning.gpus import GPUS, Assumptions
 from vllm_twotower.planning.model_facts import ARCHITECTURE, LAYER_KINDS, ModelFacts
 from vllm_twotower.planning.placement import CachePages, Placement, Towers, fit
-from vllm_twotower.planning.throughput import (
-    StepTimes,
-    Workload,
-    ar_tokens_per_s,
-    diffusion_tokens_per_s,
-    overlapped_split_tokens_per_s,
-)
+from vllm_twotower.planning.throughput import StepTimes, Workload, ar_tokens_per_s, diffusion_tokens_per_s
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes, tower_of
-from vllm_twotower.planning.traffic import SplitTraffic, links_of
-from vllm_twotower.runtime.policy import StepPolicy
+from vllm_twotower.planning.traffic import SplitTraffic
 
 Report = dict[str, Any]
 
@@ -84,21 +78,14 @@ def inspect(path: str, options: InspectOptions | None = None) -> Report:
         "towers": {tower.value: _tower(sizes) for tower, sizes in towers.items()},
         "cache": _cache(facts, options),
         "split_traffic": _traffic(facts, options),
-        "assumptions": _assumptions(options),
+        "assumptions": {
+            "passes_per_canvas": options.passes_per_canvas,
+            "canvas_length": options.canvas_length,
+            **vars(options.assumed),
+        },
         "fits": _fits(towers, options),
         "throughput_estimate": _throughput(towers, options),
     }
-
-
-def inspect_checkpoint(path: str) -> Report:
-    """The checkpoint alone: its tensors by config and by headers, and whether they agree.
-
-    Raises:
-        ValueError: as ``inspect``.
-
-    """
-    folder = CheckpointFolder.read(path)
-    return _checkpoint(folder, ModelFacts.from_config(folder.config, str(folder.config_file)))
 
 
 def _filled_in(options: InspectOptions, facts: ModelFacts) -> InspectOptions:
@@ -132,12 +119,9 @@ def _model(folder: CheckpointFolder, facts: ModelFacts) -> Report:
 def _checkpoint(folder: CheckpointFolder, facts: ModelFacts) -> Report:
     """Tensors by the config, and by the headers where there are shards; and whether they agree."""
     expected = checkpoint_shapes(facts)
-    by_config = dict.fromkeys(Tower, 0)
-    for name, shape in expected.items():
-        by_config[tower_of(name)] += math.prod(shape)
     report: Report = {
         "tensors_by_config": len(expected),
-        "parameters_by_config": {tower.value: count for tower, count in by_config.items()},
+        "parameters_by_config": _sum_by_tower({name: math.prod(shape) for name, shape in expected.items()}),
         "source": "config.json",
         "agrees": None,
         "differences": [f"shard {name} is missing" for name in folder.missing_shards],
@@ -145,17 +129,11 @@ def _checkpoint(folder: CheckpointFolder, facts: ModelFacts) -> Report:
     if folder.tensors is None:
         return report
     stored = folder.tensors
-    parameters, num_bytes = dict.fromkeys(Tower, 0), dict.fromkeys(Tower, 0)
-    dtypes: dict[str, int] = {}
-    for name, tensor in stored.items():
-        parameters[tower_of(name)] += math.prod(tensor.shape)
-        num_bytes[tower_of(name)] += tensor.num_bytes
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
     report["source"] = "headers"
     report["tensors_by_headers"] = len(stored)
-    report["parameters_by_headers"] = {tower.value: count for tower, count in parameters.items()}
-    report["bytes_by_headers"] = {tower.value: count for tower, count in num_bytes.items()}
-    report["tensors_by_dtype"] = dtypes
+    report["parameters_by_headers"] = _sum_by_tower({name: math.prod(t.shape) for name, t in stored.items()})
+    report["bytes_by_headers"] = _sum_by_tower({name: t.num_bytes for name, t in stored.items()})
+    report["tensors_by_dtype"] = dict(Counter(t.dtype for t in stored.values()))
     absent = [name for name in expected if name not in stored]
     unknown = [name for name in stored if name not in expected]
     misshapen = [name for name in stored if name in expected and stored[name].shape != expected[name]]
@@ -164,6 +142,11 @@ def _checkpoint(folder: CheckpointFolder, facts: ModelFacts) -> Report:
             report["differences"].append(f"{len(names)} tensors {what}: {list_names(sorted(names), NUM_NAMES_SHOWN)}")
     report["agrees"] = not report["differences"]
     return report
+
+
+def _sum_by_tower(counts: dict[str, int]) -> dict[str, int]:
+    """Numbers by tensor, added up."""
+    return {tower.value: sum(n for name, n in counts.items() if tower_of(name) is tower) for tower in Tower}
 
 
 def _tower(sizes: TowerSizes) -> Report:
@@ -192,7 +175,7 @@ def _traffic(facts: ModelFacts, options: InspectOptions) -> Report:
     traffic = SplitTraffic.of(facts, options.canvas_length)
     links: Report = {}
     for gpu in GPUS.values():
-        for link, rate in links_of(gpu).items():
+        for link, rate in (("NVLink", gpu.nvlink_Bps), ("PCIe", gpu.pcie_Bps)):
             links[f"{gpu.name} {link}"] = {
                 "bytes_per_s": rate * options.assumed.link_fraction,
                 "seconds_per_canvas": traffic.seconds(traffic.bytes_per_canvas, rate, options.assumed),
@@ -208,63 +191,32 @@ def _traffic(facts: ModelFacts, options: InspectOptions) -> Report:
     }
 
 
-def _assumptions(options: InspectOptions) -> Report:
-    return {
-        "passes_per_canvas": options.passes_per_canvas,
-        "canvas_length": options.canvas_length,
-        **vars(options.assumed),
-    }
-
-
 def _fits(towers: Towers, options: InspectOptions) -> list[Report]:
     rows = []
-    for gpu in GPUS.values():
-        for num_gpus in GPU_COUNTS:
-            for placement in Placement:
-                if placement is Placement.SPLIT and num_gpus == 1:
-                    continue
-                for precision in Precision:
-                    one = fit(towers, gpu, num_gpus, placement, precision, options.tokens_at_most, options.assumed)
-                    rows.append({**vars(one), "requests": one.num_requests})
+    for gpu, num_gpus, placement, precision in itertools.product(GPUS.values(), GPU_COUNTS, Placement, Precision):
+        if placement is not Placement.SPLIT or num_gpus > 1:
+            one = fit(towers, gpu, num_gpus, placement, precision, options.tokens_at_most, options.assumed)
+            rows.append({**vars(one), "requests": one.num_requests})
     return rows
 
 
 def _throughput(towers: Towers, options: InspectOptions) -> list[Report]:
-    """One and two GPUs of each kind, as far as the requests of a batch fit."""
+    """One and two GPUs of each kind: tokens per second of those placements that hold the batch."""
     load = Workload(
         context_length=options.tokens_at_most,
         canvas_length=options.canvas_length,
         passes=CanvasPasses(mean=options.passes_per_canvas, max_steps=options.canvas_length),
     )
     rows = []
-    for gpu, num_gpus, precision in itertools.product(GPUS.values(), (1, 2), Precision):
-        room, times = {}, {}
-        for place in Placement:
-            one = fit(towers, gpu, num_gpus, place, precision, options.tokens_at_most, options.assumed)
-            room[place] = one.num_requests
-            times[place] = StepTimes(
-                towers=towers,
-                gpu=gpu,
-                num_gpus=num_gpus,
-                placement=place,
-                precision=precision,
-                workload=load,
-                assumed=options.assumed,
-            )
-        for batch in BATCHES:
-            estimates = _estimates({p: times[p] for p in Placement if room[p] >= batch}, batch)
-            rows.append({"gpu": gpu.name, "num_gpus": num_gpus, "precision": precision, "batch": batch, **estimates})
+    for gpu, num_gpus, precision, batch in itertools.product(GPUS.values(), (1, 2), Precision, BATCHES):
+        rows.append({"gpu": gpu.name, "num_gpus": num_gpus, "precision": precision, "batch": batch})
+        for placement in Placement:
+            one = fit(towers, gpu, num_gpus, placement, precision, options.tokens_at_most, options.assumed)
+            if one.num_requests >= batch:
+                times = StepTimes(
+                    towers=towers, gpu=gpu, num_gpus=num_gpus, placement=placement, precision=precision,
+                    workload=load, assumed=options.assumed,
+                )  # fmt: skip
+                estimate = ar_tokens_per_s if placement is Placement.AR else diffusion_tokens_per_s
+                rows[-1][placement.value] = estimate(times, batch)
     return rows
-
-
-def _estimates(times: dict[Placement, StepTimes], batch: int) -> dict[str, float]:
-    """Tokens per second of those placements that hold the batch."""
-    found: dict[str, float] = {}
-    if Placement.AR in times:
-        found["ar"] = ar_tokens_per_s(times[Placement.AR], batch)
-    if Placement.COLOCATED in times:
-        found["colocated"] = diffusion_tokens_per_s(times[Placement.COLOCATED], batch, StepPolicy)
-    if Placement.SPLIT in times:
-        found["split"] = diffusion_tokens_per_s(times[Placement.SPLIT], batch, StepPolicy)
-        found["split_overlapped"] = overlapped_split_tokens_per_s(times[Placement.SPLIT], batch)
-    return found

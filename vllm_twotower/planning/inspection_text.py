@@ -103,7 +103,8 @@ def _fits(report: Report) -> Iterable[str]:
     columns = [(placement, precision) for placement in PLACEMENT_NAMES for precision in PRECISIONS]
     rows = [[name, *(line.get(column, "") for column in columns)] for name, line in lines.items()]
     yield from _table(["", *(f"{PLACEMENT_NAMES[p]}, {_precision(report, q)}" for p, q in columns)], rows)
-    yield "AR: the context tower alone; colocated: both towers sharded over all GPUs; split: half of the GPUs for each"
+    yield "AR: the context tower alone; colocated: both towers sharded over all GPUs, which tower_placement=auto means"
+    yield "wherever the heads divide; split, as published: half of the GPUs for each tower"
     yield (
         f"vLLM takes {assumed['gpu_memory_utilization']:.0%} of a GPU's memory; "
         f"{assumed['reserved_bytes'] / GIB:.0f} GiB of it are left for activations, graphs and buffers"
@@ -133,22 +134,21 @@ def _throughput(report: Report, gpu: str) -> Iterable[str]:
         f"THROUGHPUT in tokens/s, AN ESTIMATE of a byte-counting model, not a measurement: "
         f"{assumed['passes_per_canvas']} passes per canvas, {report['cache']['tokens_per_request']:,} tokens of context"
     )
-    kinds = {"ar": "AR", "colocated": "colocated", "split": "split", "split_overlapped": "split, overlapped"}
     rows = []
     for row in report["throughput_estimate"]:
-        if row["gpu"] != gpu or "ar" not in row or set(row) & set(kinds) == {"ar"}:
+        if row["gpu"] != gpu or "ar" not in row or set(row) & set(PLACEMENT_NAMES) == {"ar"}:
             continue
         cells = [
             f"{row[k]:,.0f}" + (f" (x{row[k] / row['ar']:.2f})" if k != "ar" else "") if k in row else "-"
-            for k in kinds
+            for k in PLACEMENT_NAMES
         ]
         rows.append([f"{row['num_gpus']} x {gpu}, {_precision(report, row['precision'])}", f"{row['batch']}", *cells])
     if not rows:
         yield f"both towers do not fit on one or two {gpu}"
         return
-    yield from _table(["", "batch", *kinds.values()], rows)
-    yield "split: one tower works at a time, as the engine steps; overlapped: commits beside denoise passes, which the"
-    yield "engine does not do. docs/roofline.md says what moves these figures."
+    yield from _table(["", "batch", *PLACEMENT_NAMES.values()], rows)
+    yield "A step runs one tower: with split the other half of the GPUs waits, which is why auto is colocated."
+    yield "docs/roofline.md says what moves these figures."
 
 
 def _precision(report: Report, precision: str) -> str:

@@ -72,9 +72,11 @@ def fit(
 
     """
     facts = towers[Tower.CONTEXT].facts
-    ranks = ranks_per_tower(num_gpus, placement)
-    problem = placement_problem(facts, num_gpus, placement)
-    loads = {tower: sizes.bytes_per_rank(max(1, ranks), precision) for tower, sizes in towers.items()}
+    ranks = max(1, ranks_per_tower(num_gpus, placement))
+    problem = tensor_parallel_problem(facts, ranks)
+    if placement is Placement.SPLIT and num_gpus % 2:
+        problem = f"split needs an even number of GPUs, not {num_gpus}"
+    loads = {tower: sizes.bytes_per_rank(ranks, precision) for tower, sizes in towers.items()}
     weights = {
         Placement.AR: loads[Tower.CONTEXT],
         Placement.COLOCATED: sum(loads.values()),
@@ -90,7 +92,7 @@ def fit(
         precision=precision,
         weight_bytes_per_gpu=weights,
         cache_bytes_per_gpu=usable - weights,
-        bytes_per_request_per_gpu=CachePages.of(facts, max(1, ranks)).bytes_per_request(tokens_per_request),
+        bytes_per_request_per_gpu=CachePages.of(facts, ranks).bytes_per_request(tokens_per_request),
         problem=problem,
     )
 
@@ -98,13 +100,6 @@ def fit(
 def ranks_per_tower(num_gpus: int, placement: Placement) -> int:
     """GPUs that share one tower's weights."""
     return num_gpus // 2 if placement is Placement.SPLIT else num_gpus
-
-
-def placement_problem(facts: ModelFacts, num_gpus: int, placement: Placement) -> str | None:
-    """Why a placement cannot be on so many GPUs, whatever their memory."""
-    if placement is Placement.SPLIT and num_gpus % 2:
-        return f"split needs an even number of GPUs, not {num_gpus}"
-    return tensor_parallel_problem(facts, ranks_per_tower(num_gpus, placement))
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ chosen by the engine's own step policy, passes per canvas are drawn. An estimate
 Steady decoding only: no prompts arrive, and every request has the same context length.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
+from vllm_twotower.config import DEFAULT_COMMIT_QUORUM
 from vllm_twotower.core import StepKind
-from vllm_twotower.planning.canvas_passes import CanvasPasses, masked_fraction
+from vllm_twotower.planning.canvas_passes import CanvasPasses
 from vllm_twotower.planning.forward_cost import Machine, ar_step, context_step, denoise_pass
 from vllm_twotower.planning.gpus import Assumptions, Gpu
 from vllm_twotower.planning.placement import Placement, Towers, ranks_per_tower
@@ -20,8 +20,6 @@ from vllm_twotower.runtime.policy import RunnableRows, StepPolicy
 CANVASES_PER_ROW = 40
 MIN_CANVASES = 2000
 """Length of a simulation, whichever gives more; the first quarter is left out of the figures."""
-
-PolicyMaker = Callable[[], StepPolicy]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,43 +50,25 @@ class StepTimes:
         ranks = ranks_per_tower(self.num_gpus, self.placement)
         return Machine(gpu=self.gpu, num_gpus=ranks, precision=self.precision, assumed=self.assumed)
 
-    @cached_property
-    def traffic(self) -> SplitTraffic:
-        """What crosses between the halves in ``split``."""
-        return SplitTraffic.of(self.towers[Tower.CONTEXT].facts, self.workload.canvas_length)
-
     def ar_s(self, rows: int) -> float:
         """One AR step, one token per row."""
         return self.machine.seconds(self.towers[Tower.CONTEXT], ar_step(rows, self.workload.context_length))
 
     def denoise_s(self, rows: int) -> float:
         """One denoise pass."""
-        if rows not in self._denoise_s:
-            load = self.workload
-            masked = masked_fraction(load.passes.expected)
-            shape = denoise_pass(rows, load.context_length, load.canvas_length, masked)
-            self._denoise_s[rows] = self.machine.seconds(self.towers[Tower.DENOISER], shape)
-        return self._denoise_s[rows]
+        load = self.workload
+        shape = denoise_pass(rows, load.context_length, load.canvas_length, load.passes.masked_fraction)
+        return self.machine.seconds(self.towers[Tower.DENOISER], shape)
 
     def commit_s(self, rows: int) -> float:
         """One commit of ``rows`` finished canvases."""
-        if rows not in self._commit_s:
-            load = self.workload
-            shape = context_step(rows, rows * load.canvas_length, load.context_length)
-            seconds = self.machine.seconds(self.towers[Tower.CONTEXT], shape)
-            if self.placement is Placement.SPLIT:
-                share = self.traffic.bytes_per_canvas * rows / self.machine.num_gpus
-                seconds += self.traffic.seconds(share, self.gpu.nvlink_Bps, self.assumed)
-            self._commit_s[rows] = seconds
-        return self._commit_s[rows]
-
-    @cached_property
-    def _denoise_s(self) -> dict[int, float]:
-        return {}
-
-    @cached_property
-    def _commit_s(self) -> dict[int, float]:
-        return {}
+        load, context = self.workload, self.towers[Tower.CONTEXT]
+        seconds = self.machine.seconds(context, context_step(rows, rows * load.canvas_length, load.context_length))
+        if self.placement is Placement.SPLIT:
+            traffic = SplitTraffic.of(context.facts, load.canvas_length)
+            share = traffic.bytes_per_canvas * rows / self.machine.num_gpus
+            seconds += traffic.seconds(share, self.gpu.nvlink_Bps, self.assumed)
+        return seconds
 
 
 def ar_tokens_per_s(times: StepTimes, rows: int) -> float:
@@ -96,84 +76,30 @@ def ar_tokens_per_s(times: StepTimes, rows: int) -> float:
     return rows / times.ar_s(rows)
 
 
-def perfect_tokens_per_s(times: StepTimes, rows: int) -> float:
-    """Throughput if every forward were full: no policy can do better where forwards are memory-bound."""
-    per_canvas = times.workload.passes.expected * times.denoise_s(rows) + times.commit_s(rows)
-    return rows * times.workload.canvas_length / per_canvas
-
-
-def diffusion_tokens_per_s(times: StepTimes, rows: int, policy: PolicyMaker, seed: int = 0) -> float:
-    """Throughput of mask diffusion with one kind of step at a time, chosen by ``policy``."""
-    simulation = _Simulation(times, rows, policy(), seed)
-    end = _num_canvases(rows)
-    warm_up = end // 4
-    simulation.run_until(warm_up)
-    started, before = simulation.now_s, simulation.num_canvases
-    simulation.run_until(end)
-    return (simulation.num_canvases - before) * times.workload.canvas_length / (simulation.now_s - started)
-
-
-def _num_canvases(rows: int) -> int:
-    return max(rows * CANVASES_PER_ROW, MIN_CANVASES)
-
-
-class _Simulation:
-    """Rows of canvases under a step policy, priced step by step."""
-
-    def __init__(self, times: StepTimes, rows: int, policy: StepPolicy, seed: int) -> None:
-        self.times, self.policy = times, policy
-        self.counts = [times.workload.passes.of_request(row, seed) for row in range(rows)]
-        self.passes_left = [count.next() for count in self.counts]
-        self.now_s, self.num_canvases = 0.0, 0
-
-    def run_until(self, num_canvases: int) -> None:
-        """Step until so many canvases have been committed."""
-        while self.num_canvases < num_canvases:
-            self.step()
-
-    def step(self) -> None:
-        """One engine step."""
-        finished = [row for row, left in enumerate(self.passes_left) if left == 0]
-        unfinished = len(self.passes_left) - len(finished)
-        rows = RunnableRows(commits=len(finished), canvases=unfinished, context_only=0, admissible=False)
-        kind = self.policy.choose_kind(rows)
-        if kind is StepKind.CONTEXT:
-            self.now_s += self.times.commit_s(len(finished))
-            self.num_canvases += len(finished)
-            for row in finished:
-                self.passes_left[row] = self.counts[row].next()
-        else:
-            self.now_s += self.times.denoise_s(unfinished)
-            self.passes_left = [max(0, left - 1) for left in self.passes_left]
-        self.policy.record_step(kind)
-
-
-def overlapped_split_tokens_per_s(times: StepTimes, rows: int, seed: int = 0) -> float:
-    """Throughput of ``split`` if commits ran beside denoise passes: what pipelining the two halves could give."""
-    counts = [times.workload.passes.of_request(row, seed) for row in range(rows)]
-    passes_left = [count.next() for count in counts]
-    ready_s = [0.0] * rows
-    waiting: list[int] = []
-    now_s = free_s = 0.0
-    marks: dict[int, float] = {}
-    end = _num_canvases(rows)
-    warm_up, done = end // 4, 0
-    while done < end:
-        if waiting and free_s <= now_s:
-            free_s = now_s + times.commit_s(len(waiting))
-            done += len(waiting)
-            for row in waiting:
-                passes_left[row], ready_s[row] = counts[row].next(), free_s
-            waiting = []
-        marks.setdefault(done, now_s)
-        active = [row for row in range(rows) if passes_left[row] and ready_s[row] <= now_s]
-        if not active:
-            now_s = max(free_s, now_s)
+def diffusion_tokens_per_s(
+    times: StepTimes, rows: int, commit_quorum: float = DEFAULT_COMMIT_QUORUM, seed: int = 0
+) -> float:
+    """Throughput of mask diffusion with one kind of step at a time, chosen by the engine's policy."""
+    policy, denoise_s, commit_s = StepPolicy(commit_quorum), cache(times.denoise_s), cache(times.commit_s)
+    counts = [times.workload.passes.draw_counts(row, seed) for row in range(rows)]
+    passes_left = [next(count) for count in counts]
+    num_canvases = max(rows * CANVASES_PER_ROW, MIN_CANVASES)
+    now_s, done, warm = 0.0, 0, None
+    while done < num_canvases:
+        finished = [row for row, left in enumerate(passes_left) if left == 0]
+        unfinished = rows - len(finished)
+        runnable = RunnableRows(commits=len(finished), canvases=unfinished, context_only=0, admissible=False)
+        kind = policy.choose_kind(runnable)
+        policy.record_step(kind)
+        if kind is StepKind.DENOISE:
+            now_s += denoise_s(unfinished)
+            passes_left = [max(0, left - 1) for left in passes_left]
             continue
-        now_s += times.denoise_s(len(active))
-        for row in active:
-            passes_left[row] -= 1
-            if not passes_left[row]:
-                waiting.append(row)
-    started = min(mark for mark in marks if mark >= warm_up)
-    return (done - started) * times.workload.canvas_length / (now_s - marks[started])
+        now_s += commit_s(len(finished))
+        done += len(finished)
+        for row in finished:
+            passes_left[row] = next(counts[row])
+        if warm is None and done >= num_canvases // 4:
+            warm = done, now_s
+    assert warm is not None
+    return (done - warm[0]) * times.workload.canvas_length / (now_s - warm[1])

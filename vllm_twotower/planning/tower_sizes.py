@@ -56,8 +56,6 @@ SHARDED_PARTS = frozenset({Part.EXPERT, Part.LINEAR, Part.MIXER, Part.EMBEDDING,
 FLOAT32_SUFFIXES = ("A_log", "e_score_correction_bias")
 """Held in float32 whatever the model's dtype."""
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 
 def tower_of(name: str) -> Tower:
     """The tower that a checkpoint tensor belongs to."""
@@ -97,17 +95,10 @@ class TowerSizes:
     facts: ModelFacts
 
     @classmethod
-    def of(cls, facts: ModelFacts, tower: Tower, shapes: Shapes | None = None) -> "TowerSizes":
-        """Count a tower.
-
-        Args:
-            facts: the model.
-            tower: which half.
-            shapes: the checkpoint's tensors; computed from ``facts`` by default.
-
-        """
+    def of(cls, facts: ModelFacts, tower: Tower) -> "TowerSizes":
+        """Count the tensors that a checkpoint of this model has for a tower."""
         parameters, float32, kv = dict.fromkeys(Part, 0), dict.fromkeys(Part, 0), 0
-        for name, shape in (checkpoint_shapes(facts) if shapes is None else shapes).items():
+        for name, shape in checkpoint_shapes(facts).items():
             if tower_of(name) is not tower:
                 continue
             part, count = part_of(name), math.prod(shape)

@@ -4,7 +4,7 @@ after each denoise step its canvases come back. ``tests/test_placement.py`` comp
 
 from dataclasses import dataclass
 
-from vllm_twotower.planning.gpus import Assumptions, Gpu
+from vllm_twotower.planning.gpus import Assumptions
 from vllm_twotower.planning.model_facts import ModelFacts
 
 BYTES_OF_TOKEN_ID = 8
@@ -51,8 +51,3 @@ class SplitTraffic:
     def seconds(self, num_bytes: float, link_Bps: float, assumed: Assumptions) -> float:
         """Time of ``num_bytes`` in one message over a link."""
         return assumed.message_s + num_bytes / (link_Bps * assumed.link_fraction)
-
-
-def links_of(gpu: Gpu) -> dict[str, float]:
-    """A GPU's links by name, one direction, bytes per second."""
-    return {"NVLink": gpu.nvlink_Bps, "PCIe": gpu.pcie_Bps}

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from demo import layers
-from demo.config import CANVAS
-from demo.layers import Weights, grouped_attention, linear, rms_norm
+from tools.demo_training import layers
+from tools.demo_training.config import CANVAS
+from tools.demo_training.layers import Weights, grouped_attention, linear, rms_norm
 from vllm_twotower.oracle.plain_towers import CONTEXT, DENOISER, PlainTwoTower, TowerShape
 
 _compiled = {"mamba": layers.mamba, "experts": layers.experts, "attention": grouped_attention}

@@ -2,7 +2,7 @@
 
 import random
 
-from demo.item import Item, fixed
+from tools.demo_training.item import Item, fixed
 
 UNITS = (
     ("feet", "inches", 12),

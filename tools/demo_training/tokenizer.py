@@ -4,9 +4,9 @@ import random
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from demo.tasks import FAMILIES, instances
-from demo.tasks.words import ALL, CITIES, COLOURS, LETTERS, NAMES
-from demo.text import documents
+from tools.demo_training.tasks import FAMILIES, instances
+from tools.demo_training.tasks.words import ALL, CITIES, COLOURS, LETTERS, NAMES
+from tools.demo_training.text import documents
 from vllm_twotower.core import MASK_TOKEN_ID
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<mask>"]

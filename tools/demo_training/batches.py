@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 
-from demo.config import CANVAS, TrainingConfig
-from demo.tasks import FAMILIES, TRAINING_ONLY, instances
-from demo.text import documents
-from demo.tokenizer import BOS, EOS
+from tools.demo_training.config import CANVAS, TrainingConfig
+from tools.demo_training.tasks import FAMILIES, TRAINING_ONLY, instances
+from tools.demo_training.text import documents
+from tools.demo_training.tokenizer import BOS, EOS
 
 LENGTH_STEP = CANVAS
 POOL_ROWS = 180

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from demo.batches import Batch
-from demo.corruptions import masked_canvases, masked_logits, met_canvases
-from demo.towers import TrainingTowers
+from tools.demo_training.batches import Batch
+from tools.demo_training.corruptions import masked_canvases, masked_logits, met_canvases
+from tools.demo_training.towers import TrainingTowers
 
 Chosen = dict[int, torch.Tensor]
 

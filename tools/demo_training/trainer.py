@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from demo import losses
-from demo.answers import decode, exact_match_ar, held_out_rows
-from demo.batches import Corpus, batches_from
-from demo.config import MODEL, PhaseConfig, TrainingConfig
-from demo.initial import context_weights, denoiser_weights
-from demo.optimizer import Optimizer
-from demo.towers import TrainingTowers
+from tools.demo_training import losses
+from tools.demo_training.answers import decode, exact_match_ar, held_out_rows
+from tools.demo_training.batches import Corpus, batches_from
+from tools.demo_training.config import MODEL, PhaseConfig, TrainingConfig
+from tools.demo_training.initial import context_weights, denoiser_weights
+from tools.demo_training.optimizer import Optimizer
+from tools.demo_training.towers import TrainingTowers
 from vllm_twotower.oracle.plain_towers import CONTEXT, DENOISER, TowerShape
 
 SAVE_EVERY_S = 120

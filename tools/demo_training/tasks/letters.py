@@ -2,8 +2,8 @@
 
 import random
 
-from demo.item import Item, fixed
-from demo.tasks.words import ALL, LETTERS
+from tools.demo_training.item import Item, fixed
+from tools.demo_training.tasks.words import ALL, LETTERS
 
 
 def reverse_upper(rng: random.Random) -> Item:

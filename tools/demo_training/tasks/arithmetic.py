@@ -2,8 +2,8 @@
 
 import random
 
-from demo.item import Item, fixed
-from demo.tasks.words import NAMES, THINGS
+from tools.demo_training.item import Item, fixed
+from tools.demo_training.tasks.words import NAMES, THINGS
 
 GAINS = ("finds", "buys", "gets", "wins")
 LOSSES = ("loses", "sells", "gives away", "drops")

@@ -3,14 +3,14 @@
 import random
 from collections.abc import Iterator
 
-from demo.item import Family, Item
-from demo.tasks.arithmetic import assignments, word_problem
-from demo.tasks.dates import months, weekdays
-from demo.tasks.json_fields import json_fields
-from demo.tasks.letters import repeat, reverse_upper, sort_pairs
-from demo.tasks.list_code import list_code
-from demo.tasks.tables import lookup, totals
-from demo.tasks.units import units
+from tools.demo_training.item import Family, Item
+from tools.demo_training.tasks.arithmetic import assignments, word_problem
+from tools.demo_training.tasks.dates import months, weekdays
+from tools.demo_training.tasks.json_fields import json_fields
+from tools.demo_training.tasks.letters import repeat, reverse_upper, sort_pairs
+from tools.demo_training.tasks.list_code import list_code
+from tools.demo_training.tasks.tables import lookup, totals
+from tools.demo_training.tasks.units import units
 
 FAMILIES: dict[str, Family] = {
     "lookup": lookup,

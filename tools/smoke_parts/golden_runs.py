@@ -1,39 +1,36 @@
 """The golden cases of NVIDIA's own code through the engine: equality in fp32, agreement of tokens otherwise."""
 
-import json
-import pathlib
 from typing import Any
 
-from smoke_parts.engine import backends_of, engine, num_denoise_graphs
+from tests.harness.engine import count_denoise_graphs, list_backends, start_llm
+from tests.harness.goldens import Golden, golden_params
 
-GOLDENS = pathlib.Path(__file__).resolve().parents[2] / "tests" / "goldens"
 CANVAS_LENGTH = 16
 
 
 def run(args: Any, dtype: str, backend: str, eager: bool = True) -> dict[str, Any]:
     """Both golden checkpoints; ``args.cases`` limits the cases of each."""
     names = ("tiny-mlp", "tiny-moe")[: args.checkpoints]
-    return {name: one(GOLDENS / name, args, dtype, backend, eager) for name in names}
+    return {name: compare_golden(Golden(name), args, dtype, backend, eager) for name in names}
 
 
-def one(folder: pathlib.Path, args: Any, dtype: str, backend: str, eager: bool) -> dict[str, Any]:
+def compare_golden(golden: Golden, args: Any, dtype: str, backend: str, eager: bool) -> dict[str, Any]:
     import torch
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     from vllm_twotower import diffusion_stats
 
-    cases = json.loads((folder / "expected.json").read_text())["mask_diffusion"]
-    cases = [c for c in cases if c["params"]["block_size"] == CANVAS_LENGTH][: args.cases]
+    cases = golden.cases(CANVAS_LENGTH)[: args.cases]
     settings = {"dtype": dtype, "max_model_len": 512, "max_num_seqs": 64, "enforce_eager": eager}
     settings |= {"kv_cache_memory_bytes": 128 << 20, "attention_backend": AttentionBackendEnum[backend]}
     # on a GPU only a step of several passes shows that nothing has to be read between them
     diffusion = {"canvas_length": CANVAS_LENGTH, "passes_per_step": 1 if eager else 3}
-    with engine(folder, additional_config={"diffusion": diffusion}, **settings) as llm:
-        chosen = backends_of(llm)
+    with start_llm(golden.path, additional_config={"diffusion": diffusion}, **settings) as llm:
+        chosen = list_backends(llm)
         requests = [golden_params(c) for c in cases]
         outputs = llm.generate([{"prompt_token_ids": c["prompt"]} for c in cases], requests, use_tqdm=False)
         passes = diffusion_stats(llm)["denoise_passes"]
-        graphs = num_denoise_graphs(llm)
+        graphs = count_denoise_graphs(llm)
     written = [list(o.outputs[0].token_ids) for o in outputs]
     return {
         "dtype": dtype,
@@ -44,22 +41,6 @@ def one(folder: pathlib.Path, args: Any, dtype: str, backend: str, eager: bool) 
         "denoise_passes_of_reference": sum(c["nfe"] for c in cases),
         **compare([c["output"] for c in cases], written),
     }
-
-
-def golden_params(case: dict[str, Any], **more: Any) -> Any:
-    """The request that a golden ``mask_diffusion`` case stands for: ``SamplingParams``."""
-    from vllm_twotower import diffusion_params
-
-    p = case["params"]
-    return diffusion_params(
-        temperature=p["temperature"],
-        max_tokens=p["max_new_tokens"],
-        confidence_threshold=p["confidence_threshold"],
-        max_steps=p["steps_per_block"],
-        ignore_eos=True,
-        detokenize=False,
-        **more,
-    )
 
 
 def compare(expected: list[list[int]], written: list[list[int]]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from demo.config import MODEL
-from demo.item import PROMPT_END
+from tools.demo_training.config import MODEL
+from tools.demo_training.item import PROMPT_END
 
 KEPT_FP32 = ("A_log", "e_score_correction_bias")
 SPECIAL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

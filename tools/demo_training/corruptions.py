@@ -8,9 +8,9 @@ from functools import reduce
 
 import torch
 
-from demo.batches import Batch
-from demo.config import CANVAS
-from demo.towers import ContextStates, TrainingTowers
+from tools.demo_training.batches import Batch
+from tools.demo_training.config import CANVAS
+from tools.demo_training.towers import ContextStates, TrainingTowers
 from vllm_twotower.core import MASK_TOKEN_ID
 from vllm_twotower.decoding import unmask
 

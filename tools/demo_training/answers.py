@@ -9,11 +9,11 @@ from collections import defaultdict
 
 import torch
 
-from demo.batches import Batch, Row, task_row
-from demo.config import CANVAS
-from demo.tasks import FAMILIES, instances
-from demo.tokenizer import EOS
-from demo.towers import TrainingTowers
+from tools.demo_training.batches import Batch, Row, task_row
+from tools.demo_training.config import CANVAS
+from tools.demo_training.tasks import FAMILIES, instances
+from tools.demo_training.tokenizer import EOS
+from tools.demo_training.towers import TrainingTowers
 from vllm_twotower.core import MASK_TOKEN_ID
 from vllm_twotower.decoding import unmask
 

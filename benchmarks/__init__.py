@@ -1,0 +1,1 @@
+"""Benchmarks; each says at its top what it measures."""
