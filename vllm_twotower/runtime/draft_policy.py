@@ -37,6 +37,9 @@ NEWEST_COST_SHARE = 0.2
 MAX_SLOWDOWN = 3.0
 """A cost this many times above a new measurement is replaced by it: first steps compile and warm up."""
 
+MAX_RISE = 1.5
+"""A measurement counts as this many times the cost at most: a step now and then waits for something else."""
+
 FIRST_WAIT, LONGEST_WAIT = 32, 512
 """AR steps until drafting is tried again, and the most they grow to while it does not pay."""
 
@@ -52,7 +55,7 @@ class StepCosts:
         key = kind, round(math.log2(num_rows))
         old = self._mean.get(key, seconds)
         share = 1.0 if old > MAX_SLOWDOWN * seconds else NEWEST_COST_SHARE
-        self._mean[key] = old + share * (seconds - old)
+        self._mean[key] = old + share * (min(seconds, MAX_RISE * old) - old)
 
     def estimate(self, kind: StepClass, num_rows: int) -> float:
         """Cost of a step; what was measured at the nearest number of rows, of any kind where this one has never run."""

@@ -103,8 +103,8 @@ class BlockCommitScheduler(Scheduler):
         return RunnableRows(commits=commits, canvases=canvases, context_only=context_only, admissible=admissible)
 
     def _is_commit(self, request: Request) -> bool:
-        """Whether a context step ends a canvas: one that is finished is all there is to compute (not a prompt, nor all of
-        a preempted request), or a draft waits for its verification."""
+        """Whether a context step ends a canvas: one that is finished is all there is to compute (no prompt, and not all
+        of a preempted request), or a draft waits for its verification."""
         if request.request_id in self._drafted:
             return True
         options = self._options_of(request)

@@ -1,0 +1,158 @@
+"""Self-speculation in the engine: AR's own tokens, whatever is drafted, scheduled, preempted or sampled."""
+
+import pytest
+from vllm.sampling_params import StructuredOutputsParams
+
+from tests.demo_questions import LONG, OPEN, SHORT
+from tests.harness.engine import start_engine
+from tests.harness.goldens import golden_params
+from vllm_twotower import diffusion_params
+from vllm_twotower.commands.cli import DEMO_MODEL
+from vllm_twotower.runtime.draft_policy import DraftPolicy
+
+
+class AlwaysDraft(DraftPolicy):
+    """Drafts wherever it can: what is tested here is not when to."""
+
+    def choose(self, candidates, num_passes, num_others):
+        return frozenset(candidates)
+
+
+def speculating(e):
+    e.scheduler.draft_policy = AlwaysDraft()
+    return e
+
+
+def params(mode, **more):
+    return diffusion_params(mode=mode, detokenize=False, **{"temperature": 0.0, "ignore_eos": True, **more})
+
+
+SETTINGS = {
+    "as it is": {},
+    "no prefix caching": {"enable_prefix_caching": False},
+    "50 tokens a step": {"max_num_batched_tokens": 50, "max_num_seqs": 16},
+    "preemption": {"num_gpu_blocks_override": 14},
+    "compiled and profiled": {"enforce_eager": False},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("max_steps", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_nvidias_ar_tokens(tiny_moe, settings, max_steps):
+    cases = tiny_moe.ar
+    with start_engine(tiny_moe.path, **settings) as e:
+        speculating(e)
+        length = len(cases[0]["output"])
+        outputs = e.tokens(
+            [c["prompt"] for c in cases], params("self_speculation", max_tokens=length, max_steps=max_steps), 3000
+        )
+        assert outputs == [c["output"] for c in cases]
+        e.assert_one_tower_per_step()
+        assert (e.num_preemptions > 0) == ("num_gpu_blocks_override" in settings)
+        stats = e.stats()
+        first_tokens = len(cases)
+        assert stats["drafts"] + stats["accepted_tokens"] >= sum(map(len, outputs)) - first_tokens
+        assert e.scheduler.kv_cache_manager.usage == pytest.approx(0)
+
+
+QUESTIONS = [LONG, SHORT, OPEN, "It is Monday. Move by days: -2 +3 +3 +5 -6 -1 -8\nAnswer:"]
+SAMPLING = {
+    "greedy": {},
+    "temperature": {"temperature": 0.9, "seed": 7},
+    "shaped": {"temperature": 0.8, "seed": 7, "top_p": 0.9, "top_k": 40, "min_p": 0.01},
+    "processed": {"repetition_penalty": 1.2, "presence_penalty": 0.5, "min_tokens": 8, "logit_bias": {12: 2.0}},
+    "logprobs": {"logprobs": 3, "prompt_logprobs": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with start_engine(DEMO_MODEL, skip_tokenizer_init=False) as e:
+        yield speculating(e)
+
+
+@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
+def test_every_sampling_parameter_is_ars(demo, sampling):
+    tokenizer = demo.llm.get_tokenizer()
+    prompts = [tokenizer.encode(text) for text in QUESTIONS]
+    settings = {"max_tokens": 24, **sampling}
+    expected = demo.generate(prompts, params("ar", **settings))
+    demo.stats()
+    outputs = demo.generate(prompts, params("self_speculation", **settings))
+    for ours, ars in zip(outputs, expected, strict=True):
+        assert ours.outputs[0].token_ids == ars.outputs[0].token_ids
+        for mine, theirs in zip(ours.outputs[0].logprobs or (), ars.outputs[0].logprobs or (), strict=True):
+            assert mine.keys() == theirs.keys()
+            assert all(mine[t].logprob == pytest.approx(theirs[t].logprob, abs=1e-4) for t in mine)
+        assert (ours.prompt_logprobs is None) == ("logprobs" not in sampling)
+    assert demo.stats()["accepted_tokens"] > 0, "else nothing is shown"
+
+
+def test_questions_take_a_fraction_of_ars_forwards(demo):
+    """And what is counted adds up to the tokens that came out; EOS inside a draft ends the request."""
+    prompts = [demo.llm.get_tokenizer().encode(text) for text in QUESTIONS[:2]]
+    settings = {"max_tokens": 64, "ignore_eos": False}
+    expected = demo.tokens(prompts, params("ar", **settings))
+    assert {tokens[-1] for tokens in expected} == {2}
+    demo.stats()
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        assert demo.tokens([prompt], params("self_speculation", **settings)) == [tokens]
+        stats = demo.stats()
+        rounds = stats["drafts"]
+        assert rounds + stats["accepted_tokens"] >= len(tokens) - 1
+        assert 2.5 * rounds < len(tokens), f"{len(tokens)} tokens in {rounds} rounds"
+        assert stats["denoise_forwards"] == stats["denoise_steps"] == rounds
+
+
+def test_all_modes_in_one_batch(tiny_moe):
+    diffusion, ar, mock_ar = tiny_moe.cases(16)[5:8], tiny_moe.ar[5:11], tiny_moe.mock_ar[5:7]
+    cases = [*diffusion, *ar, *mock_ar]
+    settings = [golden_params(c) for c in diffusion]
+    settings += [params(mode, max_tokens=20) for mode in ["ar", "self_speculation"] * 3]
+    settings += [params("mock_ar", max_tokens=10)] * 2
+    with start_engine(tiny_moe.path, {"passes_per_step": 2}) as e:
+        outputs = speculating(e).tokens([c["prompt"] for c in cases], settings, max_steps=300)
+        assert outputs == [c["output"][: len(o)] for c, o in zip(cases, outputs, strict=True)]
+        e.assert_one_tower_per_step()
+        # what drafts left in the prefix cache is clean: continuations of the same prompts, from the cache
+        longer = [c["prompt"] + c["output"][:16] for c in ar]
+        again = e.tokens(longer, params("ar", max_tokens=4))
+        assert again == [c["output"][16:20] for c in ar]
+
+
+def test_up_to_the_longest_length(tiny_moe):
+    """Every room that is left, across blocks of states and up to ``max_model_len``."""
+    case = tiny_moe.ar[0]
+    room = len(case["prompt"]) + len(case["output"])
+    for max_model_len in (room - 1, room - 2, room - 7):
+        with start_engine(tiny_moe.path, max_model_len=max_model_len) as e:
+            (tokens,) = speculating(e).tokens([case["prompt"]], params("self_speculation", max_tokens=1000))
+            assert tokens == case["output"][: max_model_len - len(case["prompt"])]
+
+
+def test_the_engine_option_is_every_requests_default(tiny_moe):
+    case = tiny_moe.ar[1]
+    plain = diffusion_params(temperature=0.0, ignore_eos=True, detokenize=False, max_tokens=24)
+    with start_engine(tiny_moe.path, {"mode": "self_speculation"}) as e:
+        assert speculating(e).tokens([case["prompt"]], plain) == [case["output"][:24]]
+        assert e.stats()["drafts"] > 0
+
+
+def test_structured_output_decodes_as_ar(demo):
+    prompt = demo.llm.get_tokenizer().encode(SHORT)
+    choice = StructuredOutputsParams(choice=["yes", "no"])
+    texts = [
+        demo.generate([prompt], params(mode, max_tokens=8, ignore_eos=False, structured_outputs=choice))[0].outputs[0]
+        for mode in ("ar", "self_speculation")
+    ]
+    assert texts[0].token_ids == texts[1].token_ids
+    assert demo.llm.get_tokenizer().decode(texts[1].token_ids, skip_special_tokens=True) in ("yes", "no")
+
+
+def test_the_policy_falls_back_to_ar_where_drafts_are_wrong(tiny_moe):
+    """A random model's drafts are never right: after a few rounds the engine decodes as ``ar`` does."""
+    case = tiny_moe.ar[2]
+    with start_engine(tiny_moe.path) as e:
+        (tokens,) = e.tokens([case["prompt"]], params("self_speculation", max_tokens=len(case["output"])))
+        assert tokens == case["output"]
+        assert 0 < e.stats()["drafts"] < len(tokens) / 3
