@@ -1,13 +1,10 @@
 """Self-speculation in the engine: AR's own tokens, whatever is drafted, scheduled, preempted or sampled."""
 
 import pytest
-from vllm.sampling_params import StructuredOutputsParams
 
-from tests.demo_questions import LONG, OPEN, SHORT
 from tests.harness.engine import start_engine
 from tests.harness.goldens import golden_params
 from vllm_twotower import diffusion_params
-from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.runtime.draft_policy import DraftPolicy
 
 
@@ -46,8 +43,8 @@ def test_nvidias_ar_tokens(tiny_moe, settings, max_steps):
     cases = tiny_moe.ar[3:]
     with start_engine(tiny_moe.path, **settings) as e:
         speculating(e)
-        settings = params("self_speculation", max_tokens=20, max_steps=max_steps)
-        outputs = e.tokens([c["prompt"] for c in cases], settings, 3000)
+        asked = params("self_speculation", max_tokens=20, max_steps=max_steps)
+        outputs = e.tokens([c["prompt"] for c in cases], asked, 3000)
         assert outputs == [c["output"][:20] for c in cases]
         e.assert_one_tower_per_step()
         assert (e.num_preemptions > 0) == ("num_gpu_blocks_override" in settings)
@@ -57,57 +54,8 @@ def test_nvidias_ar_tokens(tiny_moe, settings, max_steps):
         assert e.scheduler.kv_cache_manager.usage == pytest.approx(0)
 
 
-QUESTIONS = [LONG, SHORT, OPEN, "It is Monday. Move by days: -2 +3 +3 +5 -6 -1 -8\nAnswer:"]
-SAMPLING = {
-    "greedy": {},
-    "temperature": {"temperature": 0.9, "seed": 7},
-    "shaped": {"temperature": 0.8, "seed": 7, "top_p": 0.9, "top_k": 40, "min_p": 0.01},
-    "processed": {"repetition_penalty": 1.2, "presence_penalty": 0.5, "min_tokens": 8, "logit_bias": {12: 2.0}},
-    "logprobs": {"logprobs": 3, "prompt_logprobs": 1},
-}
-
-
-@pytest.fixture(scope="module")
-def demo():
-    with start_engine(DEMO_MODEL, skip_tokenizer_init=False) as e:
-        yield speculating(e)
-
-
-@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
-def test_every_sampling_parameter_is_ars(demo, sampling):
-    tokenizer = demo.llm.get_tokenizer()
-    prompts = [tokenizer.encode(text) for text in QUESTIONS]
-    settings = {"max_tokens": 24, **sampling}
-    expected = demo.generate(prompts, params("ar", **settings))
-    demo.stats()
-    outputs = demo.generate(prompts, params("self_speculation", **settings))
-    for ours, ars in zip(outputs, expected, strict=True):
-        assert ours.outputs[0].token_ids == ars.outputs[0].token_ids
-        for mine, theirs in zip(ours.outputs[0].logprobs or (), ars.outputs[0].logprobs or (), strict=True):
-            assert mine.keys() == theirs.keys()
-            assert all(mine[t].logprob == pytest.approx(theirs[t].logprob, abs=1e-4) for t in mine)
-        assert (ours.prompt_logprobs is None) == ("logprobs" not in sampling)
-    assert demo.stats()["accepted_tokens"] > 0, "else nothing is shown"
-
-
-def test_questions_take_a_fraction_of_ars_forwards(demo):
-    """And what is counted adds up to the tokens that came out; EOS inside a draft ends the request."""
-    prompts = [demo.llm.get_tokenizer().encode(text) for text in QUESTIONS[:2]]
-    settings = {"max_tokens": 64, "ignore_eos": False}
-    expected = demo.tokens(prompts, params("ar", **settings))
-    assert {tokens[-1] for tokens in expected} == {2}
-    demo.stats()
-    for prompt, tokens in zip(prompts, expected, strict=True):
-        assert demo.tokens([prompt], params("self_speculation", **settings)) == [tokens]
-        stats = demo.stats()
-        rounds = stats["drafts"]
-        assert rounds + stats["accepted_tokens"] >= len(tokens) - 1
-        assert 2.5 * rounds < len(tokens), f"{len(tokens)} tokens in {rounds} rounds"
-        assert stats["denoise_forwards"] == stats["denoise_steps"] == rounds
-
-
 def test_all_modes_in_one_batch(tiny_moe):
-    diffusion, ar, mock_ar = tiny_moe.cases(16)[5:8], tiny_moe.ar[5:11], tiny_moe.mock_ar[5:7]
+    diffusion, ar, mock_ar = tiny_moe.cases(16)[5:8], tiny_moe.ar[4:10], tiny_moe.mock_ar[5:7]
     cases = [*diffusion, *ar, *mock_ar]
     settings = [golden_params(c) for c in diffusion]
     settings += [params(mode, max_tokens=20) for mode in ["ar", "self_speculation"] * 3]
@@ -138,17 +86,6 @@ def test_the_engine_option_is_every_requests_default(tiny_moe):
     with start_engine(tiny_moe.path, {"mode": "self_speculation"}) as e:
         assert speculating(e).tokens([case["prompt"]], plain) == [case["output"][:24]]
         assert e.stats()["drafts"] > 0
-
-
-def test_structured_output_decodes_as_ar(demo):
-    prompt = demo.llm.get_tokenizer().encode(SHORT)
-    choice = StructuredOutputsParams(choice=["yes", "no"])
-    texts = [
-        demo.generate([prompt], params(mode, max_tokens=8, ignore_eos=False, structured_outputs=choice))[0].outputs[0]
-        for mode in ("ar", "self_speculation")
-    ]
-    assert texts[0].token_ids == texts[1].token_ids
-    assert demo.llm.get_tokenizer().decode(texts[1].token_ids, skip_special_tokens=True) in ("yes", "no")
 
 
 def test_the_policy_falls_back_to_ar_where_drafts_are_wrong(tiny_moe):

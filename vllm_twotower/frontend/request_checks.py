@@ -54,8 +54,8 @@ def check_params(params: "SamplingParams", vllm_config: "VllmConfig") -> None:
     request = RequestOptions.from_extra_args(extra, options)
     if request.mode is Mode.SELF_SPECULATION and is_split(vllm_config, options):
         raise ValueError(
-            "diffusion_mode='self_speculation' needs both towers on every device: send 'ar' or 'mask_diffusion', or start "
-            "the engine without tower_placement='split'"
+            "diffusion_mode='self_speculation' needs both towers on every device: send 'ar' or 'mask_diffusion', or "
+            "start the engine without tower_placement='split'"
         )
     if not request.is_sampled:
         mode = request.mode
