@@ -1,4 +1,4 @@
-"""Self-speculation on the demo model: every sampling parameter is AR's, and answers take a fraction of AR's forwards."""
+"""Self-speculation on the demo model: every sampling parameter is AR's, and answers take few of AR's forwards."""
 
 import pytest
 from vllm.sampling_params import StructuredOutputsParams
