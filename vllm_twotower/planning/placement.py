@@ -4,12 +4,18 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from vllm_twotower.planning.gpus import Assumptions, Gpu
+from vllm_twotower.planning.gpus import GIB, Gpu
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes, kv_shards, tensor_parallel_problem
 
 KV_BLOCK_ALIGNMENT = 16
 """vLLM makes a KV block a multiple of this many tokens."""
+
+GPU_MEMORY_UTILIZATION = 0.92
+"""Default of vLLM's option of that name."""
+
+RESERVED_BYTES = 2 * GIB
+"""Assumed per GPU: activations at the widest step, CUDA graphs, communication buffers."""
 
 Towers = dict[Tower, TowerSizes]
 
@@ -57,7 +63,7 @@ def fit(
     placement: Placement,
     precision: Precision,
     tokens_per_request: int,
-    assumed: Assumptions,
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
 ) -> Fit:
     """Put the towers on GPUs and see what is left.
 
@@ -68,7 +74,7 @@ def fit(
         placement: where the towers go.
         precision: how weights are held.
         tokens_per_request: prompt, output and one canvas of each request.
-        assumed: the share of memory that vLLM takes, and what it reserves.
+        gpu_memory_utilization: share of a GPU's memory that vLLM takes.
 
     """
     facts = towers[Tower.CONTEXT].facts
@@ -82,7 +88,7 @@ def fit(
         Placement.COLOCATED: sum(loads.values()),
         Placement.SPLIT: max(loads.values()),
     }[placement]
-    usable = int(gpu.memory_bytes * assumed.gpu_memory_utilization) - assumed.reserved_bytes
+    usable = int(gpu.memory_bytes * gpu_memory_utilization) - RESERVED_BYTES
     if problem is None and weights > usable:
         problem = "the weights do not fit"
     return Fit(

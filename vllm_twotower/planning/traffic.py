@@ -4,7 +4,6 @@ after each denoise step its canvases come back. ``tests/test_placement.py`` comp
 
 from dataclasses import dataclass
 
-from vllm_twotower.planning.gpus import Assumptions
 from vllm_twotower.planning.model_facts import ModelFacts
 
 BYTES_OF_TOKEN_ID = 8
@@ -36,10 +35,6 @@ class SplitTraffic:
         """To the context tower for each canvas of a denoise step: its tokens and its pass count."""
         return (self.canvas_length + 1) * BYTES_OF_TOKEN_ID
 
-    def prefill_bytes(self, num_tokens: int) -> int:
-        """To the denoiser for one prompt, in however many chunks: its KV, and its states once."""
-        return num_tokens * self.kv_bytes_per_token + self.state_bytes_per_row
-
     @property
     def formula(self) -> str:
         """The same in words."""
@@ -47,7 +42,3 @@ class SplitTraffic:
             f"context -> denoiser: {self.kv_bytes_per_token:,} B x tokens + {self.state_bytes_per_row:,} B x prompts "
             f"and canvases; back: {self.bytes_per_denoise_step_back} B x canvases of a denoise step"
         )
-
-    def seconds(self, num_bytes: float, link_Bps: float, assumed: Assumptions) -> float:
-        """Time of ``num_bytes`` in one message over a link."""
-        return assumed.message_s + num_bytes / (link_Bps * assumed.link_fraction)
