@@ -11,9 +11,8 @@ from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
 from vllm_twotower.planning.gpus import GPUS
 from vllm_twotower.planning.model_facts import ModelFacts
-from vllm_twotower.planning.placement import CachePages, Placement, fit
+from vllm_twotower.planning.placement import CachePages, Placement, SplitTraffic, fit
 from vllm_twotower.planning.tower_sizes import Part, Precision, Tower, TowerSizes, part_of, tower_of
-from vllm_twotower.planning.traffic import SplitTraffic
 
 REAL = ModelFacts.from_config(REAL_CONFIG)
 TOWERS = {tower: TowerSizes.of(REAL, tower) for tower in Tower}
@@ -132,4 +131,3 @@ def test_traffic_when_split():
     traffic = SplitTraffic.of(REAL, 16)
     assert traffic.bytes_per_canvas == 16 * 6144 + 23 * (64 * 64 * 128 * 4 + 6144 * 3 * 2)
     assert traffic.bytes_per_denoise_step_back == 17 * 8
-    assert "6,144 B x tokens" in traffic.formula

@@ -12,9 +12,8 @@ from benchmarks.roofline_parts.forward_cost import Machine, ar_step, context_ste
 from benchmarks.roofline_parts.gpus import Assumptions, Gpu
 from vllm_twotower.config import DEFAULT_COMMIT_QUORUM
 from vllm_twotower.core import StepKind
-from vllm_twotower.planning.placement import Placement, Towers, ranks_per_tower
+from vllm_twotower.planning.placement import Placement, SplitTraffic, Towers, ranks_per_tower
 from vllm_twotower.planning.tower_sizes import Precision, Tower
-from vllm_twotower.planning.traffic import SplitTraffic
 from vllm_twotower.runtime.policy import RunnableRows, StepPolicy
 
 CANVASES_PER_ROW = 40

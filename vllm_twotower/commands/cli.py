@@ -77,10 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--tokens-per-request", type=int, help="prompt and output of each request (default 4096)")
     inspect.add_argument("--canvas-length", type=int, default=16)
     inspect.add_argument(
-        "--gpu-memory-utilization",
-        type=float,
-        default=GPU_MEMORY_UTILIZATION,
-        help="vLLM's option of that name",
+        "--gpu-memory-utilization", type=float, default=GPU_MEMORY_UTILIZATION, help="vLLM's option of that name"
     )
     inspect.set_defaults(run=_inspect)
     return parser

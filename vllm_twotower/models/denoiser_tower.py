@@ -166,13 +166,9 @@ class DenoiserMamba(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The caches of conv inputs, [Z, K - 1, C], and of SSM states, and each row's slot in them."""
         if not layout.mamba_slots:  # profile run: no cache yet
-            kernel, head_dim, state = (
-                context_mixer.conv_kernel_size,
-                context_mixer.head_dim,
-                context_mixer.ssm_state_size,
-            )
-            conv = like.new_zeros(1, kernel - 1, like.shape[-1])
-            ssm = like.new_zeros(1, self.heads, head_dim, state, dtype=torch.float32)
+            head_dim, state_size = context_mixer.head_dim, context_mixer.ssm_state_size
+            conv = like.new_zeros(1, context_mixer.conv_kernel_size - 1, like.shape[-1])
+            ssm = like.new_zeros(1, self.heads, head_dim, state_size, dtype=torch.float32)
             return conv, ssm, torch.zeros(layout.num_rows, dtype=torch.int64, device=like.device)
         slot_R = layout.mamba_slots[context_mixer.prefix]
         conv_cache, ssm_cache = context_mixer.kv_cache[:2]
@@ -211,11 +207,7 @@ class DenoiserLayer(nn.Module):
             self.mixer = feed_forward(kind, config, vllm_config, mixer_prefix)
 
     def forward(
-        self,
-        hidden_TD: torch.Tensor,
-        modulation: Modulation,
-        context_mixer: Any,
-        layout: CanvasLayout,
+        self, hidden_TD: torch.Tensor, modulation: Modulation, context_mixer: Any, layout: CanvasLayout
     ) -> torch.Tensor:
         """[T, D] -> [T, D]."""
         weight_D, eps = self.norm.weight, self.norm.variance_epsilon

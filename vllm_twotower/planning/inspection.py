@@ -19,10 +19,10 @@ from vllm_twotower.planning.placement import (
     RESERVED_BYTES,
     CachePages,
     Placement,
+    SplitTraffic,
     fit,
 )
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes, tower_of
-from vllm_twotower.planning.traffic import SplitTraffic
 
 Report = dict[str, Any]
 
@@ -70,18 +70,12 @@ def inspect(
         for gpu, num_gpus, placement, precision in itertools.product(GPUS.values(), GPU_COUNTS, Placement, Precision)
         if placement is not Placement.SPLIT or num_gpus > 1
     ]
-    traffic = SplitTraffic.of(facts, canvas_length)
     return {
         "model": _model(folder, facts),
         "checkpoint": _checkpoint(folder, facts),
         "towers": {tower.value: _tower(sizes) for tower, sizes in towers.items()},
         "cache": _cache(facts, tokens, canvas_length),
-        "split_traffic": {
-            "formula": traffic.formula,
-            **vars(traffic),
-            "bytes_per_canvas": traffic.bytes_per_canvas,
-            "bytes_per_denoise_step_back": traffic.bytes_per_denoise_step_back,
-        },
+        "split_traffic": vars(SplitTraffic.of(facts, canvas_length)),
         "assumptions": {
             "canvas_length": canvas_length,
             "gpu_memory_utilization": gpu_memory_utilization,

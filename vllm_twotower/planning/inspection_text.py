@@ -117,10 +117,11 @@ def _fits(report: Report) -> Iterable[str]:
 
 
 def _traffic(traffic: Report) -> Iterable[str]:
+    back = f"{traffic['bytes_per_denoise_step_back']} B for each denoise step"
     yield "TRAFFIC BETWEEN THE TOWERS when split"
-    yield traffic["formula"]
-    to, back = traffic["bytes_per_canvas"], traffic["bytes_per_denoise_step_back"]
-    yield f"per canvas and request: {to / 1e6:.1f} MB there, {back} bytes back for each denoise step"
+    yield _line("a token", f"{traffic['kv_bytes_per_token']:,} B to the denoiser, in a prompt or a commit")
+    yield _line("a prompt's end", f"{traffic['state_bytes_per_row']:,} B to the denoiser, Mamba states")
+    yield _line("a canvas", f"{traffic['bytes_per_canvas']:,} B to the denoiser, tokens and states; back {back}")
 
 
 def _precision(report: Report, precision: str) -> str:

@@ -1,4 +1,5 @@
-"""What fits: which placement of the towers on how many GPUs, and how many requests remain beside the weights."""
+"""What fits: which placement of the towers on how many GPUs, how many requests remain beside the weights, and what
+crosses between split towers."""
 
 import math
 from dataclasses import dataclass
@@ -144,3 +145,24 @@ class CachePages:
         block."""
         blocks = self.attention_groups * math.ceil(num_tokens / self.tokens_per_block) + self.mamba_groups
         return blocks * self.layers_per_group * self.page_bytes
+
+
+@dataclass(frozen=True)
+class SplitTraffic:
+    """Bytes between the two halves (``split/link.py``); with N ranks per tower each pair carries its share.
+    ``tests/test_placement.py`` compares them with what is sent."""
+
+    kv_bytes_per_token: int
+    """To the denoiser, for every prompt token and every committed token."""
+    state_bytes_per_row: int
+    """To the denoiser, for every prompt's end and every commit: the request's conv and SSM states."""
+    bytes_per_canvas: int
+    """To the denoiser when a canvas is committed."""
+    bytes_per_denoise_step_back: int
+    """To the context tower for each canvas of a denoise step: its tokens and its pass count, int64."""
+
+    @classmethod
+    def of(cls, facts: ModelFacts, canvas_length: int) -> "SplitTraffic":
+        """The traffic of one model."""
+        token, row = facts.kv_bytes_per_token, facts.mamba_bytes_per_request
+        return cls(token, row, canvas_length * token + row, (canvas_length + 1) * 8)

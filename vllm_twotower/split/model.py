@@ -1,6 +1,6 @@
 """The model with the towers on different ranks: each builds, loads and runs its own."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -54,16 +54,14 @@ class SplitTwoTowerForCausalLM(TwoTowerForCausalLM):
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
-        intermediate_tensors: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        denoise: Callable[[], None] | None = None,
+        *args: Any,
         handover: ContextHandover | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """As the base class's; in a context step ``handover`` crosses from the context tower's rank to the denoiser's,
         which returns hidden states that nobody reads, [T, 1]."""
-        if denoise is not None or self.placement.has_context:
-            hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, denoise, **kwargs)
+        if kwargs.get("denoise") is not None or self.placement.has_context:
+            hidden = super().forward(input_ids, positions, *args, **kwargs)
             if handover is not None:
                 handover.send()
             return hidden
