@@ -3,7 +3,7 @@
     python -m benchmarks.roofline             # tables to the terminal
     python -m benchmarks.roofline --write     # docs/roofline.md's tables, docs/roofline.png, results/roofline.json
 
-An estimate by bytes and FLOPs (vllm_twotower/planning/), no measurement: no GPU is touched, nothing is loaded. --write
+An estimate by bytes and FLOPs (roofline_parts/), no measurement: no GPU is touched, nothing is loaded. --write
 needs matplotlib (the `bench` extra).
 """
 
@@ -16,18 +16,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from benchmarks.paths import REAL_MODEL, RESULTS, ROOT
-from vllm_twotower.planning.canvas_passes import CanvasPasses
-from vllm_twotower.planning.forward_cost import (
+from benchmarks.roofline_parts.canvas_passes import CanvasPasses
+from benchmarks.roofline_parts.forward_cost import (
     Machine,
     ar_step,
     context_step,
     denoise_pass,
     expected_experts,
 )
-from vllm_twotower.planning.gpus import B200, GPUS, H100, H200, Assumptions, Gpu
+from benchmarks.roofline_parts.gpus import B200, GPUS, H100, H200, Assumptions, Gpu
+from benchmarks.roofline_parts.throughput import StepTimes, Workload, ar_tokens_per_s, diffusion_tokens_per_s
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.placement import Placement, Towers, fit
-from vllm_twotower.planning.throughput import StepTimes, Workload, ar_tokens_per_s, diffusion_tokens_per_s
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes
 
 CONFIG = REAL_MODEL / "config.json"
@@ -133,7 +133,7 @@ def sweep(towers: Towers, load: Workload, assumed: Assumptions) -> list[dict]:
     for setup in SETUPS:
         ours, theirs = step_times(towers, setup, load, assumed), step_times(towers, setup, load, assumed, ar=True)
         tokens = load.context_length + load.canvas_length
-        room = fit(towers, setup.gpu, setup.num_gpus, setup.placement, setup.precision, tokens, assumed).num_requests
+        room = fit(towers, setup.gpu, setup.num_gpus, setup.placement, setup.precision, tokens).num_requests
         for batch in BATCHES:
             row = {"setup": setup.name, "gpu": setup.gpu.name, "num_gpus": setup.num_gpus,
                    "placement": setup.placement, "precision": setup.precision, "batch": batch,

@@ -38,8 +38,9 @@ def test_the_real_config_as_a_page(real_config, capsys):
         "6,144 bytes per token",
         "48.2 SSM",
         "1 x H100 (80 GB)",
-        "AN ESTIMATE of a byte-counting model, not a measurement",
-        "NVLink",
+        "auto is colocated",
+        "49,180,672 B to the denoiser",
+        "`python -m benchmarks.roofline`",
     ):
         assert expected in page
     assert max(map(len, page.splitlines())) <= 140
@@ -54,11 +55,6 @@ def test_the_real_config_as_json(real_config, capsys):
     assert requests["H100", 1, "colocated", "bf16"] == 0
     assert requests["H100", 1, "colocated", "fp8"] > 64
     assert 0 < requests["H100", 2, "split", "bf16"] < requests["H100", 2, "colocated", "bf16"]
-    estimate = {(r["gpu"], r["num_gpus"], r["precision"], r["batch"]): r for r in report["throughput_estimate"]}
-    assert {r["batch"] for r in report["throughput_estimate"]} == {1, 8, 32, 64, 128}
-    two_h100 = estimate["H100", 2, "bf16", 64]
-    assert two_h100["split"] < two_h100["ar"] < two_h100["colocated"], "docs/roofline.md says why"
-    assert "colocated" not in estimate["H100", 1, "bf16", 64], "both towers do not fit"
 
 
 def test_shards_are_counted_by_their_headers(golden_copy, tiny_mlp):
@@ -156,7 +152,6 @@ def test_a_name_on_the_hub_is_not_downloaded():
         ("--tokens-per-request", "0", "use an integer from 1 to"),
         ("--tokens-per-request", "3000", "use an integer from 1 to 2048"),
         ("--canvas-length", "64", "use an integer from 1 to 32"),
-        ("--passes-per-canvas", "20", "use a number from 1 to the canvas length, 16"),
         ("--gpu-memory-utilization", "1.5", "use a number above 0 and at most 1"),
     ],
 )

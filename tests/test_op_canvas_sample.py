@@ -8,7 +8,6 @@ from tests.tolerances import BF16_OP, FP32_OP
 from vllm_twotower import ops
 from vllm_twotower.cpu.ops import canvas_sample as cpp
 from vllm_twotower.decoding.noise import gumbel_from_bits, gumbel_noise, philox_4x32
-from vllm_twotower.decoding.unmask import propose
 from vllm_twotower.ops.canvas_sample import kernel as kernel_module
 from vllm_twotower.ops.canvas_sample.reference import Draw
 from vllm_twotower.ops.canvas_sample.reference import canvas_sample as reference
@@ -100,12 +99,25 @@ def test_noise_stays_within_the_range_that_columns_are_passed_over_by():
 
 
 def test_reference_is_the_definition():
+    """Row by row, shaped and not."""
     x, draw = logits(70, 512), draws(70, (0.7, 0.0, 1.3))
     noise = gumbel_noise(draw.seed_N, draw.position_N, draw.pass_index_N, 512)
-    token, confidence = propose(x.clone(), MASK, draw.temperature_N, noise)
-    got = reference(x, MASK, draw)
-    assert torch.equal(got.token_N, token)
-    assert torch.equal(got.confidence_N, confidence)
+
+    def keep_large(score_NV, rows):
+        return score_NV.masked_fill(score_NV < rows[:, None] % 3, float("-inf"))
+
+    for shape in (None, keep_large):
+        got = reference(x.clone(), MASK, draw, shape)
+        for row, (temperature, logits_V) in enumerate(zip(draw.temperature_N.tolist(), x.clone(), strict=True)):
+            logits_V[MASK] = float("-inf")
+            scores_V = logits_V
+            if temperature:
+                scores_V = logits_V / temperature
+                scores_V = scores_V if shape is None else shape(scores_V[None], torch.tensor([row]))[0]
+                scores_V = scores_V + noise[row]
+            token = int(scores_V.argmax())
+            assert token == int(got.token_N[row])
+            assert float(got.confidence_N[row]) == pytest.approx(float(logits_V.softmax(0)[token]), rel=1e-5)
 
 
 @pytest.mark.slow

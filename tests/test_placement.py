@@ -21,8 +21,8 @@ from tests.harness.server import is_healthy, vllm_server
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.config import EngineOptions
 from vllm_twotower.planning.model_facts import ModelFacts
+from vllm_twotower.planning.placement import SplitTraffic
 from vllm_twotower.planning.tower_sizes import Tower, TowerSizes
-from vllm_twotower.planning.traffic import SplitTraffic
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SPLIT = {"passes_per_step": 4, "tower_placement": "split"}

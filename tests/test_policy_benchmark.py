@@ -5,8 +5,8 @@ import json
 import pytest
 
 from benchmarks import policy
+from benchmarks.roofline_parts.canvas_passes import CanvasPasses
 from vllm_twotower.core import Mode
-from vllm_twotower.planning.canvas_passes import CanvasPasses
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,13 @@ import random
 import pytest
 
 from benchmarks import roofline
+from benchmarks.roofline_parts.canvas_passes import CanvasPasses
+from benchmarks.roofline_parts.forward_cost import Machine, ar_step, context_step, denoise_pass, expected_experts
+from benchmarks.roofline_parts.gpus import H100, H200, Assumptions
+from benchmarks.roofline_parts.throughput import StepTimes, Workload, diffusion_tokens_per_s
 from tests.test_loading import REAL_CONFIG
-from vllm_twotower.planning.canvas_passes import CanvasPasses
-from vllm_twotower.planning.forward_cost import Machine, ar_step, context_step, denoise_pass, expected_experts
-from vllm_twotower.planning.gpus import H100, H200, Assumptions
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.placement import Placement
-from vllm_twotower.planning.throughput import StepTimes, Workload, diffusion_tokens_per_s
 from vllm_twotower.planning.tower_sizes import Part, Precision, Tower, TowerSizes
 
 REAL = ModelFacts.from_config(REAL_CONFIG)

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.decoding.noise_level import all_noise_levels, level_index
-from vllm_twotower.decoding.unmask import num_to_reveal, propose, select_surest
+from vllm_twotower.ops.canvas_sample.reference import Draw, canvas_sample
+from vllm_twotower.ops.reveal.reference import num_to_reveal, select_surest
 from vllm_twotower.oracle.reference import MaskDiffusion, generate_mask_diffusion
 
 MASK, VOCAB = 3, 12
@@ -61,10 +61,10 @@ def run_batch(options, width, logits, order=None, elsewhere=(0, 0.0)):
         row, column = masked.nonzero(as_tuple=True)
         flat = torch.stack([logits(rows[int(r)], int(passes[r]))[c] for r, c in zip(row, column, strict=True)])
         seed = torch.tensor([x.seed for x in o])[row]
-        noise = gumbel_noise(seed, 1 + column, passes[row], VOCAB)
-        token, sure = propose(flat, MASK, torch.tensor([x.temperature for x in o])[row], noise)
+        temperature = torch.tensor([x.temperature for x in o])[row]
+        sample = canvas_sample(flat, MASK, Draw(temperature, seed, 1 + column, passes[row]))
         proposal, confidence = torch.full_like(canvas, elsewhere[0]), torch.full(canvas.shape, elsewhere[1])
-        proposal[row, column], confidence[row, column] = token, sure
+        proposal[row, column], confidence[row, column] = sample.token_N, sample.confidence_N
         k = num_to_reveal(confidence, masked, threshold, passes, max_steps)
         canvas = torch.where(select_surest(confidence, masked, k), proposal, canvas)
         passes = passes + masked.any(dim=1)

@@ -15,7 +15,8 @@ from tools.demo_training.tasks import FAMILIES, instances
 from tools.demo_training.tokenizer import EOS
 from tools.demo_training.towers import TrainingTowers
 from vllm_twotower.core import MASK_TOKEN_ID
-from vllm_twotower.decoding import unmask
+from vllm_twotower.ops.canvas_sample.reference import canvas_sample
+from vllm_twotower.ops.reveal.reference import num_to_reveal, select_surest
 
 
 def held_out_rows(tokenizer, per_family: int, seed: int = 0) -> list[Row]:
@@ -81,14 +82,14 @@ def _decode_batch(
                 break
             level = masked.float().mean(1)
             logits, _ = towers.denoiser(canvas, level, torch.tensor(running), at, batch.valid_BL, states, masked)
-            token_N, confidence_N = unmask.propose(logits, MASK_TOKEN_ID, torch.zeros(len(logits)), noise_NV=None)
-            proposal = canvas.masked_scatter(masked, token_N)
-            confidence = torch.zeros(canvas.shape).masked_scatter(masked, confidence_N)
+            sample = canvas_sample(logits, MASK_TOKEN_ID)
+            proposal = canvas.masked_scatter(masked, sample.token_N)
+            confidence = torch.zeros(canvas.shape).masked_scatter(masked, sample.confidence_N)
             rules = (torch.full((len(running),), value) for value in (threshold, step, max_steps))
-            count = unmask.num_to_reveal(confidence, masked, *rules)
+            count = num_to_reveal(confidence, masked, *rules)
             for i, row in enumerate(running):
                 forwards[row] += bool(masked[i].any())
-            canvas = torch.where(unmask.select_surest(confidence, masked, count), proposal, canvas)
+            canvas = torch.where(select_surest(confidence, masked, count), proposal, canvas)
         still = []
         for i, row in enumerate(running):
             new = canvas[i].tolist()

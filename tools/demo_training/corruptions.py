@@ -12,7 +12,8 @@ from tools.demo_training.batches import Batch
 from tools.demo_training.config import CANVAS
 from tools.demo_training.towers import ContextStates, TrainingTowers
 from vllm_twotower.core import MASK_TOKEN_ID
-from vllm_twotower.decoding import unmask
+from vllm_twotower.ops.canvas_sample.reference import canvas_sample
+from vllm_twotower.ops.reveal.reference import num_to_reveal, select_surest
 
 MAX_PASSES = 4
 THRESHOLDS = (0.8, 0.95)
@@ -104,9 +105,9 @@ def revealed(
 ) -> torch.Tensor:
     """[A, S]: what decoding would reveal now; writes into ``logits_NV``."""
     num_canvases = len(masked_AS)
-    _, confidence_N = unmask.propose(logits_NV, MASK_TOKEN_ID, torch.zeros(len(logits_NV)), noise_NV=None)
+    confidence_N = canvas_sample(logits_NV, MASK_TOKEN_ID).confidence_N
     confidence_AS = torch.zeros(masked_AS.shape).masked_scatter(masked_AS, confidence_N)
     threshold_A = torch.tensor(THRESHOLDS)[torch.randint(len(THRESHOLDS), (num_canvases,), generator=generator)]
     passes_A, max_steps_A = torch.full((num_canvases,), pass_index), torch.full((num_canvases,), CANVAS)
-    num_A = unmask.num_to_reveal(confidence_AS, masked_AS, threshold_A, passes_A, max_steps_A)
-    return unmask.select_surest(confidence_AS, masked_AS, num_A)
+    num_A = num_to_reveal(confidence_AS, masked_AS, threshold_A, passes_A, max_steps_A)
+    return select_surest(confidence_AS, masked_AS, num_A)

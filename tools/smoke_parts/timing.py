@@ -1,8 +1,8 @@
 """Engine steps timed against their byte floors: AR step, commit, denoise pass, with dummy weights.
 
 A step is the model runner's work for it, input preparation, forward and sampling, between two device synchronisations.
-Its floor is the memory traffic that ``planning/forward_cost.py`` counts over the GPU's peak bandwidth; routed experts
-are taken to be chosen independently.
+Its floor is the memory traffic that ``benchmarks/roofline_parts/forward_cost.py`` counts over the GPU's peak
+bandwidth; routed experts are taken to be chosen independently.
 """
 
 import json
@@ -134,7 +134,7 @@ def this_gpu() -> Any:
     """The GPU by its data sheet, with its own memory; bandwidth 0 where it is none that is known; None on a CPU."""
     import torch
 
-    from vllm_twotower.planning.gpus import GPUS, H100
+    from benchmarks.roofline_parts.gpus import GPUS, H100
 
     if not torch.cuda.is_available():
         return None
@@ -148,7 +148,6 @@ def this_gpu() -> Any:
 
 def config_that_fits(config: dict[str, Any], gpu: Any, args: Any) -> tuple[dict[str, Any], int]:
     """The model cut after so many layers that both towers and the largest batch fit; all of it on a CPU."""
-    from vllm_twotower.planning.gpus import Assumptions
     from vllm_twotower.planning.placement import Placement, fit
 
     pattern = config["hybrid_override_pattern"]
@@ -156,7 +155,7 @@ def config_that_fits(config: dict[str, Any], gpu: Any, args: Any) -> tuple[dict[
         cut = {**config, "hybrid_override_pattern": pattern[:layers], "num_hidden_layers": layers}
         if gpu is None:
             return cut, layers
-        one = fit(sizes_of(cut), gpu, 1, Placement.COLOCATED, precision_of(args), model_length(args), Assumptions())
+        one = fit(sizes_of(cut), gpu, 1, Placement.COLOCATED, precision_of(args), model_length(args))
         if one.num_requests >= max(args.batches) and {"M", "*"} <= set(pattern[:layers]):
             return cut, layers
     raise RuntimeError(f"not even a few layers fit beside {max(args.batches)} requests: use smaller --batches")
@@ -164,8 +163,8 @@ def config_that_fits(config: dict[str, Any], gpu: Any, args: Any) -> tuple[dict[
 
 def floor_of(config: dict[str, Any], gpu: Any, args: Any) -> Callable[[str, int], tuple[float, float | None]]:
     """Bytes of a step, and the seconds they take at the GPU's peak bandwidth."""
-    from vllm_twotower.planning.forward_cost import Machine, ar_step, context_step, denoise_pass
-    from vllm_twotower.planning.gpus import H100
+    from benchmarks.roofline_parts.forward_cost import Machine, ar_step, context_step, denoise_pass
+    from benchmarks.roofline_parts.gpus import H100
     from vllm_twotower.planning.tower_sizes import Tower
 
     machine, towers = Machine(gpu=gpu or H100, precision=precision_of(args)), sizes_of(config)

@@ -6,8 +6,7 @@ import pathlib
 import sys
 from typing import Any
 
-from vllm_twotower.planning.canvas_passes import MEAN_PASSES
-from vllm_twotower.planning.gpus import GPUS, H100, Assumptions
+from vllm_twotower.planning.placement import GPU_MEMORY_UTILIZATION
 
 DEMO_MODEL = pathlib.Path(__file__).parents[1] / "assets" / "demo"
 DEMO_QUESTIONS = {
@@ -75,12 +74,11 @@ def make_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="say what a checkpoint needs and fits on, loading nothing")
     inspect.add_argument("model", help="a checkpoint folder, or a config.json")
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")
-    inspect.add_argument("--gpu", choices=list(GPUS), default=H100.name, help="GPU of the throughput table")
     inspect.add_argument("--tokens-per-request", type=int, help="prompt and output of each request (default 4096)")
     inspect.add_argument("--canvas-length", type=int, default=16)
-    inspect.add_argument("--passes-per-canvas", type=float, default=MEAN_PASSES, help="mean denoise passes of a canvas")
-    share = Assumptions.gpu_memory_utilization
-    inspect.add_argument("--gpu-memory-utilization", type=float, default=share, help="vLLM's option of that name")
+    inspect.add_argument(
+        "--gpu-memory-utilization", type=float, default=GPU_MEMORY_UTILIZATION, help="vLLM's option of that name"
+    )
     inspect.set_defaults(run=_inspect)
     return parser
 
@@ -157,17 +155,16 @@ def _inspect(args: argparse.Namespace) -> int:
     """Print the report; 1 where shards and ``config.json`` disagree."""
     import json
 
-    from vllm_twotower.planning.inspection import InspectOptions, inspect
+    from vllm_twotower.planning.inspection import inspect
     from vllm_twotower.planning.inspection_text import describe
 
-    options = InspectOptions(
+    report = inspect(
+        args.model,
         tokens_per_request=args.tokens_per_request,
         canvas_length=args.canvas_length,
-        passes_per_canvas=args.passes_per_canvas,
-        assumed=Assumptions(gpu_memory_utilization=args.gpu_memory_utilization),
+        gpu_memory_utilization=args.gpu_memory_utilization,
     )
-    report = inspect(args.model, options)
-    print(json.dumps(report, indent=1) if args.json else describe(report, args.gpu))
+    print(json.dumps(report, indent=1) if args.json else describe(report))
     return 1 if report["checkpoint"]["differences"] else 0
 
 

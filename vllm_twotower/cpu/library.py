@@ -17,34 +17,19 @@ MODULE = "vllm_twotower._cpu_ops"
 _logger = logging.getLogger(__name__)
 
 
-class ModulationStruct(ctypes.Structure):
-    """``Modulation`` there."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("vector", "table", "level", "row")]
-
-
-class ConvStruct(ctypes.Structure):
-    """``ConvInputs`` there."""
-
-    _fields_ = [
-        ("x", ctypes.c_void_p),
-        *((f"x_{step}", ctypes.c_int64) for step in ("row", "position")),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "cache")),
-        *((f"cache_{step}", ctypes.c_int64) for step in ("slot", "tap")),
-        ("slot", ctypes.c_void_p),
-    ]
+def _struct(name: str, fields: str) -> type[ctypes.Structure]:
+    """A struct there: its fields in order, addresses with a star, the others int64."""
+    kinds = [(f.removesuffix("*"), ctypes.c_void_p if f.endswith("*") else ctypes.c_int64) for f in fields.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": kinds})
 
 
-class ScanStruct(ctypes.Structure):
-    """``ScanInputs`` there."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "dt", "b", "c")),
-        *((f"{name}_{step}", ctypes.c_int64) for name in ("x", "dt", "b", "c") for step in ("row", "position")),
-        *((name, ctypes.c_void_p) for name in ("a", "skip", "dt_bias", "state")),
-        ("state_slot", ctypes.c_int64),
-        ("slot", ctypes.c_void_p),
-    ]
+ModulationStruct = _struct("Modulation", "vector* table* level* row*")
+ConvStruct = _struct("ConvInputs", "x* x_row x_position weight* bias* cache* cache_slot cache_tap slot*")
+ScanStruct = _struct(
+    "ScanInputs",
+    "x* dt* b* c* x_row x_position dt_row dt_position b_row b_position c_row c_position "
+    "a* skip* dt_bias* state* state_slot slot*",
+)
 
 
 class RouterStruct(ctypes.Structure):
@@ -84,12 +69,8 @@ def library() -> ctypes.CDLL | None:
     except AttributeError:
         version = 0
     if version != INTERFACE_VERSION:
-        _logger.warning(
-            "%s is of another version (%d, not %d): plain torch runs instead; install vllm-twotower again",
-            found.origin,
-            version,
-            INTERFACE_VERSION,
-        )
+        message = "%s is of another version (%d, not %d): plain torch runs instead; install vllm-twotower again"
+        _logger.warning(message, found.origin, version, INTERFACE_VERSION)
         return None
     for name, signature in SIGNATURES.items():
         entry = getattr(loaded, name)

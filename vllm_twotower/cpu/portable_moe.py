@@ -66,16 +66,6 @@ class _Experts(nn.Module):
         return {"up", "down"}
 
 
-class _Gate(nn.Module):
-    """The router's weights, replicated on every rank."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        num_experts = config.n_routed_experts
-        self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size), requires_grad=False)
-        self.e_score_correction_bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float32), requires_grad=False)
-
-
 class PortableMoE(nn.Module):
     """Sigmoid router with a selection bias, top-k routed experts and one shared expert."""
 
@@ -94,7 +84,9 @@ class PortableMoE(nn.Module):
         self.n_routed_experts = self.n_logical_experts = self.n_physical_experts = config.n_routed_experts
         self.n_local_physical_experts, self.n_redundant_experts = config.n_routed_experts, 0
         self.n_shared_experts = config.n_shared_experts
-        self.gate = _Gate(config)
+        router_ED = torch.empty(config.n_routed_experts, config.hidden_size)
+        bias_E = torch.empty(config.n_routed_experts, dtype=torch.float32)
+        self.gate = nn.ParameterDict({"weight": router_ED, "e_score_correction_bias": bias_E}).requires_grad_(False)
         self.experts = _Experts(config)
         self.shared_experts = None
         if config.n_shared_experts:

@@ -3,6 +3,8 @@
 ``docs/configuration.md`` prints the same table.
 """
 
+import contextlib
+import functools
 import importlib.util
 import operator
 import os
@@ -70,35 +72,31 @@ def _missing_interpreter() -> str | None:
     )
 
 
-def _given(*paths: str) -> "Callable[[VllmConfig, EngineOptions], str | None]":
-    """Finds the first of these settings that is there and on; vLLM does not have all of them in every version."""
+def _find(
+    *paths: str, refused: Callable[[Any], bool], shown: str = "{}={}"
+) -> "Callable[[VllmConfig, EngineOptions], str | None]":
+    """Finds the first of these settings that is refused; vLLM does not have all of them in every version."""
 
     def find(c: "VllmConfig", _: EngineOptions) -> str | None:
-        return next((f"{_name(path)} is set" for path in paths if _get(c, path)), None)
+        for path in paths:
+            with contextlib.suppress(AttributeError):
+                if refused(value := operator.attrgetter(path)(c)):
+                    return shown.format(path.rpartition(".")[2], value)
+        return None
 
     return find
 
 
-def _above_one(*paths: str) -> "Callable[[VllmConfig, EngineOptions], str | None]":
-    def find(c: "VllmConfig", _: EngineOptions) -> str | None:
-        return next((f"{_name(path)}={value}" for path in paths if (value := _get(c, path) or 1) > 1), None)
-
-    return find
+_given = functools.partial(_find, refused=bool, shown="{} is set")
+_above_one = functools.partial(_find, refused=lambda value: (value or 1) > 1)
 
 
 def _equals(path: str, refused: str) -> "Callable[[VllmConfig, EngineOptions], str | None]":
-    return lambda c, _: f"{_name(path)}={refused}" if _get(c, path) == refused else None
+    return _find(path, refused=lambda value: value == refused)
 
 
-def _get(config: Any, path: str) -> Any:
-    try:
-        return operator.attrgetter(path)(config)
-    except AttributeError:
-        return None
-
-
-def _name(path: str) -> str:
-    return path.rpartition(".")[2]
+def _other_class(path: str, ours: str) -> "Callable[[VllmConfig, EngineOptions], str | None]":
+    return _find(path, refused=lambda value: value not in (None, "", ours))
 
 
 def _data_parallel_experts(c: "VllmConfig", _: EngineOptions) -> str | None:
@@ -109,10 +107,6 @@ def _data_parallel_experts(c: "VllmConfig", _: EngineOptions) -> str | None:
         return None
     exchanging = c.parallel_config.enable_expert_parallel or not current_platform.is_cpu()
     return f"data_parallel_size={size}" if exchanging else None
-
-
-def _other_class(path: str, ours: str) -> "Callable[[VllmConfig, EngineOptions], str | None]":
-    return lambda c, _: f"{_name(path)}={given}" if (given := _get(c, path)) and given != ours else None
 
 
 def _breakable_graphs(c: "VllmConfig", _: EngineOptions) -> str | None:
@@ -138,23 +132,20 @@ def _model_length(c: "VllmConfig", options: EngineOptions) -> str | None:
     return f"max_model_len={length}" if length <= options.canvas_length else None
 
 
+def _is_split(c: "VllmConfig", options: EngineOptions) -> bool:
+    return options.is_split(c.parallel_config.tensor_parallel_size, c.model_config.hf_config)
+
+
 def _uneven_split(c: "VllmConfig", options: EngineOptions) -> str | None:
     size = c.parallel_config.tensor_parallel_size
-    uneven = options.is_split(size, c.model_config.hf_config) and size % 2
+    uneven = _is_split(c, options) and size % 2
     return f"tensor_parallel_size={size} with tower_placement={options.tower_placement}" if uneven else None
 
 
 def _split_replicas(c: "VllmConfig", options: EngineOptions) -> str | None:
-    p = c.parallel_config
-    if options.is_split(p.tensor_parallel_size, c.model_config.hf_config) and (
-        p.data_parallel_size > 1 or p.enable_expert_parallel
-    ):
-        return f"data_parallel_size={p.data_parallel_size}, enable_expert_parallel={p.enable_expert_parallel}"
-    return None
-
-
-def _old_runner(c: "VllmConfig", _: EngineOptions) -> str | None:
-    return None if c.use_v2_model_runner else "vLLM chose its deprecated model runner (V1)"
+    size, experts = c.parallel_config.data_parallel_size, c.parallel_config.enable_expert_parallel
+    refused = _is_split(c, options) and (size > 1 or experts)
+    return f"data_parallel_size={size}, enable_expert_parallel={experts}" if refused else None
 
 
 STARTUP_RULES = (
@@ -272,7 +263,10 @@ STARTUP_RULES = (
     ),
     # last: some of the above also make vLLM choose it, and name the reason better
     StartupRule(
-        "vLLM's deprecated model runner (V1)", "it cannot run diffusion", _old_runner, "unset VLLM_USE_V2_MODEL_RUNNER"
+        "vLLM's deprecated model runner (V1)",
+        "it cannot run diffusion",
+        lambda c, _: None if c.use_v2_model_runner else "vLLM chose its deprecated model runner (V1)",
+        "unset VLLM_USE_V2_MODEL_RUNNER",
     ),
 )
 """In the order in which they are asked."""

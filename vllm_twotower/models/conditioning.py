@@ -36,12 +36,6 @@ def timestep_features(level_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
     return torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
 
 
-class _TimestepEmbedder(nn.Module):
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(NUM_FEATURES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-
-
 class TimeConditioning(nn.Module):
     """``t_embedder``, ``t_block`` and the layers' ``scale_shift_tables``; replicated on every rank, never quantised."""
 
@@ -49,7 +43,8 @@ class TimeConditioning(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.max_canvas_length = max_canvas_length
-        self.t_embedder = _TimestepEmbedder(hidden)
+        mlp = nn.Sequential(nn.Linear(NUM_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.t_embedder = nn.ModuleDict({"mlp": mlp})
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 3 * hidden))
         self.scale_shift_tables = nn.ParameterList(
             nn.Parameter(torch.empty(3, hidden), requires_grad=False) for _ in config.hybrid_override_pattern
@@ -77,5 +72,5 @@ class TimeConditioning(nn.Module):
     def _tabulate(self, device: torch.device) -> torch.Tensor:
         dtype = self.scale_shift_tables[0].dtype
         features = timestep_features(all_noise_levels(self.max_canvas_length).to(device), dtype)
-        vectors = self.t_block(self.t_embedder.mlp(features))
+        vectors = self.t_block(self.t_embedder["mlp"](features))
         return vectors.view(vectors.shape[0], 3, -1)

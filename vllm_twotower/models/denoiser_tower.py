@@ -51,22 +51,12 @@ class DenoiserAttention(nn.Module):
 
     def __init__(self, config: Any, quant_config: Any, prefix: str) -> None:
         super().__init__()
+        hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        common: dict[str, Any] = {"bias": False, "quant_config": quant_config}
         self.qkv_proj = QKVParallelLinear(
-            config.hidden_size,
-            config.head_dim,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.qkv_proj",
+            hidden, config.head_dim, heads, kv_heads, prefix=f"{prefix}.qkv_proj", **common
         )
-        self.o_proj = RowParallelLinear(
-            config.num_attention_heads * config.head_dim,
-            config.hidden_size,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.o_proj",
-        )
+        self.o_proj = RowParallelLinear(heads * config.head_dim, hidden, prefix=f"{prefix}.o_proj", **common)
 
     def forward(self, x_TD: torch.Tensor, context_mixer: Any, layout: CanvasLayout) -> torch.Tensor:
         """Attend through the context layer's paged cache; the step's metadata says ``causal=False``."""
@@ -112,13 +102,9 @@ class DenoiserMamba(nn.Module):
         self.groups = config.n_groups // tp_size
         inner, groups = config.mamba_num_heads * config.mamba_head_dim, config.n_groups * config.ssm_state_size
         self.inner, self.group_channels = inner // tp_size, groups // tp_size
-        self.in_proj = MergedColumnParallelLinear(
-            config.hidden_size,
-            [inner, inner, groups, groups, config.mamba_num_heads],
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.in_proj",
-        )
+        common: dict[str, Any] = {"bias": False, "quant_config": quant_config}
+        sizes = [inner, inner, groups, groups, config.mamba_num_heads]
+        self.in_proj = MergedColumnParallelLinear(config.hidden_size, sizes, prefix=f"{prefix}.in_proj", **common)
         self.conv1d = _ShardedConv([inner, groups, groups], config.conv_kernel, config.use_conv_bias)
         self.A = nn.Parameter(torch.empty(self.heads, dtype=torch.float32), requires_grad=False)
         self.D = nn.Parameter(torch.empty(self.heads), requires_grad=False)
@@ -128,9 +114,7 @@ class DenoiserMamba(nn.Module):
         set_weight_attrs(self.D, {"weight_loader": by_head})
         set_weight_attrs(self.dt_bias, {"weight_loader": by_head})
         self.norm = Mixer2RMSNormGated(inner, config.n_groups, eps=config.layer_norm_epsilon)
-        self.out_proj = RowParallelLinear(
-            inner, config.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.out_proj"
-        )
+        self.out_proj = RowParallelLinear(inner, config.hidden_size, prefix=f"{prefix}.out_proj", **common)
 
     def forward(self, x_TD: torch.Tensor, context_mixer: Any, layout: CanvasLayout) -> torch.Tensor:
         """One canvas per row, seeded from ``context_mixer``'s cache."""
@@ -166,13 +150,9 @@ class DenoiserMamba(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The caches of conv inputs, [Z, K - 1, C], and of SSM states, and each row's slot in them."""
         if not layout.mamba_slots:  # profile run: no cache yet
-            kernel, head_dim, state = (
-                context_mixer.conv_kernel_size,
-                context_mixer.head_dim,
-                context_mixer.ssm_state_size,
-            )
-            conv = like.new_zeros(1, kernel - 1, like.shape[-1])
-            ssm = like.new_zeros(1, self.heads, head_dim, state, dtype=torch.float32)
+            head_dim, state_size = context_mixer.head_dim, context_mixer.ssm_state_size
+            conv = like.new_zeros(1, context_mixer.conv_kernel_size - 1, like.shape[-1])
+            ssm = like.new_zeros(1, self.heads, head_dim, state_size, dtype=torch.float32)
             return conv, ssm, torch.zeros(layout.num_rows, dtype=torch.int64, device=like.device)
         slot_R = layout.mamba_slots[context_mixer.prefix]
         conv_cache, ssm_cache = context_mixer.kv_cache[:2]
@@ -182,14 +162,8 @@ class DenoiserMamba(nn.Module):
 def feed_forward(kind: str, config: Any, vllm_config: VllmConfig, prefix: str) -> nn.Module:
     """A mixture of experts or a dense MLP: per token, with no input from the context."""
     if kind == "-":
-        return NemotronHMLP(
-            config,
-            config.hidden_size,
-            config.intermediate_size,
-            vllm_config.quant_config,
-            config.mlp_bias,
-            prefix=prefix,
-        )
+        hidden, width = config.hidden_size, config.intermediate_size
+        return NemotronHMLP(config, hidden, width, vllm_config.quant_config, config.mlp_bias, prefix=prefix)
     if current_platform.is_cpu():
         return PortableMoE(config, vllm_config.quant_config, prefix)
     return NemotronHMoE(config, vllm_config.quant_config, vllm_config.parallel_config, prefix)
@@ -211,11 +185,7 @@ class DenoiserLayer(nn.Module):
             self.mixer = feed_forward(kind, config, vllm_config, mixer_prefix)
 
     def forward(
-        self,
-        hidden_TD: torch.Tensor,
-        modulation: Modulation,
-        context_mixer: Any,
-        layout: CanvasLayout,
+        self, hidden_TD: torch.Tensor, modulation: Modulation, context_mixer: Any, layout: CanvasLayout
     ) -> torch.Tensor:
         """[T, D] -> [T, D]."""
         weight_D, eps = self.norm.weight, self.norm.variance_epsilon
@@ -232,20 +202,18 @@ class DenoiserTower(nn.Module):
 
     def __init__(self, vllm_config: VllmConfig, max_canvas_length: int, prefix: str) -> None:
         super().__init__()
-        config = vllm_config.model_config.hf_config
-        quant_config = vllm_config.quant_config
+        config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
+        vocab, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, quant_config=quant_config, prefix=f"{prefix}.embed_tokens"
+            vocab, hidden, quant_config=quant_config, prefix=f"{prefix}.embed_tokens"
         )
         self.layers = nn.ModuleList(
             DenoiserLayer(kind, config, vllm_config, f"{prefix}.layers.{index}")
             for index, kind in enumerate(config.hybrid_override_pattern)
         )
-        self.norm_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.lm_head = ParallelLMHead(
-            config.vocab_size, config.hidden_size, quant_config=quant_config, prefix=f"{prefix}.lm_head"
-        )
-        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.norm_f = RMSNorm(hidden, eps=config.layer_norm_epsilon)
+        self.lm_head = ParallelLMHead(vocab, hidden, quant_config=quant_config, prefix=f"{prefix}.lm_head")
+        self.logits_processor = LogitsProcessor(vocab)
         self.conditioning = TimeConditioning(config, max_canvas_length)
 
     def forward(

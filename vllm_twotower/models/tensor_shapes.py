@@ -78,11 +78,8 @@ def _mixer_shapes(kind: str, config: Any) -> Iterator[tuple[str, tuple[int, ...]
         yield "norm.weight", (inner,)
         yield "out_proj.weight", (hidden, inner)
     elif kind == "*":
-        for name, heads in (
-            ("q", config.num_attention_heads),
-            ("k", config.num_key_value_heads),
-            ("v", config.num_key_value_heads),
-        ):
+        kv_heads = config.num_key_value_heads
+        for name, heads in (("q", config.num_attention_heads), ("k", kv_heads), ("v", kv_heads)):
             yield f"{name}_proj.weight", (heads * config.head_dim, hidden)
         yield "o_proj.weight", (hidden, config.num_attention_heads * config.head_dim)
     elif kind == "E":

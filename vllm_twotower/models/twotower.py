@@ -43,6 +43,9 @@ class TwoTowerForCausalLM(NemotronHForCausalLM):
     """The files a checkpoint consists of, shards first: nothing is unpickled, and other safetensors beside them are not
     read."""
 
+    holds_context = True
+    """Whether this rank has the context tower."""
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", with_denoiser: bool = True) -> None:
         raise_recorded_problem()
         with running_on_cpu(self, needed=current_platform.is_cpu()):
@@ -101,17 +104,13 @@ class TwoTowerForCausalLM(NemotronHForCausalLM):
         return super().compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint in the released layout, strictly.
+        """Load of a checkpoint in the released layout the towers that this rank holds, strictly.
 
         Raises:
             ValueError: tensors that are missing, unknown or of the wrong shape, by name.
 
         """
-        return self.load_towers(weights, with_context=True)
-
-    def load_towers(self, weights: Iterable[tuple[str, torch.Tensor]], with_context: bool) -> set[str]:
-        """As ``load_weights``, for the towers that this rank has."""
-        wanted = check_weights(weights, self.config, self.denoiser is not None, with_context)
+        wanted = check_weights(weights, self.config, self.denoiser is not None, self.holds_context)
         loaded = AutoWeightsLoader(self).load_weights(wanted, mapper=self.hf_to_vllm_mapper)
         if self.denoiser is not None:
             self.denoiser.conditioning.refresh()

@@ -14,11 +14,7 @@ from vllm_twotower.models.tensor_shapes import CONTEXT_PREFIXES, check_tensor, c
 
 CHECKPOINT_TO_MODULE = WeightsMapper(
     orig_to_new_substr={"A_log": "A", "embeddings": "embed_tokens"},
-    orig_to_new_stacked={
-        ".q_proj": (".qkv_proj", "q"),
-        ".k_proj": (".qkv_proj", "k"),
-        ".v_proj": (".qkv_proj", "v"),
-    },
+    orig_to_new_stacked={f".{part}_proj": (".qkv_proj", part) for part in "qkv"},
     # prefixes are tried in this order, each on what the one before left: the denoiser's head must move before the
     # context's
     orig_to_new_prefix={

@@ -13,7 +13,8 @@ import torch
 
 from vllm_twotower.ops.adaln.reference import UNMODULATED, Modulation, check_modulation, check_norm
 from vllm_twotower.ops.backend import implementation
-from vllm_twotower.ops.canvas_sample.reference import Draw, Sample, check_logits
+from vllm_twotower.ops.canvas_sample import reference
+from vllm_twotower.ops.canvas_sample.reference import Draw, Sample, ShapeScores, check_logits
 from vllm_twotower.ops.checks import check_tensor
 from vllm_twotower.ops.mixture_of_experts.reference import Routing, check_experts
 from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed, check_canvases
@@ -30,6 +31,7 @@ __all__ = [
     "Routing",
     "Sample",
     "ScanInputs",
+    "ShapeScores",
     "canvas_sample",
     "gate_add",
     "mixture_of_experts",
@@ -42,7 +44,9 @@ __all__ = [
 ]
 
 
-def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None = None) -> Sample:
+def canvas_sample(
+    logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None = None, shape_scores: ShapeScores | None = None
+) -> Sample:
     """Propose a token per row, and say how sure the denoiser is of it (``generate_mask_diffusion``).
 
     The proposal is the argmax of the logits or, for a row with a temperature, of logits / temperature + Gumbel noise.
@@ -52,12 +56,15 @@ def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None
         logits_NV: [N, V], float32, bfloat16 or float16, processed; may be written: the mask id's column.
         mask_token_id: never proposed, and no part of any sum.
         draw: temperatures and noise keys, or None where every row is greedy.
+        shape_scores: what top-k, top-p and min-p leave of the scores of drawn rows; takes the reference.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range; the message names it.
 
     """
     check_logits(logits_NV, mask_token_id, draw)
+    if shape_scores is not None:
+        return reference.canvas_sample(logits_NV, mask_token_id, draw, shape_scores)
     return implementation("canvas_sample", logits_NV)(logits_NV, mask_token_id, draw)
 
 

@@ -1,4 +1,4 @@
-"""``vllm-twotower inspect``: what a checkpoint is, what it needs and what it could give, before anything is loaded.
+"""``vllm-twotower inspect``: what a checkpoint is, what it needs and what it fits on, before anything is loaded.
 
 Everything comes from ``config.json`` and the headers of the shards; the arithmetic is in ``planning/``. ``inspect``
 returns plain data (``--json``), ``inspection_text.describe`` the same for a person.
@@ -7,95 +7,82 @@ returns plain data (``--json``), ``inspection_text.describe`` the same for a per
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_twotower.config import MAX_CANVAS_LENGTH
 from vllm_twotower.models.tensor_shapes import checkpoint_shapes, list_names
-from vllm_twotower.planning.canvas_passes import MEAN_PASSES, CanvasPasses
 from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
-from vllm_twotower.planning.gpus import GPUS, Assumptions
+from vllm_twotower.planning.gpus import GPUS
 from vllm_twotower.planning.model_facts import ARCHITECTURE, LAYER_KINDS, ModelFacts
-from vllm_twotower.planning.placement import CachePages, Placement, Towers, fit
-from vllm_twotower.planning.throughput import StepTimes, Workload, ar_tokens_per_s, diffusion_tokens_per_s
+from vllm_twotower.planning.placement import (
+    GPU_MEMORY_UTILIZATION,
+    RESERVED_BYTES,
+    CachePages,
+    Placement,
+    SplitTraffic,
+    fit,
+)
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes, tower_of
-from vllm_twotower.planning.traffic import SplitTraffic
 
 Report = dict[str, Any]
 
 GPU_COUNTS = (1, 2, 4)
-BATCHES = (1, 8, 32, 64, 128)
 DEFAULT_TOKENS = 4096
 NUM_NAMES_SHOWN = 5
 
 
-@dataclass(frozen=True, kw_only=True)
-class InspectOptions:
-    """What the user may say about requests and GPUs."""
-
-    tokens_per_request: int | None = None
-    """Prompt and output of each request, for memory and for KV reads; 4,096 by default, or the model's longest."""
-    canvas_length: int = 16
-    passes_per_canvas: float = MEAN_PASSES
-    assumed: Assumptions = field(default_factory=Assumptions)
-
-    @property
-    def tokens_at_most(self) -> int:
-        """Tokens of a request with the canvas it works on."""
-        return (self.tokens_per_request or DEFAULT_TOKENS) + self.canvas_length
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.canvas_length <= MAX_CANVAS_LENGTH:
-            raise ValueError(
-                f"--canvas-length {self.canvas_length} is not allowed: use an integer from 1 to {MAX_CANVAS_LENGTH}"
-            )
-        if not 1 <= self.passes_per_canvas <= self.canvas_length:
-            raise ValueError(
-                f"--passes-per-canvas {self.passes_per_canvas} is not allowed: use a number from 1 to the canvas "
-                f"length, {self.canvas_length}"
-            )
-        if not 0 < self.assumed.gpu_memory_utilization <= 1:
-            raise ValueError(
-                f"--gpu-memory-utilization {self.assumed.gpu_memory_utilization} is not allowed: use a number above 0 "
-                "and at most 1"
-            )
-
-
-def inspect(path: str, options: InspectOptions | None = None) -> Report:
+def inspect(
+    path: str,
+    *,
+    tokens_per_request: int | None = None,
+    canvas_length: int = 16,
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
+) -> Report:
     """Everything about a checkpoint folder or a ``config.json``, as plain data.
 
+    Args:
+        path: the folder or the file.
+        tokens_per_request: prompt and output of each request; 4,096 by default, or the model's longest.
+        canvas_length: S, tokens per canvas.
+        gpu_memory_utilization: vLLM's option of that name.
+
     Raises:
-        ValueError: no such folder, unreadable files, or not a two-tower model.
+        ValueError: no such folder, unreadable files, not a two-tower model, or an option out of range.
 
     """
     folder = CheckpointFolder.read(path)
     facts = ModelFacts.from_config(folder.config, str(folder.config_file))
-    options = _filled_in(options or InspectOptions(), facts)
+    longest = facts.max_position_embeddings
+    tokens = min(DEFAULT_TOKENS, longest) if tokens_per_request is None else tokens_per_request
+    for option, number, most in (
+        ("--tokens-per-request", tokens, longest),
+        ("--canvas-length", canvas_length, MAX_CANVAS_LENGTH),
+    ):
+        if not 1 <= number <= most:
+            raise ValueError(f"{option} {number} is not allowed: use an integer from 1 to {most}")
+    if not 0 < gpu_memory_utilization <= 1:
+        raise ValueError(
+            f"--gpu-memory-utilization {gpu_memory_utilization} is not allowed: use a number above 0 and at most 1"
+        )
     towers = {tower: TowerSizes.of(facts, tower) for tower in Tower}
+    fits = [
+        fit(towers, gpu, num_gpus, placement, precision, tokens + canvas_length, gpu_memory_utilization)
+        for gpu, num_gpus, placement, precision in itertools.product(GPUS.values(), GPU_COUNTS, Placement, Precision)
+        if placement is not Placement.SPLIT or num_gpus > 1
+    ]
     return {
         "model": _model(folder, facts),
         "checkpoint": _checkpoint(folder, facts),
         "towers": {tower.value: _tower(sizes) for tower, sizes in towers.items()},
-        "cache": _cache(facts, options),
-        "split_traffic": _traffic(facts, options),
+        "cache": _cache(facts, tokens, canvas_length),
+        "split_traffic": vars(SplitTraffic.of(facts, canvas_length)),
         "assumptions": {
-            "passes_per_canvas": options.passes_per_canvas,
-            "canvas_length": options.canvas_length,
-            **vars(options.assumed),
+            "canvas_length": canvas_length,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "reserved_bytes": RESERVED_BYTES,
         },
-        "fits": _fits(towers, options),
-        "throughput_estimate": _throughput(towers, options),
+        "fits": [{**vars(one), "requests": one.num_requests} for one in fits],
     }
-
-
-def _filled_in(options: InspectOptions, facts: ModelFacts) -> InspectOptions:
-    """Options with a length of requests that the model can take."""
-    longest, tokens = facts.max_position_embeddings, options.tokens_per_request
-    if tokens is None:
-        return replace(options, tokens_per_request=min(DEFAULT_TOKENS, longest))
-    if not 1 <= tokens <= longest:
-        raise ValueError(f"--tokens-per-request {tokens} is not allowed: use an integer from 1 to {longest}")
-    return options
 
 
 def _model(folder: CheckpointFolder, facts: ModelFacts) -> Report:
@@ -158,7 +145,7 @@ def _tower(sizes: TowerSizes) -> Report:
     }
 
 
-def _cache(facts: ModelFacts, options: InspectOptions) -> Report:
+def _cache(facts: ModelFacts, tokens: int, canvas_length: int) -> Report:
     pages = CachePages.of(facts, 1)
     return {
         "kv_bytes_per_token": facts.kv_bytes_per_token,
@@ -166,57 +153,6 @@ def _cache(facts: ModelFacts, options: InspectOptions) -> Report:
         "conv_bytes_per_request": facts.layers("M") * facts.conv_bytes_per_layer,
         "ssm_bytes_per_request": facts.layers("M") * facts.ssm_bytes_per_layer,
         "vllm_block_tokens": pages.tokens_per_block,
-        "tokens_per_request": options.tokens_per_request,
-        "bytes_per_request_in_vllm_blocks": pages.bytes_per_request(options.tokens_at_most),
+        "tokens_per_request": tokens,
+        "bytes_per_request_in_vllm_blocks": pages.bytes_per_request(tokens + canvas_length),
     }
-
-
-def _traffic(facts: ModelFacts, options: InspectOptions) -> Report:
-    traffic = SplitTraffic.of(facts, options.canvas_length)
-    links: Report = {}
-    for gpu in GPUS.values():
-        for link, rate in (("NVLink", gpu.nvlink_Bps), ("PCIe", gpu.pcie_Bps)):
-            links[f"{gpu.name} {link}"] = {
-                "bytes_per_s": rate * options.assumed.link_fraction,
-                "seconds_per_canvas": traffic.seconds(traffic.bytes_per_canvas, rate, options.assumed),
-                "seconds_per_1000_prompt_tokens": traffic.seconds(traffic.prefill_bytes(1000), rate, options.assumed),
-            }
-    return {
-        "formula": traffic.formula,
-        "kv_bytes_per_token": traffic.kv_bytes_per_token,
-        "state_bytes_per_row": traffic.state_bytes_per_row,
-        "bytes_per_canvas": traffic.bytes_per_canvas,
-        "bytes_per_denoise_step_back": traffic.bytes_per_denoise_step_back,
-        "links": links,
-    }
-
-
-def _fits(towers: Towers, options: InspectOptions) -> list[Report]:
-    rows = []
-    for gpu, num_gpus, placement, precision in itertools.product(GPUS.values(), GPU_COUNTS, Placement, Precision):
-        if placement is not Placement.SPLIT or num_gpus > 1:
-            one = fit(towers, gpu, num_gpus, placement, precision, options.tokens_at_most, options.assumed)
-            rows.append({**vars(one), "requests": one.num_requests})
-    return rows
-
-
-def _throughput(towers: Towers, options: InspectOptions) -> list[Report]:
-    """One and two GPUs of each kind: tokens per second of those placements that hold the batch."""
-    load = Workload(
-        context_length=options.tokens_at_most,
-        canvas_length=options.canvas_length,
-        passes=CanvasPasses(mean=options.passes_per_canvas, max_steps=options.canvas_length),
-    )
-    rows = []
-    for gpu, num_gpus, precision, batch in itertools.product(GPUS.values(), (1, 2), Precision, BATCHES):
-        rows.append({"gpu": gpu.name, "num_gpus": num_gpus, "precision": precision, "batch": batch})
-        for placement in Placement:
-            one = fit(towers, gpu, num_gpus, placement, precision, options.tokens_at_most, options.assumed)
-            if one.num_requests >= batch:
-                times = StepTimes(
-                    towers=towers, gpu=gpu, num_gpus=num_gpus, placement=placement, precision=precision,
-                    workload=load, assumed=options.assumed,
-                )  # fmt: skip
-                estimate = ar_tokens_per_s if placement is Placement.AR else diffusion_tokens_per_s
-                rows[-1][placement.value] = estimate(times, batch)
-    return rows

@@ -10,13 +10,17 @@ Report = dict[str, Any]
 PLACEMENT_NAMES = {"ar": "AR", "colocated": "colocated", "split": "split"}
 PRECISIONS = ("bf16", "fp8")
 
+SPEED = (
+    "SPEED is not shown: no GPU has been timed. `python -m benchmarks.roofline` in the repository counts what could be",
+    "gained; its docs/roofline.md says with which assumptions.",
+)
 
-def describe(report: Report, gpu: str = "H100") -> str:
-    """The whole report; throughput for one kind of GPU.
+
+def describe(report: Report) -> str:
+    """The whole report.
 
     Args:
         report: what ``inspection.inspect`` returned.
-        gpu: a name of ``planning.gpus.GPUS``.
 
     """
     sections = (
@@ -26,7 +30,7 @@ def describe(report: Report, gpu: str = "H100") -> str:
         _cache(report["cache"]),
         _fits(report),
         _traffic(report["split_traffic"]),
-        _throughput(report, gpu),
+        SPEED,
     )
     return "\n\n".join("\n".join(lines) for lines in sections)
 
@@ -105,6 +109,7 @@ def _fits(report: Report) -> Iterable[str]:
     yield from _table(["", *(f"{PLACEMENT_NAMES[p]}, {_precision(report, q)}" for p, q in columns)], rows)
     yield "AR: the context tower alone; colocated: both towers sharded over all GPUs, which tower_placement=auto means"
     yield "wherever the heads divide; split, as published: half of the GPUs for each tower"
+    yield "A step runs one tower: with split the other half of the GPUs waits, which is why auto is colocated"
     yield (
         f"vLLM takes {assumed['gpu_memory_utilization']:.0%} of a GPU's memory; "
         f"{assumed['reserved_bytes'] / GIB:.0f} GiB of it are left for activations, graphs and buffers"
@@ -112,43 +117,11 @@ def _fits(report: Report) -> Iterable[str]:
 
 
 def _traffic(traffic: Report) -> Iterable[str]:
+    back = f"{traffic['bytes_per_denoise_step_back']} B for each denoise step"
     yield "TRAFFIC BETWEEN THE TOWERS when split"
-    yield traffic["formula"]
-    to, back = traffic["bytes_per_canvas"], traffic["bytes_per_denoise_step_back"]
-    yield f"per canvas and request: {to / 1e6:.1f} MB there, {back} bytes back for each denoise step"
-    rows = [
-        [
-            name,
-            f"{link['bytes_per_s'] / 1e9:.0f} GB/s",
-            f"{link['seconds_per_canvas'] * 1e3:.2f} ms",
-            f"{link['seconds_per_1000_prompt_tokens'] * 1e3:.2f} ms",
-        ]
-        for name, link in traffic["links"].items()
-    ]
-    yield from _table(["", "assumed rate", "per canvas", "per prompt of 1,000 tokens"], rows)
-
-
-def _throughput(report: Report, gpu: str) -> Iterable[str]:
-    assumed = report["assumptions"]
-    yield (
-        f"THROUGHPUT in tokens/s, AN ESTIMATE of a byte-counting model, not a measurement: "
-        f"{assumed['passes_per_canvas']} passes per canvas, {report['cache']['tokens_per_request']:,} tokens of context"
-    )
-    rows = []
-    for row in report["throughput_estimate"]:
-        if row["gpu"] != gpu or "ar" not in row or set(row) & set(PLACEMENT_NAMES) == {"ar"}:
-            continue
-        cells = [
-            f"{row[k]:,.0f}" + (f" (x{row[k] / row['ar']:.2f})" if k != "ar" else "") if k in row else "-"
-            for k in PLACEMENT_NAMES
-        ]
-        rows.append([f"{row['num_gpus']} x {gpu}, {_precision(report, row['precision'])}", f"{row['batch']}", *cells])
-    if not rows:
-        yield f"both towers do not fit on one or two {gpu}"
-        return
-    yield from _table(["", "batch", *PLACEMENT_NAMES.values()], rows)
-    yield "A step runs one tower: with split the other half of the GPUs waits, which is why auto is colocated."
-    yield "docs/roofline.md says what moves these figures."
+    yield _line("a token", f"{traffic['kv_bytes_per_token']:,} B to the denoiser, in a prompt or a commit")
+    yield _line("a prompt's end", f"{traffic['state_bytes_per_row']:,} B to the denoiser, Mamba states")
+    yield _line("a canvas", f"{traffic['bytes_per_canvas']:,} B to the denoiser, tokens and states; back {back}")
 
 
 def _precision(report: Report, precision: str) -> str:

@@ -1,6 +1,6 @@
 """The fields of ``config.json`` that sizes depend on, read once and checked."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -62,8 +62,11 @@ class ModelFacts:
         names = [f.name for f in fields(cls)]
         given = {"dtype": config.get("torch_dtype"), **config}
         values = _DEFAULTS | {name: given[name] for name in names if given.get(name) is not None}
-        _check(values, where, names)
-        _check_fixed(config, where)
+        for name in names:
+            if name not in values:
+                raise ValueError(f"{where} has no {name}: is it the two-tower model's config.json?")
+        for name, value, allowed in _find_problems(values, config):
+            raise ValueError(f"{where}: {name}={value!r} is not allowed: {allowed}")
         return cls(**values)
 
     @property
@@ -111,40 +114,6 @@ _DEFAULTS: dict[str, Any] = {
 none."""
 
 
-def _check(values: Mapping[str, Any], where: str, names: list[str]) -> None:
-    for name in names:
-        if name not in values:
-            raise ValueError(f"{where} has no {name}: is it the two-tower model's config.json?")
-    pattern = values["hybrid_override_pattern"]
-    if not isinstance(pattern, str) or not pattern or set(pattern) - set(LAYER_KINDS):
-        raise ValueError(f"{where}: hybrid_override_pattern={pattern!r} is not allowed: use M, E, * and - only")
-    for name in ("dtype", "mamba_ssm_cache_dtype"):
-        if values[name] not in BYTES_OF_CONFIG_DTYPE:
-            allowed = ", ".join(BYTES_OF_CONFIG_DTYPE)
-            raise ValueError(f"{where}: {name}={values[name]!r} is not allowed: use one of {allowed}")
-    for name in names:
-        if name in ("hybrid_override_pattern", "dtype", "mamba_ssm_cache_dtype", "use_conv_bias"):
-            continue
-        value, low = values[name], 0 if name in _DEFAULTS else 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{where}: {name}={value!r} is not allowed: use an integer from {low}")
-    for whole, part in (("num_attention_heads", "num_key_value_heads"), ("mamba_num_heads", "n_groups")):
-        if values[whole] % values[part]:
-            raise ValueError(
-                f"{where}: {whole}={values[whole]} is not allowed: use a multiple of {part}={values[part]}"
-            )
-    if values["mask_token_id"] >= values["vocab_size"]:
-        raise ValueError(
-            f"{where}: mask_token_id={values['mask_token_id']} is not allowed: use an id below "
-            f"vocab_size={values['vocab_size']}"
-        )
-    if "E" in pattern and not 0 < values["num_experts_per_tok"] <= values["n_routed_experts"]:
-        raise ValueError(
-            f"{where}: num_experts_per_tok={values['num_experts_per_tok']} is not allowed: use an integer from 1 to "
-            f"n_routed_experts={values['n_routed_experts']}"
-        )
-
-
 _FIXED = {
     "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False,
     "mlp_bias": False, "mamba_proj_bias": False,
@@ -152,15 +121,35 @@ _FIXED = {
 """Fields that say what both towers are in any case."""
 
 
-def _check_fixed(config: Mapping[str, Any], where: str) -> None:
+def _find_problems(values: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Fields that are out of range: name, value and what is allowed. The first is what matters: a later check takes for
+    granted what an earlier one has seen."""
+    pattern = values["hybrid_override_pattern"]
+    if not isinstance(pattern, str) or not pattern or set(pattern) - set(LAYER_KINDS):
+        yield "hybrid_override_pattern", pattern, "use M, E, * and - only"
+    for name in ("dtype", "mamba_ssm_cache_dtype"):
+        if values[name] not in BYTES_OF_CONFIG_DTYPE:
+            yield name, values[name], f"use one of {', '.join(BYTES_OF_CONFIG_DTYPE)}"
+    for name, value in values.items():
+        if name in ("hybrid_override_pattern", "dtype", "mamba_ssm_cache_dtype", "use_conv_bias"):
+            continue
+        low = 0 if name in _DEFAULTS else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            yield name, value, f"use an integer from {low}"
+    for whole, part in (("num_attention_heads", "num_key_value_heads"), ("mamba_num_heads", "n_groups")):
+        if values[whole] % values[part]:
+            yield whole, values[whole], f"use a multiple of {part}={values[part]}"
+    if values["mask_token_id"] >= values["vocab_size"]:
+        yield "mask_token_id", values["mask_token_id"], f"use an id below vocab_size={values['vocab_size']}"
+    num_experts, chosen = values["n_routed_experts"], values["num_experts_per_tok"]
+    if "E" in pattern and not 0 < chosen <= num_experts:
+        yield "num_experts_per_tok", chosen, f"use an integer from 1 to n_routed_experts={num_experts}"
     for name, only in _FIXED.items():
         if config.get(name, only) != only:
-            raise ValueError(f"{where}: {name}={config[name]!r} is not allowed: a two-tower model has {only!r}")
-    num_layers, pattern = config.get("num_hidden_layers"), config["hybrid_override_pattern"]
+            yield name, config[name], f"a two-tower model has {only!r}"
+    num_layers = config.get("num_hidden_layers")
     if num_layers is not None and num_layers != len(pattern):
-        raise ValueError(
-            f"{where}: num_hidden_layers={num_layers!r} is not allowed: hybrid_override_pattern has {len(pattern)}"
-        )
+        yield "num_hidden_layers", num_layers, f"hybrid_override_pattern has {len(pattern)}"
     epsilon = config.get("layer_norm_epsilon", 1e-5)
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-        raise ValueError(f"{where}: layer_norm_epsilon={epsilon!r} is not allowed: use a number between 0 and 1")
+        yield "layer_norm_epsilon", epsilon, "use a number between 0 and 1"

@@ -1,15 +1,22 @@
-"""What fits: which placement of the towers on how many GPUs, and how many requests remain beside the weights."""
+"""What fits: which placement of the towers on how many GPUs, how many requests remain beside the weights, and what
+crosses between split towers."""
 
 import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from vllm_twotower.planning.gpus import Assumptions, Gpu
+from vllm_twotower.planning.gpus import GIB, Gpu
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes, kv_shards, tensor_parallel_problem
 
 KV_BLOCK_ALIGNMENT = 16
 """vLLM makes a KV block a multiple of this many tokens."""
+
+GPU_MEMORY_UTILIZATION = 0.92
+"""Default of vLLM's option of that name."""
+
+RESERVED_BYTES = 2 * GIB
+"""Assumed per GPU: activations at the widest step, CUDA graphs, communication buffers."""
 
 Towers = dict[Tower, TowerSizes]
 
@@ -57,7 +64,7 @@ def fit(
     placement: Placement,
     precision: Precision,
     tokens_per_request: int,
-    assumed: Assumptions,
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
 ) -> Fit:
     """Put the towers on GPUs and see what is left.
 
@@ -68,7 +75,7 @@ def fit(
         placement: where the towers go.
         precision: how weights are held.
         tokens_per_request: prompt, output and one canvas of each request.
-        assumed: the share of memory that vLLM takes, and what it reserves.
+        gpu_memory_utilization: share of a GPU's memory that vLLM takes.
 
     """
     facts = towers[Tower.CONTEXT].facts
@@ -82,7 +89,7 @@ def fit(
         Placement.COLOCATED: sum(loads.values()),
         Placement.SPLIT: max(loads.values()),
     }[placement]
-    usable = int(gpu.memory_bytes * assumed.gpu_memory_utilization) - assumed.reserved_bytes
+    usable = int(gpu.memory_bytes * gpu_memory_utilization) - RESERVED_BYTES
     if problem is None and weights > usable:
         problem = "the weights do not fit"
     return Fit(
@@ -138,3 +145,24 @@ class CachePages:
         block."""
         blocks = self.attention_groups * math.ceil(num_tokens / self.tokens_per_block) + self.mamba_groups
         return blocks * self.layers_per_group * self.page_bytes
+
+
+@dataclass(frozen=True)
+class SplitTraffic:
+    """Bytes between the two halves (``split/link.py``); with N ranks per tower each pair carries its share.
+    ``tests/test_placement.py`` compares them with what is sent."""
+
+    kv_bytes_per_token: int
+    """To the denoiser, for every prompt token and every committed token."""
+    state_bytes_per_row: int
+    """To the denoiser, for every prompt's end and every commit: the request's conv and SSM states."""
+    bytes_per_canvas: int
+    """To the denoiser when a canvas is committed."""
+    bytes_per_denoise_step_back: int
+    """To the context tower for each canvas of a denoise step: its tokens and its pass count, int64."""
+
+    @classmethod
+    def of(cls, facts: ModelFacts, canvas_length: int) -> "SplitTraffic":
+        """The traffic of one model."""
+        token, row = facts.kv_bytes_per_token, facts.mamba_bytes_per_request
+        return cls(token, row, canvas_length * token + row, (canvas_length + 1) * 8)

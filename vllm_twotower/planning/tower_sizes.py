@@ -86,7 +86,6 @@ class TowerSizes:
     file's.
     """
 
-    tower: Tower
     parameters: Mapping[Part, int]
     float32_parameters: Mapping[Part, int]
     """How many of them are held in float32."""
@@ -105,7 +104,7 @@ class TowerSizes:
             parameters[part] += count
             float32[part] += count if name.endswith(FLOAT32_SUFFIXES) else 0
             kv += count if name.endswith((".k_proj.weight", ".v_proj.weight")) else 0
-        return cls(tower, parameters, float32, kv, facts)
+        return cls(parameters, float32, kv, facts)
 
     @property
     def num_parameters(self) -> int:

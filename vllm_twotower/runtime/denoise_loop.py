@@ -170,8 +170,8 @@ class DenoiseLoop:
             made = self.proposals.propose(denoiser.logits(hidden_TD[token_N]), tile, wanted_N)
             if self.trace is not None:
                 self.trace.record_proposals(made)
-            proposal_RS[made.tile.row_N, made.tile.column_N] = made.token_N
-            confidence_RS[made.tile.row_N, made.tile.column_N] = made.confidence_N
+            proposal_RS[made.tile.row_N, made.tile.column_N] = made.sample.token_N
+            confidence_RS[made.tile.row_N, made.tile.column_N] = made.sample.confidence_N
         return proposal_RS, confidence_RS
 
     def _tiles(

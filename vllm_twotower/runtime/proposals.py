@@ -7,7 +7,6 @@ They were written for drafts: a request's rows lie next to each other, row j of 
 Legend: N rows of logits, V vocabulary, R requests, S canvas positions, T tokens in batch order.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,7 @@ from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 
-from vllm_twotower.decoding.noise import gumbel_noise
-from vllm_twotower.decoding.unmask import propose
-from vllm_twotower.ops import canvas_sample
-from vllm_twotower.ops.canvas_sample.reference import NOISE_TILE
+from vllm_twotower.ops import Sample, ShapeScores, canvas_sample
 from vllm_twotower.runtime.logprobs import LogprobTable
 from vllm_twotower.runtime.step import Tile
 
@@ -35,10 +31,8 @@ class Proposals:
 
     tile: Tile
     """The rows that were wanted."""
-    token_N: torch.Tensor
-    """int64 [N]."""
-    confidence_N: torch.Tensor
-    """float32 [N], see ``decoding.unmask.propose``."""
+    sample: Sample
+    """Their tokens and confidences."""
     logits_NV: torch.Tensor
     """[N, V], processed, any float dtype; the mask id's column may be -inf or not."""
 
@@ -91,35 +85,13 @@ class ProposalSampler:
                 raw_NV = logits_NV.clone()
             processed_NV = self._process(logits_NV, tile)
             tile, logits_NV, raw_NV = tile.only(wanted_N), processed_NV[wanted_N], raw_NV[wanted_N]
-        token_N, confidence_N = self._propose(logits_NV, tile)
+        draw = tile.draw() if tile.rows.any_random else None
+        sample = canvas_sample(logits_NV, self.mask_token_id, draw, None if draw is None else self._shaping(tile))
         if self.logprobs.wanted(tile.rows.slots_np):
             logits_NV[:, self.mask_token_id] = float("-inf")
             raw_NV[:, self.mask_token_id] = float("-inf")
-            self.logprobs.record(logits_NV if self.logprobs.of_processed else raw_NV, tile, token_N)
-        return Proposals(tile=tile, token_N=token_N, confidence_N=confidence_N, logits_NV=logits_NV)
-
-    def _propose(self, logits_NV: torch.Tensor, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
-        """All rows at once, unless a draw is shaped by top-k, top-p or min-p; those rows in tiles of noise."""
-        if not tile.rows.any_random or self._shaping(tile) is None:
-            sample = canvas_sample(logits_NV, self.mask_token_id, tile.draw() if tile.rows.any_random else None)
-            return sample.token_N, sample.confidence_N
-        token_N = torch.empty(len(tile.token_N), dtype=torch.int64, device=logits_NV.device)
-        confidence_N = torch.empty_like(token_N, dtype=torch.float32)
-        random_N = tile.draw().temperature_N > 0
-        greedy = (~random_N).nonzero().squeeze(1)
-        if greedy.numel():
-            sample = canvas_sample(logits_NV[greedy], self.mask_token_id)
-            token_N[greedy], confidence_N[greedy] = sample.token_N, sample.confidence_N
-        for rows in random_N.nonzero().squeeze(1).split(NOISE_TILE):
-            if not rows.numel():  # all rows of this tile are greedy
-                continue
-            part = tile.only(rows)
-            draw = part.draw()
-            noise = gumbel_noise(draw.seed_N, draw.position_N, draw.pass_index_N, logits_NV.shape[1])
-            token_N[rows], confidence_N[rows] = propose(
-                logits_NV[rows].float(), self.mask_token_id, draw.temperature_N, noise, self._shaping(part)
-            )
-        return token_N, confidence_N
+            self.logprobs.record(logits_NV if self.logprobs.of_processed else raw_NV, tile, sample.token_N)
+        return Proposals(tile=tile, sample=sample, logits_NV=logits_NV)
 
     def _process(self, logits_NV: torch.Tensor, tile: Tile) -> torch.Tensor:
         """Bias, allowed ids, minimum length, penalties, bad words, and processors of the user's own."""
@@ -137,15 +109,17 @@ class ProposalSampler:
             logits_NV = processor.apply(logits_NV, context)
         return logits_NV
 
-    def _shaping(self, tile: Tile) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    def _shaping(self, tile: Tile) -> ShapeScores | None:
+        """Top-k, top-p and min-p of a tile's requests; None where none has any."""
         states, slots = self.base.sampling_states, tile.rows.slots_np
         unshaped = (states.min_p.np[slots] == 0) & (states.top_p.np[slots] == 1)
         if np.all(unshaped & (states.top_k.np[slots] == states.vocab_size)):
             return None
 
-        def shape(score_NV: torch.Tensor) -> torch.Tensor:
-            states.apply_min_p(score_NV, tile.slot_N, slots)
-            return states.apply_top_k_top_p(score_NV, tile.slot_N, slots)
+        def shape(score_NV: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            slot_N = tile.slot_N[rows]
+            states.apply_min_p(score_NV, slot_N, slots)
+            return states.apply_top_k_top_p(score_NV, slot_N, slots)
 
         return shape
 

@@ -52,8 +52,8 @@ class CanvasTrace:
         rows = zip(
             made.tile.slot_N.tolist(),
             made.tile.column_N.tolist(),
-            made.token_N.tolist(),
-            made.confidence_N.tolist(),
+            made.sample.token_N.tolist(),
+            made.sample.confidence_N.tolist(),
             top.indices.tolist(),
             top.values.tolist(),
             strict=True,

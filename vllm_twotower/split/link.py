@@ -112,17 +112,13 @@ class TowerLink:
 
     def share_samples(self, samples: torch.Tensor | None, num_rows: int) -> torch.Tensor:
         """The first context rank's int64 [R, 2], token and number of tokens of each row, on every rank."""
-        if samples is None:
-            samples = torch.empty(num_rows, 2, dtype=torch.int64, device=self.device)
-        return self._broadcast(samples, self.placement.first_context_rank)
+        return self._share(samples, (num_rows, 2), self.placement.first_context_rank)
 
     # ---- denoise steps -----------------------------------------------------------------------------------------------
 
     def share_canvases(self, canvases: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
         """The first denoiser rank's int64 tensor of this shape, on every rank."""
-        if canvases is None:
-            canvases = torch.empty(shape, dtype=torch.int64, device=self.device)
-        return self._broadcast(canvases, self.placement.first_denoiser_rank)
+        return self._share(canvases, shape, self.placement.first_denoiser_rank)
 
     def share_object(self, value: Any) -> Any:
         """The first denoiser rank's value, pickled, on every rank; for what is rarely asked for."""
@@ -132,7 +128,9 @@ class TowerLink:
         )
         return box[0]
 
-    def _broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+    def _share(self, tensor: torch.Tensor | None, shape: tuple[int, int], source: int) -> torch.Tensor:
+        if tensor is None:
+            tensor = torch.empty(shape, dtype=torch.int64, device=self.device)
         tensor = tensor.contiguous()
         torch.distributed.broadcast(tensor, source, group=self.placement.group.device_group)
         if self.placement.group.rank == source:

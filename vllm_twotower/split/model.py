@@ -1,6 +1,5 @@
 """The model with the towers on different ranks: each builds, loads and runs its own."""
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -27,22 +26,19 @@ class SplitTwoTowerForCausalLM(TwoTowerForCausalLM):
             super().__init__(vllm_config=vllm_config, prefix=prefix, with_denoiser=False)
         else:
             with running_on_cpu(self, needed=current_platform.is_cpu()):
-                self._mirror_context(vllm_config, prefix)
+                # what upstream's constructor leaves behind, with a mirror for a tower
+                compat.initialize_without_constructor(
+                    self,
+                    vllm_config=vllm_config,
+                    model_config=vllm_config.model_config,
+                    config=vllm_config.model_config.hf_config,
+                    scheduler_config=vllm_config.scheduler_config,
+                    quant_config=vllm_config.quant_config,
+                    model=ContextMirror(vllm_config, maybe_prefix(prefix, "model")),
+                )
             self.options = EngineOptions.from_additional_config(vllm_config.additional_config[CONFIG_KEY])
             self.add_denoiser(vllm_config, prefix)
-        self.placement = placement
-
-    def _mirror_context(self, vllm_config: VllmConfig, prefix: str) -> None:
-        """What upstream's constructor leaves behind, with a mirror for a tower."""
-        compat.initialize_without_constructor(
-            self,
-            vllm_config=vllm_config,
-            model_config=vllm_config.model_config,
-            config=vllm_config.model_config.hf_config,
-            scheduler_config=vllm_config.scheduler_config,
-            quant_config=vllm_config.quant_config,
-            model=ContextMirror(vllm_config, maybe_prefix(prefix, "model")),
-        )
+        self.placement, self.holds_context = placement, placement.has_context
 
     def get_model_state_cls(self) -> type:
         """The runner asks for this class."""
@@ -54,16 +50,14 @@ class SplitTwoTowerForCausalLM(TwoTowerForCausalLM):
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
-        intermediate_tensors: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        denoise: Callable[[], None] | None = None,
+        *args: Any,
         handover: ContextHandover | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """As the base class's; in a context step ``handover`` crosses from the context tower's rank to the denoiser's,
         which returns hidden states that nobody reads, [T, 1]."""
-        if denoise is not None or self.placement.has_context:
-            hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, denoise, **kwargs)
+        if kwargs.get("denoise") is not None or self.holds_context:
+            hidden = super().forward(input_ids, positions, *args, **kwargs)
             if handover is not None:
                 handover.send()
             return hidden
@@ -75,10 +69,6 @@ class SplitTwoTowerForCausalLM(TwoTowerForCausalLM):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """As the base class's; on a denoiser rank zeros of the real shape, [N, V], since vLLM's kernels write them."""
-        if self.placement.has_context or not hidden_states.shape[1]:
+        if self.holds_context or not hidden_states.shape[1]:
             return super().compute_logits(hidden_states)
         return hidden_states.new_zeros(hidden_states.shape[0], self.config.vocab_size)
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """As the base class's, for this rank's tower."""
-        return self.load_towers(weights, with_context=self.placement.has_context)

@@ -21,15 +21,7 @@ def mixture_of_experts(
     router = RouterStruct(
         routing.weight_ED.data_ptr(), routing.bias_E.data_ptr(), routing.top_k, routing.normalise, routing.scaling
     )
+    out, x, up, down = (t.data_ptr() for t in (out_TD, x_TD, up_EDI, down_EID))
     num_experts, _, width = up_EDI.shape
-    function("mixture_of_experts")(
-        out_TD.data_ptr(),
-        x_TD.data_ptr(),
-        ctypes.byref(router),
-        up_EDI.data_ptr(),
-        down_EID.data_ptr(),
-        *x_TD.shape,
-        num_experts,
-        width,
-    )
+    function("mixture_of_experts")(out, x, ctypes.byref(router), up, down, *x_TD.shape, num_experts, width)
     return out_TD

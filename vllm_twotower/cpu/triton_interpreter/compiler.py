@@ -18,7 +18,6 @@ class InterpreterBackend(BaseBackend):
         return "vllm-twotower-interpreter"
 
     def _never(self, *args: Any) -> Any:
-        """Not reached under the interpreter."""
         raise NotImplementedError("the cpu Triton backend of vllm-twotower compiles nothing: set TRITON_INTERPRET=1")
 
     parse_options = add_stages = load_dialects = get_module_map = get_codegen_implementation = pack_metadata = _never

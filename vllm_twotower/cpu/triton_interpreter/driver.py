@@ -45,10 +45,6 @@ class InterpreterDriver(DriverBase):
         return torch.device("cpu")
 
     def _never(self, *args: Any) -> Any:
-        """Not reached under the interpreter."""
-        raise NotImplementedError(MESSAGE)
+        raise NotImplementedError("the cpu Triton backend of vllm-twotower only interprets: set TRITON_INTERPRET=1")
 
     map_python_to_cpp_type = get_current_target = get_benchmarker = _never
-
-
-MESSAGE = "the cpu Triton backend of vllm-twotower only interprets kernels: set TRITON_INTERPRET=1 before Python starts"

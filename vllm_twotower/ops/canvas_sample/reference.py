@@ -3,12 +3,16 @@
 Legend: N rows (masked canvas positions), V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.ops.checks import FLOATS, INDEX, check_tensor
+
+ShapeScores = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(tempered scores [N, V], indices of their rows [N]) -> the scores with top-k, top-p and min-p applied."""
 
 NOISE_TILE = 64
 """Most rows whose noise is drawn at once where no kernel does it: 0.7 GiB of temporaries at a vocabulary of 131,072."""
@@ -57,8 +61,10 @@ def check_logits(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None)
             check_tensor(f"draw.{name}", getattr(draw, name), (num_rows,), INDEX, logits_NV.device)
 
 
-def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None = None) -> Sample:
-    """See ``vllm_twotower.ops.canvas_sample``; the same as ``decoding.unmask.propose`` (a test holds that)."""
+def canvas_sample(
+    logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None = None, shape_scores: ShapeScores | None = None
+) -> Sample:
+    """See ``vllm_twotower.ops.canvas_sample``."""
     logits_NV = logits_NV.float()
     logits_NV[:, mask_token_id] = float("-inf")
     token_N = logits_NV.argmax(dim=-1)
@@ -67,7 +73,10 @@ def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None
         for rows in draw.temperature_N.nonzero().squeeze(1).split(NOISE_TILE):
             part = draw.only(rows)
             noise_NV = gumbel_noise(part.seed_N, part.position_N, part.pass_index_N, logits_NV.shape[1])
-            token_N[rows] = (logits_NV[rows] / part.temperature_N[:, None] + noise_NV).argmax(dim=-1)
+            score_NV = logits_NV[rows] / part.temperature_N[:, None]
+            if shape_scores is not None and len(rows):
+                score_NV = shape_scores(score_NV, rows)
+            token_N[rows] = (score_NV + noise_NV).argmax(dim=-1)
     log_total_N = logits_NV.logsumexp(dim=-1)
     confidence_N = (logits_NV.gather(1, token_N[:, None]).squeeze(1) - log_total_N).exp()
     return Sample(token_N, confidence_N, log_total_N)

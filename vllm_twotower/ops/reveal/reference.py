@@ -1,13 +1,15 @@
-"""The commit rule over a batch of canvases, made of ``decoding.unmask``.
+"""The reveal rule over a batch of canvases, plainly.
 
 Legend: R rows (requests), S canvas positions of the table, at most 32.
+
+Its laws, each pinned in ``tests/test_unmask_laws.py``: a revealed token never changes; a row with masked positions
+reveals at least one and never more than the rule's number; ties go to the lowest position; rows do not see each other.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from vllm_twotower.decoding import unmask
 from vllm_twotower.decoding.noise_level import level_index
 from vllm_twotower.ops.checks import INDEX, check_canvas_width, check_tensor
 
@@ -62,6 +64,41 @@ def check_canvases(
     check_tensor("rules.max_steps_R", rules.max_steps_R, (num_rows,), INDEX, device)
 
 
+def num_to_reveal(
+    confidence_RS: torch.Tensor,
+    masked_RS: torch.Tensor,
+    threshold_R: torch.Tensor,
+    pass_index_R: torch.Tensor,
+    max_steps_R: torch.Tensor,
+) -> torch.Tensor:
+    """How many masked positions each row reveals in this pass.
+
+    k = max(#(confidence > threshold), 1, ceil(masked / (T - pass))), and everything that is left in the last pass
+    (``generate_mask_diffusion``, number to commit).
+
+    Returns:
+        int64 [R], 0 for a row without masked positions.
+
+    """
+    num_masked_R = masked_RS.sum(dim=1)
+    num_sure_R = (masked_RS & (confidence_RS > threshold_R[:, None])).sum(dim=1)
+    passes_left_R = (max_steps_R - pass_index_R).clamp(min=1)
+    num_due_R = (num_masked_R + passes_left_R - 1) // passes_left_R
+    wanted_R = torch.maximum(num_sure_R, num_due_R).clamp(min=1)
+    return torch.minimum(wanted_R, num_masked_R)
+
+
+def select_surest(confidence_RS: torch.Tensor, masked_RS: torch.Tensor, num_to_reveal_R: torch.Tensor) -> torch.Tensor:
+    """The ``num_to_reveal_R`` most confident masked positions of each row, bool [R, S]; ties to the lowest position."""
+    ranked_RS = torch.where(masked_RS, confidence_RS, float("-inf"))
+    # a confidence can underflow to 0 but never reach -inf, so masked positions always rank first; stable: lowest
+    # position first
+    order_RS = ranked_RS.sort(dim=1, descending=True, stable=True).indices
+    rank_RS = torch.empty_like(order_RS)
+    rank_RS.scatter_(1, order_RS, torch.arange(rank_RS.shape[1], device=rank_RS.device).expand_as(order_RS))
+    return masked_RS & (rank_RS < num_to_reveal_R[:, None])
+
+
 def reveal(
     token_RS: torch.Tensor,
     proposal_RS: torch.Tensor,
@@ -71,8 +108,8 @@ def reveal(
     rules: CanvasRules,
 ) -> Revealed:
     """See ``vllm_twotower.ops.reveal``."""
-    k_R = unmask.num_to_reveal(confidence_RS, masked_RS, rules.threshold_R, pass_index_R, rules.max_steps_R)
-    revealed_RS = unmask.select_surest(confidence_RS, masked_RS, k_R)
+    k_R = num_to_reveal(confidence_RS, masked_RS, rules.threshold_R, pass_index_R, rules.max_steps_R)
+    revealed_RS = select_surest(confidence_RS, masked_RS, k_R)
     still_masked_RS = masked_RS & ~revealed_RS
     num_masked_R = still_masked_RS.sum(dim=1)
     return Revealed(

@@ -7,7 +7,7 @@ tiles that grouped products fill in part; both belong to the assumed fractions o
 
 from dataclasses import dataclass, field
 
-from vllm_twotower.planning.gpus import Assumptions, Gpu
+from benchmarks.roofline_parts.gpus import Assumptions, Gpu
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.tower_sizes import FP8_PARTS, Part, Precision, TowerSizes, kv_shards
 

@@ -7,14 +7,13 @@ Steady decoding only: no prompts arrive, and every request has the same context 
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 
+from benchmarks.roofline_parts.canvas_passes import CanvasPasses
+from benchmarks.roofline_parts.forward_cost import Machine, ar_step, context_step, denoise_pass
+from benchmarks.roofline_parts.gpus import Assumptions, Gpu
 from vllm_twotower.config import DEFAULT_COMMIT_QUORUM
 from vllm_twotower.core import StepKind
-from vllm_twotower.planning.canvas_passes import CanvasPasses
-from vllm_twotower.planning.forward_cost import Machine, ar_step, context_step, denoise_pass
-from vllm_twotower.planning.gpus import Assumptions, Gpu
-from vllm_twotower.planning.placement import Placement, Towers, ranks_per_tower
+from vllm_twotower.planning.placement import Placement, SplitTraffic, Towers, ranks_per_tower
 from vllm_twotower.planning.tower_sizes import Precision, Tower
-from vllm_twotower.planning.traffic import SplitTraffic
 from vllm_twotower.runtime.policy import RunnableRows, StepPolicy
 
 CANVASES_PER_ROW = 40
@@ -67,7 +66,7 @@ class StepTimes:
         if self.placement is Placement.SPLIT:
             traffic = SplitTraffic.of(context.facts, load.canvas_length)
             share = traffic.bytes_per_canvas * rows / self.machine.num_gpus
-            seconds += traffic.seconds(share, self.gpu.nvlink_Bps, self.assumed)
+            seconds += self.assumed.message_s + share / (self.gpu.nvlink_Bps * self.assumed.link_fraction)
         return seconds
 
 

@@ -1,0 +1,1 @@
+"""What the roofline and the policy benchmark count: GPUs, forwards, passes per canvas, throughput."""
