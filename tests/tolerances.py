@@ -11,3 +11,7 @@ FP32_OP = 1e-4
 
 BF16_OP = 1e-2
 """The same for a bf16 op: one rounding to 8 bits (4e-3 of the largest value) and one of its neighbours."""
+
+REPLAY = 1e-5
+"""Largest difference of the oracle's caches after a replay from those after a forward over the same tokens, relative to
+the largest value: fp32 sums over other numbers of tokens."""

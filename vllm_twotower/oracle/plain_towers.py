@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from vllm_twotower.core import TIMESTEP_SCALE, DecodingResult
 from vllm_twotower.oracle.reference import MaskDiffusion, generate_mask_diffusion
+from vllm_twotower.oracle.self_speculation import SelfSpeculation, SpeculationResult, generate_self_speculation
 
 CONTEXT, DENOISER = "context_tower", "denoiser_tower"
 TIMESTEP_FEATURES = 256
@@ -82,6 +83,14 @@ class ContextCache:
     previous: dict[int, MambaCache] = field(default_factory=dict)
 
 
+@dataclass
+class VerifiedCaches:
+    """By layer index, the attention caches after the last token of a forward, and the Mamba states after each chunk."""
+
+    attention: dict[int, AttentionCache] = field(default_factory=dict)
+    mamba: dict[int, list[MambaCache]] = field(default_factory=dict)
+
+
 class PlainTwoTower:
     """Both towers over one mapping of weights.
 
@@ -100,24 +109,51 @@ class PlainTwoTower:
     def extend_context(self, tokens_BL: torch.Tensor, cache: ContextCache) -> torch.Tensor:
         """Run the context tower causally over new tokens, advance ``cache``, return the final hidden states [B, L,
         D]."""
+        hidden_BLD, kept = self._run_context(tokens_BL, cache)
+        cache.previous = cache.mamba
+        cache.attention, cache.mamba = kept.attention, {i: states[-1] for i, states in kept.mamba.items()}
+        return hidden_BLD
+
+    def verify(self, canvas_BS: torch.Tensor, cache: ContextCache) -> tuple[torch.Tensor, VerifiedCaches]:
+        """Run the context tower causally over a draft; ``cache`` is only read.
+
+        Returns:
+            Next-token logits after each token, float32 [B, S, V], and what ``replay`` needs.
+
+        """
+        hidden_BSD, kept = self._run_context(canvas_BS, cache, chunk=1)
+        return self.context_logits(hidden_BSD), kept
+
+    def replay(self, kept: VerifiedCaches, cache: ContextCache, num_tokens: int) -> None:
+        """Advance ``cache`` over the first ``num_tokens`` of a verified draft, at least 1, without another forward.
+
+        The Mamba states after every token were kept. The engine has no memory for that: it keeps what the layers were
+        fed, and computes the states from that (``ops.state_replay``).
+        """
+        num_rejected = len(next(iter(kept.mamba.values()))) - num_tokens
+        for index, layer in kept.attention.items():
+            end = layer.keys_BJLd.shape[2] - num_rejected
+            cache.attention[index] = AttentionCache(layer.keys_BJLd[:, :, :end], layer.values_BJLd[:, :, :end])
+        cache.previous = cache.mamba
+        cache.mamba = {index: states[num_tokens - 1] for index, states in kept.mamba.items()}
+
+    def _run_context(
+        self, tokens_BL: torch.Tensor, cache: ContextCache, chunk: int | None = None
+    ) -> tuple[torch.Tensor, VerifiedCaches]:
+        """The context tower's final hidden states [B, L, D] over new tokens, and the caches after them."""
+        kept = VerifiedCaches()
         hidden_BLD = self.embed(CONTEXT, tokens_BL)
-        cache.previous = {}
         for index, kind in enumerate(self.shape.hybrid_override_pattern):
             name = f"{CONTEXT}.layers.{index}"
-            normed_BLD = self.norm(f"{name}.norm", hidden_BLD)
+            x_BLD = self.norm(f"{name}.norm", hidden_BLD)
             if kind == "*":
-                out_BLD, cache.attention[index] = self._attention(
-                    name, normed_BLD, cache.attention.get(index), causal=True
-                )
+                out_BLD, kept.attention[index] = self._attention(name, x_BLD, cache.attention.get(index), causal=True)
             elif kind == "M":
-                if index in cache.mamba:
-                    cache.previous[index] = cache.mamba[index]
-                out_BLD, states = self.mamba(name, normed_BLD, cache.mamba.get(index))
-                cache.mamba[index] = states[-1]
+                out_BLD, kept.mamba[index] = self.mamba(name, x_BLD, cache.mamba.get(index), chunk)
             else:
-                out_BLD = self.feed_forward(name, kind, normed_BLD)
+                out_BLD = self.feed_forward(name, kind, x_BLD)
             hidden_BLD = hidden_BLD + out_BLD
-        return self.norm(f"{CONTEXT}.norm_f", hidden_BLD)
+        return self.norm(f"{CONTEXT}.norm_f", hidden_BLD), kept
 
     def context_logits(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         """Next-token logits of the context tower, float32 [B, L, V]."""
@@ -182,6 +218,26 @@ class PlainTwoTower:
             max_tokens,
             lambda canvas, level: self.denoise(torch.tensor([canvas]), torch.tensor([level]), cache)[0],
             lambda canvas: self.extend_context(torch.tensor([canvas]), cache),
+            settings,
+        )
+
+    @torch.inference_mode()
+    def speculate(self, prompt: Sequence[int], max_tokens: int, settings: SelfSpeculation) -> SpeculationResult:
+        """The plain algorithm over these towers; see ``generate_self_speculation``."""
+        cache = ContextCache()
+        hidden_BLD = self.extend_context(torch.tensor([prompt]), cache)
+
+        def verify(canvas: Sequence[int]) -> tuple[torch.Tensor, VerifiedCaches]:
+            logits_BSV, kept = self.verify(torch.tensor([canvas]), cache)
+            return logits_BSV[0], kept
+
+        return generate_self_speculation(
+            prompt,
+            max_tokens,
+            self.context_logits(hidden_BLD[:, -1])[0],
+            lambda canvas, level: self.denoise(torch.tensor([canvas]), torch.tensor([level]), cache)[0],
+            verify,
+            lambda kept, num_tokens: self.replay(kept, cache, num_tokens),
             settings,
         )
 

@@ -58,8 +58,8 @@ def generate_mask_diffusion(
             level = noise_level(len(masked), len(canvas))
             snapshots.append(CanvasSnapshot(tuple(canvas), level))
             logits = denoise(canvas, level).float()
-            proposals = {i: _propose(logits[i], prompt, tokens + canvas[:i], step, settings) for i in masked}
-            for i in _positions_to_reveal(proposals, step, settings):
+            proposals = {i: propose(logits[i], prompt, tokens + canvas[:i], step, settings) for i in masked}
+            for i in positions_to_reveal(proposals, step, settings):
                 canvas[i] = proposals[i][0]
         commit(canvas)
         tokens += canvas
@@ -69,23 +69,26 @@ def generate_mask_diffusion(
     return DecodingResult(tuple(tokens), sum(len(c) for c in canvases), tuple(canvases))
 
 
-def _propose(
-    logits_V: torch.Tensor, prompt: Sequence[int], left: Sequence[int], step: int, settings: MaskDiffusion
+def propose(
+    logits_V: torch.Tensor, prompt: Sequence[int], left: Sequence[int], pass_index: int, settings: MaskDiffusion
 ) -> tuple[int, float]:
     """The proposed token and its untempered probability, the mask id excluded; ``left`` is what was generated."""
     logits_V = settings.rules.process(logits_V, prompt, left)
     logits_V[settings.mask_token_id] = float("-inf")
-    scores_V = logits_V
-    if settings.temperature > 0:
-        position = len(prompt) + len(left)
-        seed, at, pass_index = torch.tensor([[settings.seed], [position], [step]], device=logits_V.device)
-        shaped_V = settings.rules.shape(logits_V / settings.temperature)
-        scores_V = shaped_V + gumbel_noise(seed, at, pass_index, logits_V.shape[0])[0]
-    token = int(scores_V.argmax())
+    token = choose_token(logits_V, len(prompt) + len(left), pass_index, settings)
     return token, float(logits_V.softmax(dim=-1)[token])
 
 
-def _positions_to_reveal(proposals: dict[int, tuple[int, float]], step: int, settings: MaskDiffusion) -> list[int]:
+def choose_token(logits_V: torch.Tensor, position: int, pass_index: int, settings: MaskDiffusion) -> int:
+    """The likeliest token or, with a temperature, the one that the request's noise at this position and pass picks."""
+    if settings.temperature == 0:
+        return int(logits_V.argmax())
+    seed, at, pass_at = torch.tensor([[settings.seed], [position], [pass_index]], device=logits_V.device)
+    shaped_V = settings.rules.shape(logits_V / settings.temperature)
+    return int((shaped_V + gumbel_noise(seed, at, pass_at, logits_V.shape[0])[0]).argmax())
+
+
+def positions_to_reveal(proposals: dict[int, tuple[int, float]], step: int, settings: MaskDiffusion) -> list[int]:
     """The k surest positions, ties to the lowest; k = max(#(confidence > threshold), 1, ceil(masked / passes left))."""
     num_sure = sum(confidence > settings.confidence_threshold for _, confidence in proposals.values())
     num_due = -(-len(proposals) // (settings.max_steps - step))
