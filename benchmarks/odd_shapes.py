@@ -15,6 +15,7 @@ from vllm_twotower.ops.reveal import kernel as reveal
 from vllm_twotower.ops.reveal.reference import CanvasRules
 from vllm_twotower.ops.seeded_scan import kernel as seeded_scan
 from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs
+from vllm_twotower.ops.state_replay import kernel as state_replay
 
 
 def _floats(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -58,6 +59,9 @@ def scan(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
                 slot_R=_indices(1),
             )
             seeded_scan.seeded_scan(inputs, dtype)
+            for cache in (_floats(3, 3, 6, dtype=dtype), _floats(3, 256, 3, dtype=dtype).transpose(1, 2)):
+                raw = _floats(1, width, cache.shape[2], dtype=dtype)
+                state_replay.state_replay(inputs, raw_RSC=raw, conv_cache_ZKC=cache, num_tokens_R=_indices(1))
 
 
 def convolve(dtype: torch.dtype) -> None:

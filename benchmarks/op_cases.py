@@ -23,6 +23,8 @@ from vllm_twotower.ops.reveal.reference import CanvasRules
 from vllm_twotower.ops.seeded_scan import kernel as seeded_scan_kernel
 from vllm_twotower.ops.seeded_scan import reference as seeded_scan_reference
 from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs
+from vllm_twotower.ops.state_replay import kernel as state_replay_kernel
+from vllm_twotower.ops.state_replay import reference as state_replay_reference
 
 ROWS, WIDTH = 64, 16
 TOKENS = ROWS * WIDTH
@@ -31,6 +33,8 @@ HIDDEN, LEVELS, EPS = 2688, WIDTH * (WIDTH + 3) // 2, 1e-5
 DTYPE = torch.bfloat16
 HEADS, HEAD_DIM, GROUPS, STATE, TAPS = 64, 64, 8, 128, 4
 CHANNELS = HEADS * HEAD_DIM + 2 * GROUPS * STATE
+REPLAYED = 8
+"""Tokens that count of a verified canvas, 1 to so many."""
 
 
 @dataclass(frozen=True)
@@ -198,4 +202,34 @@ def _scan_cases() -> list[Case]:
     ]
 
 
-CASES = [*_canvas_sample_cases(), *_reveal_cases(), *_adaln_cases(), *_scan_cases()]
+def _replay_inputs(width: int, device: str) -> tuple[Any, ...]:
+    inputs, _ = _scan_inputs(width, device)
+    raw = torch.randn(ROWS, width, CHANNELS, device=device, dtype=DTYPE)
+    window = torch.randn(2 * ROWS, TAPS - 1, CHANNELS, device=device, dtype=DTYPE)
+    return inputs, raw, window, torch.arange(ROWS, device=device) % REPLAYED + 1
+
+
+def _replay_cases() -> list[Case]:
+    def written_by(replay: Callable[..., Any]) -> Callable[..., Any]:
+        def run(inputs: ScanInputs, raw: torch.Tensor, window: torch.Tensor, num_tokens: torch.Tensor) -> Any:
+            replay(inputs, raw_RSC=raw, conv_cache_ZKC=window, num_tokens_R=num_tokens)
+            return inputs.state_ZHPN, window
+
+        return run
+
+    states = 2 * HEADS * HEAD_DIM * STATE * torch.float32.itemsize
+    fed = HEADS * HEAD_DIM + GROUPS * STATE + HEADS  # per token that counts
+    windows = (TAPS - 1) * CHANNELS * 2
+    return [
+        Case(
+            f"state_replay R{ROWS} W{width}",
+            written_by(state_replay_kernel.state_replay),
+            written_by(state_replay_reference.state_replay),
+            partial(_replay_inputs, width),
+            ROWS * (states + (fed * (REPLAYED + 1) // 2 + windows) * DTYPE.itemsize),
+        )
+        for width in (WIDTH, 2 * WIDTH)
+    ]
+
+
+CASES = [*_canvas_sample_cases(), *_reveal_cases(), *_adaln_cases(), *_scan_cases(), *_replay_cases()]

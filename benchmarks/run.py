@@ -15,6 +15,7 @@ implementation must move once (``op_cases.py``). Writes ``benchmarks/results/ops
 # ruff: noqa: E402 - Triton is imported after the environment is what it must be
 
 import argparse
+import copy
 import json
 import os
 import subprocess
@@ -48,14 +49,17 @@ def require_green(tests: list[str]) -> None:
 
 
 def tensors_of(result: Any) -> list[torch.Tensor]:
-    return [result] if isinstance(result, torch.Tensor) else list(vars(result).values())
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return list(result if isinstance(result, tuple) else vars(result).values())
 
 
 def require_same(case: Case, inputs: tuple[Any, ...]) -> None:
     """Kernel and reference agree at the timed shapes, integers exactly."""
     from tests.tolerances import BF16_OP
 
-    got, expected = tensors_of(case.kernel(*inputs)), tensors_of(case.reference(*inputs))
+    # each over its own copy: some ops write in place
+    got, expected = (tensors_of(form(*copy.deepcopy(inputs))) for form in (case.kernel, case.reference))
     for index, (g, e) in enumerate(zip(got, expected, strict=True)):
         if g.is_floating_point():
             difference = float((g.double() - e.double()).abs().max() / e.double().abs().max())

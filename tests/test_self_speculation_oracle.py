@@ -19,7 +19,7 @@ from vllm_twotower.oracle.reference import choose_token
 from vllm_twotower.oracle.self_speculation import AR_PASS, SelfSpeculation
 
 EOS = 2
-MAX_TOKENS = 32
+MAX_TOKENS = 24
 HINTS = {"hint_threshold": 0.95}
 PROSE = [
     OPEN,
@@ -27,7 +27,7 @@ PROSE = [
     "The following functions return a new iterator over the items of",
 ]
 """The model is sure of nothing here, so most drafts are wrong, and 16 passes are 16 passes."""
-NUM_QUESTIONS, PROSE_TOKENS = 11, 10
+NUM_QUESTIONS, PROSE_TOKENS = 11, 8
 ADAPTIVE = {"stop_above": 10.0, "stop_below": 2.5}
 
 

@@ -1,4 +1,5 @@
-"""The operations a denoise pass consists of: each with a plain reference, most with a Triton kernel and one in C++.
+"""The operations that a denoise pass consists of, and the one that ends a verification: each with a plain reference,
+most with a Triton kernel and one in C++.
 
 Torch and triton only, so all of it can be imported, tested and timed on a machine without vLLM; Triton is imported when
 a kernel first runs. The functions here check their arguments and take the implementation that ``backend.py`` selects;
@@ -19,7 +20,7 @@ from vllm_twotower.ops.checks import check_tensor
 from vllm_twotower.ops.mixture_of_experts.reference import Routing, check_experts
 from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed, check_canvases
 from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs, check_conv, check_scan
-from vllm_twotower.ops.state_replay.reference import state_replay
+from vllm_twotower.ops.state_replay.reference import check_replay
 
 __all__ = [
     "UNMODULATED",
@@ -180,6 +181,32 @@ def seeded_scan(inputs: ScanInputs, out_dtype: torch.dtype = torch.float32) -> t
     """
     check_scan(inputs)
     return implementation("seeded_scan", inputs.x_RSHP)(inputs, out_dtype)
+
+
+def state_replay(
+    inputs: ScanInputs, *, raw_RSC: torch.Tensor, conv_cache_ZKC: torch.Tensor, num_tokens_R: torch.Tensor
+) -> None:
+    """Advance a Mamba layer's cached states over the first tokens of each row, in place; nothing is read by the host.
+
+    With k = ``num_tokens_R`` and dt, a, x, b as in ``seeded_scan``,
+    h_k = exp(sum_(t <= k) a dt_t) h_0 + sum_(s <= k) exp(sum_(s < t <= k) a dt_t) dt_s x_s b_s^T
+    (Mamba-2 paper, section 6: the recurrence, unrolled), in fp32. The window of conv inputs becomes the K - 1 newest of
+    what it was and the row's first k. Tokens from k on are not looked at; a row of k = 0 keeps every bit.
+
+    Args:
+        inputs: what ``seeded_scan`` read; ``c_RSGN`` and ``skip_H`` do not matter. Written: ``state_ZHPN`` at
+            ``slot_R``, which must be different slots.
+        raw_RSC: [R, S, C], inputs of the convolution before it, float32, bfloat16 or float16.
+        conv_cache_ZKC: [Z, K - 1, C], one of these dtypes, oldest first, any strides. Written at ``slot_R``.
+        num_tokens_R: int64 [R], k of each row, 0 to S; not checked on a device.
+
+    Raises:
+        ValueError: a tensor has the wrong shape, dtype or device; the message names it.
+
+    """
+    check_replay(inputs, raw_RSC, conv_cache_ZKC, num_tokens_R)
+    run = implementation("state_replay", inputs.x_RSHP)
+    run(inputs, raw_RSC=raw_RSC, conv_cache_ZKC=conv_cache_ZKC, num_tokens_R=num_tokens_R)
 
 
 def mixture_of_experts(

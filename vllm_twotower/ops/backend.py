@@ -43,6 +43,7 @@ _FOLDERS = {
     "gate_add": "adaln",
     "seeded_conv": "seeded_scan",
     "seeded_scan": "seeded_scan",
+    "state_replay": "state_replay",
     "mixture_of_experts": "mixture_of_experts",
 }
 _WITHOUT_KERNEL = ("mixture_of_experts",)

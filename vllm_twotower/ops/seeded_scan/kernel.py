@@ -83,7 +83,7 @@ def _seeded_conv(
 
 
 @triton.jit
-def _softplus(x):
+def softplus(x):
     """log(1 + exp(x)), accurate where exp(x) is small (torch's, with its threshold of 20)."""
     e = tl.exp(tl.minimum(x, 20.0))
     above = 1.0 + e
@@ -98,7 +98,7 @@ def _decays(dt_row_ptr, dt_position_stride, a, dt_bias, width, BLOCK_S: tl.const
     position = tl.arange(0, BLOCK_S)
     inside = position < width
     raw = tl.load(dt_row_ptr + position * dt_position_stride, mask=inside, other=0.0).to(tl.float32)
-    dt = tl.where(inside, _softplus(raw + dt_bias), 0.0)
+    dt = tl.where(inside, softplus(raw + dt_bias), 0.0)
     log_decay = tl.cumsum(dt * a, 0)
     between = log_decay[:, None] - log_decay[None, :]
     # masked before exp, which overflows where the order is reversed
@@ -107,7 +107,7 @@ def _decays(dt_row_ptr, dt_position_stride, a, dt_bias, width, BLOCK_S: tl.const
 
 
 @triton.jit
-def _rows(row_ptr, position_stride, width, size, first, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+def load_rows(row_ptr, position_stride, width, size, first, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
     """A canvas's vectors as a fp32 tile, zeros outside."""
     position = tl.arange(0, BLOCK_S)[:, None]
     column = first + tl.arange(0, BLOCK)[None, :]
@@ -175,12 +175,12 @@ def _seeded_scan(
     for start in tl.range(0, state_size, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)[:, None]
         state = tl.load(state_at + n, mask=in_head & (n < state_size), other=0.0)
-        b = _rows(b_row, b_position_stride, width, state_size, start, BLOCK_S, BLOCK_N)
-        c = _rows(c_row, c_position_stride, width, state_size, start, BLOCK_S, BLOCK_N)
+        b = load_rows(b_row, b_position_stride, width, state_size, start, BLOCK_S, BLOCK_N)
+        c = load_rows(c_row, c_position_stride, width, state_size, start, BLOCK_S, BLOCK_N)
         scores = tl.dot(c, tl.trans(b), acc=scores, input_precision=PRECISION)
         carried = tl.dot(c, state.to(tl.float32), acc=carried, input_precision=PRECISION)
     x_row = x_ptr + row * x_row_stride + head * x_head_stride
-    x = _rows(x_row, x_position_stride, width, head_dim, first, BLOCK_S, BLOCK_P)
+    x = load_rows(x_row, x_position_stride, width, head_dim, first, BLOCK_S, BLOCK_P)
     a = tl.load(a_ptr + head).to(tl.float32)
     dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
     log_decay, weights = _decays(dt_ptr + row * dt_row_stride + head, dt_position_stride, a, dt_bias, width, BLOCK_S)
@@ -191,7 +191,7 @@ def _seeded_scan(
     tl.store(out, y, mask=(position < width) & in_head)
 
 
-def _strides(name: str, tensor: torch.Tensor, *dims: str) -> dict[str, int]:
+def kernel_strides(name: str, tensor: torch.Tensor, *dims: str) -> dict[str, int]:
     """A tensor's first strides, as the kernels name them."""
     return {f"{name}_{dim}_stride": tensor.stride(i) for i, dim in enumerate(dims)}
 
@@ -215,8 +215,8 @@ def seeded_conv(inputs: ConvInputs) -> torch.Tensor:
         out_ptr=out_RSC,
         width=width,
         channels=channels,
-        **_strides("x", x_RSC, "row", "position"),
-        **_strides("cache", cache_ZKC, "slot", "tap", "channel"),
+        **kernel_strides("x", x_RSC, "row", "position"),
+        **kernel_strides("cache", cache_ZKC, "slot", "tap", "channel"),
         TAPS=inputs.weight_CK.shape[1],
         BLOCK_S=block_s,
         BLOCK_C=block_c,
@@ -241,11 +241,11 @@ def seeded_scan(inputs: ScanInputs, out_dtype: torch.dtype = torch.float32) -> t
         b_ptr=b,
         c_ptr=c,
         state_ptr=state,
-        **_strides("x", x, "row", "position", "head"),
-        **_strides("dt", dt, "row", "position"),
-        **_strides("b", b, "row", "position", "group"),
-        **_strides("c", c, "row", "position", "group"),
-        **_strides("state", state, "slot", "head", "column"),
+        **kernel_strides("x", x, "row", "position", "head"),
+        **kernel_strides("dt", dt, "row", "position"),
+        **kernel_strides("b", b, "row", "position", "group"),
+        **kernel_strides("c", c, "row", "position", "group"),
+        **kernel_strides("state", state, "slot", "head", "column"),
         slot_ptr=inputs.slot_R.contiguous(),
         a_ptr=inputs.a_H.contiguous(),
         skip_ptr=inputs.skip_H.contiguous(),
