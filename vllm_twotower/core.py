@@ -11,7 +11,6 @@
 Nothing here imports torch or vLLM, so every layer of the package may import it.
 """
 
-from dataclasses import dataclass
 from enum import StrEnum
 
 MASK_TOKEN_ID = 3
@@ -43,25 +42,3 @@ class StepKind(StrEnum):
 
     CONTEXT = "context"
     DENOISE = "denoise"
-
-
-@dataclass(frozen=True)
-class CanvasSnapshot:
-    """One canvas as it stood before one denoise pass."""
-
-    tokens: tuple[int, ...]
-    """Canvas tokens, the mask id where undecided."""
-    noise_level: float
-    """Masked fraction of the canvas: t in [0, 1]."""
-
-
-@dataclass(frozen=True)
-class DecodingResult:
-    """What a decoding loop produced for one prompt."""
-
-    token_ids: tuple[int, ...]
-    """Generated tokens, whole canvases, not trimmed at an end-of-sequence token."""
-    num_denoise_passes: int
-    """Denoiser forwards used (the reference's ``_last_nfe``)."""
-    canvases: tuple[tuple[CanvasSnapshot, ...], ...] = ()
-    """For each canvas, its snapshot before each pass."""

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm_twotower.core import TIMESTEP_SCALE, DecodingResult
-from vllm_twotower.oracle.reference import MaskDiffusion, generate_mask_diffusion
+from vllm_twotower.core import TIMESTEP_SCALE
+from vllm_twotower.oracle.reference import DecodingResult, MaskDiffusion, generate_mask_diffusion
 from vllm_twotower.oracle.self_speculation import SelfSpeculation, SpeculationResult, generate_self_speculation
 
 CONTEXT, DENOISER = "context_tower", "denoiser_tower"

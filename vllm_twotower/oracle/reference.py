@@ -8,10 +8,32 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_twotower.core import MASK_TOKEN_ID, CanvasSnapshot, DecodingResult
+from vllm_twotower.core import MASK_TOKEN_ID
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.decoding.noise_level import noise_level
 from vllm_twotower.oracle.logits_rules import LogitsRules
+
+
+@dataclass(frozen=True)
+class CanvasSnapshot:
+    """One canvas as it stood before one denoise pass."""
+
+    tokens: tuple[int, ...]
+    """Canvas tokens, the mask id where undecided."""
+    noise_level: float
+    """Masked fraction of the canvas: t in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class DecodingResult:
+    """What a decoding loop produced for one prompt."""
+
+    token_ids: tuple[int, ...]
+    """Generated tokens, whole canvases, not trimmed at an end-of-sequence token."""
+    num_denoise_passes: int
+    """Denoiser forwards used (the reference's ``_last_nfe``)."""
+    canvases: tuple[tuple[CanvasSnapshot, ...], ...] = ()
+    """For each canvas, its snapshot before each pass."""
 
 
 @dataclass(frozen=True, kw_only=True)

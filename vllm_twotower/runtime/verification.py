@@ -66,10 +66,15 @@ def keep_states_of(verify: VerifyRows, metadata: dict[str, Any]) -> dict[str, An
 
 def _redirected(verify: VerifyRows, metadata: Mamba2AttentionMetadata) -> VerifyingMetadata:
     assert metadata.state_indices_tensor_p is not None, "a row of several tokens runs as a prefill"
-    indices = metadata.state_indices_tensor_p.clone()
-    indices[torch.tensor(verify.rows, device=indices.device) - metadata.num_decodes] = NULL_BLOCK
+    row_V = torch.tensor(verify.rows, device=metadata.state_indices_tensor_p.device) - metadata.num_decodes
+    checkpoints = metadata.checkpoint_meta
+    if checkpoints is not None:  # what such a row would leave behind as a state in the middle of a prompt
+        checkpoints = dataclasses.replace(
+            checkpoints, state_indices=checkpoints.state_indices.index_fill(0, row_V, NULL_BLOCK)
+        )
     fields = {f.name: getattr(metadata, f.name) for f in dataclasses.fields(metadata)}
-    return VerifyingMetadata(**{**fields, "state_indices_tensor_p": indices}, verify=verify)
+    fields["state_indices_tensor_p"] = metadata.state_indices_tensor_p.index_fill(0, row_V, NULL_BLOCK)
+    return VerifyingMetadata(**{**fields, "checkpoint_meta": checkpoints}, verify=verify)
 
 
 def verify_through(mixer: MambaMixer2) -> None:
