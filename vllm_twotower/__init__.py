@@ -32,7 +32,7 @@ def diffusion_params(
     """A plain vLLM ``SamplingParams`` that carries this request's diffusion settings in ``extra_args``.
 
     Args:
-        mode: ``mask_diffusion`` (default), ``ar`` or ``mock_ar``.
+        mode: ``mask_diffusion``, ``self_speculation``, ``ar`` or ``mock_ar``; the engine's by default.
         confidence_threshold: reveal every proposal surer than this, in (0, 1]; 1 reveals one token
             per pass unless ``max_steps`` forces more.
         max_steps: denoise passes per canvas at most.
