@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 
 
 def record_kv_updates(attention: "Attention", record: "Callable[[str, torch.Tensor, torch.Tensor], None]") -> None:
@@ -28,6 +29,27 @@ def record_kv_updates(attention: "Attention", record: "Callable[[str, torch.Tens
         update(layer, key, value, *args, **kwargs)
 
     impl.do_kv_cache_update = record_and_update
+
+
+def follow_mamba_scan(mixer: "MambaMixer2", then: "Callable[[torch.Tensor, torch.Tensor], None]") -> None:
+    """``then(projected_states, output)`` runs after a Mamba layer's convolution and scan, and may write the output.
+
+    Symptom: vLLM's layer advances a row's states over all its tokens, and rows that verify drafts must stop at the last
+        one that is accepted, which nobody knows before the sampler has run.
+    Upstream: vllm.model_executor.layers.mamba.mamba_mixer2.MambaMixer2.conv_ssm_forward,
+        vllm.v1.attention.backends.mamba2_attn.Mamba2AttentionMetadata.state_indices_tensor_p
+    Removed when: a Mamba layer can verify drafts in place with prefix caching on.
+    Test: tests/test_self_speculation.py::test_nvidias_ar_tokens
+    """
+    forward = mixer.conv_ssm_forward
+
+    @functools.wraps(forward)
+    def forward_and_then(projected_states: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+        result = forward(projected_states, output, *args, **kwargs)
+        then(projected_states, output)
+        return result
+
+    setattr(mixer, "conv_ssm_forward", forward_and_then)  # noqa: B010 - a method, to mypy
 
 
 def initialize_without_constructor(module: "nn.Module", **fields: Any) -> None:

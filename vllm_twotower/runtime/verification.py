@@ -22,6 +22,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from vllm_twotower import compat
 from vllm_twotower.ops import ConvInputs, ScanInputs, seeded_conv, seeded_scan, state_replay
 from vllm_twotower.runtime.step import Step, VerifyRows
 
@@ -79,17 +80,14 @@ def _redirected(verify: VerifyRows, metadata: Mamba2AttentionMetadata) -> Verify
 
 def verify_through(mixer: MambaMixer2) -> None:
     """Let a context Mamba layer compute verifying rows from states that it leaves alone."""
-    forward = mixer.conv_ssm_forward
 
-    def verify_and_forward(projected_states: torch.Tensor, output: torch.Tensor) -> Any:
-        result = forward(projected_states, output)
+    def verify(projected_states: torch.Tensor, output: torch.Tensor) -> None:
         metadata = get_forward_context().attn_metadata
         mine = metadata.get(mixer.prefix) if isinstance(metadata, dict) else None
         if isinstance(mine, VerifyingMetadata) and mine.verify is not None:
             _verify(mixer, mine.verify, projected_states, output)
-        return result
 
-    mixer.conv_ssm_forward = verify_and_forward
+    compat.follow_mamba_scan(mixer, verify)
 
 
 def _caches(mixer: MambaMixer2) -> tuple[torch.Tensor, torch.Tensor]:
