@@ -2,19 +2,22 @@
 
 import logging
 
+from tests.demo_questions import SHORT
 from tests.harness.engine import start_engine
 from tests.harness.goldens import golden_params
+from tests.test_self_speculation import AlwaysDraft, params
 from vllm_twotower import diffusion_params
+from vllm_twotower.commands.cli import DEMO_MODEL
 
 
 def test_prometheus_and_the_log_line_agree_with_diffusion_stats(tiny_moe, caplog):
     cases = tiny_moe.cases(16)[3:8]
-    params = [golden_params(c) for c in cases]
-    params.append(diffusion_params(mode="mock_ar", temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False))
+    asked = [golden_params(c) for c in cases]
+    asked.append(diffusion_params(mode="mock_ar", temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False))
     with start_engine(
         tiny_moe.path, {"passes_per_step": 3}, disable_log_stats=False, logprobs_mode="raw_logprobs"
     ) as e:
-        e.tokens([*[c["prompt"] for c in cases], cases[0]["prompt"]], params)
+        e.tokens([*[c["prompt"] for c in cases], cases[0]["prompt"]], asked)
         stats = e.stats(reset=False)
         metrics = {m.name: m for m in e.llm.get_metrics() if "twotower" in m.name}
         for name in ("canvases", "denoise_passes", "context_passes", "committed_tokens"):
@@ -37,3 +40,27 @@ def test_prometheus_and_the_log_line_agree_with_diffusion_stats(tiny_moe, caplog
         "Diffusion metrics: Mean passes per canvas: 4.00, Tokens per denoise pass: 4.00, Committed: 32 tokens, "
         "Canvases: 2, Denoise passes: 8, Context passes: 3"
     }
+
+
+def test_drafts_are_counted_in_vllms_own_words(caplog):
+    """On the demo model, whose drafts are mostly right; canvases are those of mask diffusion only."""
+    logging.getLogger("vllm").propagate = True
+    caplog.set_level(logging.INFO, logger="vllm")
+    with start_engine(DEMO_MODEL, disable_log_stats=False, skip_tokenizer_init=False) as e:
+        e.scheduler.draft_policy = AlwaysDraft()
+        prompt = e.llm.get_tokenizer().encode(SHORT)
+        (tokens,) = e.tokens([prompt], params("self_speculation", max_tokens=30))
+        stats = e.stats()
+        metrics = {m.name: m for m in e.llm.get_metrics() if "spec_decode" in m.name}
+        for name in ("drafts", "draft_tokens", "accepted_tokens"):
+            assert metrics[f"vllm:spec_decode_num_{name}"].value == stats[name] > 0
+        by_position = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values
+        assert sum(by_position) == stats["accepted_tokens"]
+        assert by_position[0] == max(by_position)
+        assert stats["accepted_tokens"] + stats["drafts"] >= len(tokens) - 1
+        assert stats["canvases"] == stats["committed_tokens"] == 0
+        assert stats["denoise_passes"] == stats["drafts"]
+        e.llm.llm_engine.logger_manager.log()
+    said = [r.getMessage() for r in caplog.records if "SpecDecoding metrics" in r.getMessage()]
+    assert len(said) == 1
+    assert f"Accepted: {stats['accepted_tokens']} tokens, Drafted: {stats['draft_tokens']} tokens" in said[0]

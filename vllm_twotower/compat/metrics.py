@@ -60,7 +60,7 @@ def take_pass_report(result: "ModelRunnerOutput") -> tuple[dict[str, tuple[int, 
 @functools.cache
 def extend_stat_loggers(
     architecture: str,
-    make_prometheus: Callable[[str, list[int]], Any],
+    make_prometheus: Callable[[Any, list[int]], Any],
     make_logging: Callable[[], Any],
     take_counts: Callable[[Any], tuple[Any, Any]],
 ) -> None:
@@ -76,7 +76,7 @@ def extend_stat_loggers(
 
     Args:
         architecture: ours.
-        make_prometheus: (model name, indexes of its engines) -> what has ``observe(counts, engine_index)``.
+        make_prometheus: (vLLM's configuration, indexes of engines) -> what has ``observe(counts, engine_index)``.
         make_logging: () -> the same, with ``log()``.
         take_counts: ``SchedulerStats`` or None -> the same without what we attached, and that.
 
@@ -101,7 +101,7 @@ def extend_stat_loggers(
 
     extend(
         PrometheusStatLogger,
-        lambda self: make_prometheus(self.vllm_config.model_config.served_model_name, self.engine_indexes),
+        lambda self: make_prometheus(self.vllm_config, self.engine_indexes),
     )
     extend(LoggingStatLogger, lambda self: make_logging())
 

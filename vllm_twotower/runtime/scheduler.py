@@ -340,12 +340,13 @@ class BlockCommitScheduler(Scheduler):
             self._counts.committed_tokens += len(result.sampled_token_ids[result.req_id_to_index[req_id]])
             if not canvas_passes:
                 continue
-            self._counts.canvases += 1
-            self._counts.passes_per_canvas.append(canvas_passes)
             request = self.requests.get(req_id)
             if request is not None and self._options_of(request).mode is Mode.SELF_SPECULATION:
                 self._drafted[req_id] = scheduler_output.num_scheduled_tokens[req_id]
                 self._drafts_next[req_id] = False
+                continue
+            self._counts.canvases += 1
+            self._counts.passes_per_canvas.append(canvas_passes)
 
     def _end_broken(self, req_ids: list[str], result: Any) -> None:
         """End requests whose logits held a NaN; what was sampled from them is dropped."""

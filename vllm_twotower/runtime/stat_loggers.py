@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from prometheus_client import Counter, Histogram
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
 
-from vllm_twotower.config import MAX_CANVAS_LENGTH
+from vllm_twotower.config import CONFIG_KEY, MAX_CANVAS_LENGTH, EngineOptions
 
 logger = init_logger("vllm.twotower")
 
@@ -65,7 +66,8 @@ class StepCounts:
 class DiffusionProm:
     """The Prometheus metrics of one front end, labelled as vLLM's are."""
 
-    def __init__(self, model_name: str, engine_indexes: Iterable[int]) -> None:
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: Iterable[int]) -> None:
+        model_name = vllm_config.model_config.served_model_name
         labels = ["model_name", "engine"]
         counters = {n: Counter(f"vllm:twotower_{n}", text, labels) for n, text in COUNTERS.items()}
         passes = Histogram(
@@ -79,7 +81,9 @@ class DiffusionProm:
         }
         self._passes = {index: passes.labels(model_name, str(index)) for index in engine_indexes}
         # vLLM's own counters of speculation, which it makes only where its own speculation is on
-        widest: Any = types.SimpleNamespace(num_speculative_tokens=MAX_CANVAS_LENGTH - 1)
+        options = EngineOptions.from_additional_config(vllm_config.additional_config[CONFIG_KEY])
+        assert options is not None, "there are no counters with diffusion off"
+        widest: Any = types.SimpleNamespace(num_speculative_tokens=options.canvas_length - 1)
         by_engine: dict[int, list[object]] = {index: [model_name, str(index)] for index in engine_indexes}
         self._speculation = SpecDecodingProm(widest, labels, by_engine)
 

@@ -25,9 +25,9 @@ class DiffusionStats:
     accepted_tokens: int | torch.Tensor = 0
 
     def count_denoise_step(self, step: Step, outcome: DenoiseOutcome) -> None:
-        """Count one denoise step; a mock-AR row is a pass and a token, and no canvas."""
+        """Count one denoise step; a mock-AR row is a pass and a token, and no canvas, and a draft is passes only."""
         rows = zip(step.widths, step.modes, outcome.finished, strict=True)
-        emitted = [(width, mode) for width, mode, finished in rows if finished]
+        emitted = [(width, mode) for width, mode, finished in rows if finished and mode is not Mode.SELF_SPECULATION]
         self.denoise_steps += 1
         self.denoise_forwards += outcome.num_forwards
         self.denoise_passes += sum(outcome.num_passes)
