@@ -5,12 +5,12 @@ import random
 
 import pytest
 import torch
-from demo_questions import OPEN
 from quality_parts.questions import held_out
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from tolerances import REPLAY
 
+from tests.demo_questions import OPEN
+from tests.tolerances import REPLAY
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.core import MASK_TOKEN_ID
 from vllm_twotower.oracle.logits_rules import LogitsRules
