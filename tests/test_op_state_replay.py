@@ -4,9 +4,9 @@ the recurrence over exactly so many tokens, one at a time in fp64."""
 import pytest
 import torch
 import torch.nn.functional as F
-from test_op_seeded_scan import difference, scan_arguments
 
 from tests.op_forms import every_form, kernels_of
+from tests.test_op_seeded_scan import difference, scan_arguments
 from tests.tolerances import BF16_OP, FP32_OP
 from vllm_twotower import ops
 from vllm_twotower.core import KERNELS_VARIABLE

@@ -5,10 +5,10 @@ import random
 
 import pytest
 import torch
-from quality_parts.questions import held_out
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from benchmarks.quality_parts.questions import held_out
 from tests.demo_questions import OPEN
 from tests.tolerances import REPLAY
 from vllm_twotower.commands.cli import DEMO_MODEL
