@@ -7,16 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_twotower.core import MASK_TOKEN_ID, Mode
+from vllm_twotower.core import MASK_TOKEN_ID, MAX_CANVAS_LENGTH, Mode
 
 CONFIG_KEY = "diffusion"
 """Key of ``additional_config`` that turns diffusion on: True, or a dict of engine options."""
 
 REQUEST_PREFIX = "diffusion_"
 """Every key of ``extra_args`` / ``vllm_xargs`` that starts so is ours; unknown ones are refused."""
-
-MAX_CANVAS_LENGTH = 32
-"""Widest canvas; the released model was trained at 16 and collapses beyond its training width (paper, table 4)."""
 
 MAX_STEPS_LIMIT = 1024
 """Most denoise passes per canvas; beyond the canvas length they never happen."""

@@ -16,9 +16,17 @@ from enum import StrEnum
 MASK_TOKEN_ID = 3
 """The mask's token id unless ``config.json`` has a ``mask_token_id``; the released one has none (model card: 3)."""
 
+MAX_CANVAS_LENGTH = 32
+"""Widest canvas; the released model was trained at 16 and collapses beyond its training width (paper, table 4)."""
+
 TIMESTEP_SCALE = 1000.0
 """The noise level t in [0, 1] is embedded as t * 1000 (reference: ``TimestepEmbedder``)."""
 
+TIMESTEP_FEATURES = 256
+"""Sinusoidal features of that, half cosines, half sines; likewise."""
+
+TIMESTEP_MAX_PERIOD = 10_000.0
+"""Longest period among them; likewise."""
 
 KERNELS_VARIABLE = "VLLM_TWOTOWER_KERNELS"
 """Environment variable that chooses between kernels and references (``ops/backend.py``)."""

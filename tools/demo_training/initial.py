@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from vllm_twotower.oracle.plain_towers import CONTEXT, DENOISER, TIMESTEP_FEATURES, TowerShape
+from vllm_twotower.core import TIMESTEP_FEATURES
+from vllm_twotower.oracle.plain_towers import CONTEXT, DENOISER, TowerShape
 
 
 class _Weights(dict[str, torch.Tensor]):

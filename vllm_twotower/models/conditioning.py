@@ -10,12 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_twotower.core import TIMESTEP_SCALE
+from vllm_twotower.core import TIMESTEP_FEATURES, TIMESTEP_MAX_PERIOD, TIMESTEP_SCALE
 from vllm_twotower.decoding.noise_level import all_noise_levels
 from vllm_twotower.ops import Modulation
-
-NUM_FEATURES = 256
-MAX_PERIOD = 10_000.0
 
 
 def timestep_features(level_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -29,9 +26,9 @@ def timestep_features(level_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
         ``dtype`` [N, 256].
 
     """
-    half = NUM_FEATURES // 2
+    half = TIMESTEP_FEATURES // 2
     index = torch.arange(half, dtype=torch.float32, device=level_N.device)
-    frequency = torch.exp(-math.log(MAX_PERIOD) * index / half)
+    frequency = torch.exp(-math.log(TIMESTEP_MAX_PERIOD) * index / half)
     angle = (level_N.to(dtype) * TIMESTEP_SCALE).float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
 
@@ -43,7 +40,7 @@ class TimeConditioning(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.max_canvas_length = max_canvas_length
-        mlp = nn.Sequential(nn.Linear(NUM_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        mlp = nn.Sequential(nn.Linear(TIMESTEP_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.t_embedder = nn.ModuleDict({"mlp": mlp})
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 3 * hidden))
         self.scale_shift_tables = nn.ParameterList(

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm_twotower.core import MAX_CANVAS_LENGTH
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INDEX = (torch.int64,)
-
-MAX_CANVAS = 32
-"""Positions of the widest canvas."""
 
 
 def check_tensor(
@@ -53,8 +52,8 @@ def check_canvas_width(name: str, tensor: torch.Tensor) -> None:
         ValueError: names the argument, what it is and what is allowed.
 
     """
-    if not 1 <= tensor.shape[1] <= MAX_CANVAS:
-        raise ValueError(f"{name} has {tensor.shape[1]} positions per canvas, allowed: 1 to {MAX_CANVAS}")
+    if not 1 <= tensor.shape[1] <= MAX_CANVAS_LENGTH:
+        raise ValueError(f"{name} has {tensor.shape[1]} positions per canvas, allowed: 1 to {MAX_CANVAS_LENGTH}")
 
 
 def check_unit_strides(**tensors: torch.Tensor) -> None:

@@ -17,13 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm_twotower.core import TIMESTEP_SCALE
+from vllm_twotower.core import TIMESTEP_FEATURES, TIMESTEP_MAX_PERIOD, TIMESTEP_SCALE
 from vllm_twotower.oracle.reference import DecodingResult, MaskDiffusion, generate_mask_diffusion
 from vllm_twotower.oracle.self_speculation import SelfSpeculation, SpeculationResult, generate_self_speculation
 
 CONTEXT, DENOISER = "context_tower", "denoiser_tower"
-TIMESTEP_FEATURES = 256
-TIMESTEP_MAX_PERIOD = 10_000.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from vllm_twotower.config import MAX_CANVAS_LENGTH
+from vllm_twotower.core import MAX_CANVAS_LENGTH
 from vllm_twotower.models.tensor_shapes import checkpoint_shapes, list_names
 from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
 from vllm_twotower.planning.gpus import GPUS

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm_twotower.config import MAX_CANVAS_LENGTH
-from vllm_twotower.core import Mode
+from vllm_twotower.core import MAX_CANVAS_LENGTH, Mode
 from vllm_twotower.decoding.noise_level import level_index
 from vllm_twotower.models.denoiser_tower import LOGITS_TILE, DenoiserTower
 from vllm_twotower.ops import CanvasRules, reveal

@@ -15,7 +15,8 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
 
-from vllm_twotower.config import CONFIG_KEY, MAX_CANVAS_LENGTH, EngineOptions
+from vllm_twotower.config import CONFIG_KEY, EngineOptions
+from vllm_twotower.core import MAX_CANVAS_LENGTH
 
 logger = init_logger("vllm.twotower")
 
