@@ -86,12 +86,15 @@ def _in_two_shards(folder, keep=(1, 2)):
 
 
 BROKEN_FILES = {
-    "empty": (_bytes(lambda b: b""), r"model.safetensors is not a whole safetensors file \(0 bytes\): download"),
+    "empty": (
+        _bytes(lambda b: b""),
+        r"model.safetensors is not a whole safetensors file \(0 bytes; .*download",
+    ),
     "cut in the header": (_bytes(lambda b: b[:100]), "model.safetensors is not a whole safetensors file"),
-    "cut in a tensor": (_bytes(lambda b: b[:-1000]), "model.safetensors is .* bytes long, its header describes"),
-    "longer than it says": (_bytes(lambda b: b + b"x"), "model.safetensors is .* bytes long, its header describes"),
+    "cut in a tensor": (_bytes(lambda b: b[:-1000]), "model.safetensors is not a whole safetensors file"),
+    "longer than it says": (_bytes(lambda b: b + b"x"), "model.safetensors is not a whole safetensors file"),
     "endless header": (_bytes(lambda b: b"\xff" * 8 + b[8:]), "not a whole safetensors file"),
-    "no header": (_bytes(lambda b: b[:8] + b"?" * 64 + b[72:]), "no readable safetensors header"),
+    "no header": (_bytes(lambda b: b[:8] + b"?" * 64 + b[72:]), "not a whole safetensors file"),
     "a git-lfs pointer": (_bytes(lambda b: b"version https://git-lfs"), "git-lfs pointer.*git lfs pull"),
     "a shard is missing": (lambda f: _in_two_shards(f, keep=(1,)), "lacks 1 .*: model-00002-of-00002.safetensors"),
     "all shards are missing": (lambda f: _in_two_shards(f, keep=()), "lacks 2 of the files"),

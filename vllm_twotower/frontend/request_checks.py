@@ -32,9 +32,6 @@ MIN_MOCK_AR_PROMPT = 2
 """The denoiser needs a last token and a context before it."""
 
 
-# ---- before vLLM's processing ----------------------------------------------------------------------------------------
-
-
 def check_params(params: "SamplingParams", vllm_config: "VllmConfig") -> None:
     """Refuse settings of ours that are wrong, and what the request's mode cannot honour.
 
@@ -119,9 +116,6 @@ def _check_denoised(params: "SamplingParams", mode: Mode, mask_token_id: int) ->
         raise ValueError(
             f"allowed_token_ids=[{mask_token_id}] allows the mask only, which is never emitted: allow others"
         )
-
-
-# ---- after it --------------------------------------------------------------------------------------------------------
 
 
 def check_request(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> None:

@@ -102,8 +102,6 @@ class PlainTwoTower:
         self.weights = weights
         self.shape = shape
 
-    # ---- whole-tower passes ------------------------------------------------------------------------------------------
-
     def extend_context(self, tokens_BL: torch.Tensor, cache: ContextCache) -> torch.Tensor:
         """Run the context tower causally over new tokens, advance ``cache``, return the final hidden states [B, L,
         D]."""
@@ -261,8 +259,6 @@ class PlainTwoTower:
     def denoiser_logits(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         """The denoiser's final norm and head, float32 [B, L, V]."""
         return F.linear(self.norm(f"{DENOISER}.norm_f", hidden_BLD), self.weights["lm_head.weight"]).float()
-
-    # ---- layers ------------------------------------------------------------------------------------------------------
 
     def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """RMSNorm in fp32, result in the dtype of ``x``."""

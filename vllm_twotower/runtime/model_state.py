@@ -71,8 +71,6 @@ class TwoTowerModelState(MambaHybridModelState):
         assert self._loop is not None, "vLLM asks for the sampler when it has loaded the model"
         return self._loop
 
-    # ---- requests ----------------------------------------------------------------------------------------------------
-
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Take over a request's settings; called again after a preemption, whose canvas starts over."""
         super().add_request(req_index, new_req_data)
@@ -88,8 +86,6 @@ class TwoTowerModelState(MambaHybridModelState):
         """Forget a request that finished, was aborted or was preempted."""
         super().remove_request(req_id)
         self.request_options.pop(req_id, None)
-
-    # ---- a step ------------------------------------------------------------------------------------------------------
 
     def step_of(self, batch: InputBatch) -> Step:
         """The step that a batch is; made once for each."""
@@ -120,8 +116,6 @@ class TwoTowerModelState(MambaHybridModelState):
             widths=widths,
             computed_np=computed_np,
         )
-
-    # ---- the runner's hooks, in the order of a step ------------------------------------------------------------------
 
     def preprocess_state(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> None:
         """Mamba states move across block boundaries in context steps only."""
@@ -270,8 +264,6 @@ class TwoTowerModelState(MambaHybridModelState):
             replay_states(self.model.model.layers, verify, num_sampled[row_V].to(torch.int64))
             num_sampled = num_sampled.clamp(max=1)
         super().postprocess_state(idx_mapping, num_sampled, num_computed_tokens)
-
-    # ---- start-up ----------------------------------------------------------------------------------------------------
 
     def custom_sampler(self, sampler: Sampler) -> tuple[CanvasSampler, None]:
         """Put the canvas sampler around vLLM's."""

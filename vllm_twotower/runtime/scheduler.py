@@ -66,8 +66,6 @@ class BlockCommitScheduler(Scheduler):
         # Commits took all of the last context step's budget, and somebody else got nothing.
         self._commits_step_aside = False
 
-    # ---- choosing a step ---------------------------------------------------------------------------------------------
-
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule one step of one kind; a context step that finds nothing to do becomes a denoise step in the same
         call."""
@@ -161,8 +159,6 @@ class BlockCommitScheduler(Scheduler):
             options = RequestOptions.from_extra_args(extra_args, self.options)
             self._request_options[request.request_id] = options
         return options
-
-    # ---- the two kinds -----------------------------------------------------------------------------------------------
 
     def _schedule_context(self, hidden: list[Request], args: Any, kwargs: Any) -> SchedulerOutput:
         """Commits, prompts and AR rows. Commits that the budget does not hold take turns, the longest finished first;
@@ -283,8 +279,6 @@ class BlockCommitScheduler(Scheduler):
                 compat.stop_passing_over(request)
             for request in self.running:
                 request.spec_token_ids = []
-
-    # ---- around a step -----------------------------------------------------------------------------------------------
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)

@@ -64,8 +64,6 @@ class TowerLink:
     def _keep(self, layer_name: str, key: torch.Tensor, value: torch.Tensor) -> None:
         self._written[layer_name] = (key, value)
 
-    # ---- context steps -----------------------------------------------------------------------------------------------
-
     def hand_over(self, num_tokens: int, mamba_slots: Mapping[str, torch.Tensor]) -> None:
         """Context rank: send what a context forward has just written.
 
@@ -113,8 +111,6 @@ class TowerLink:
     def share_samples(self, samples: torch.Tensor | None, num_rows: int) -> torch.Tensor:
         """The first context rank's int64 [R, 2], token and number of tokens of each row, on every rank."""
         return self._share(samples, (num_rows, 2), self.placement.first_context_rank)
-
-    # ---- denoise steps -----------------------------------------------------------------------------------------------
 
     def share_canvases(self, canvases: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
         """The first denoiser rank's int64 tensor of this shape, on every rank."""
