@@ -32,8 +32,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from benchmarks import odd_shapes
+from benchmarks.launches import Launch, recorded_launches
 from benchmarks.op_cases import CASES
-from vllm_twotower.ops.launch import Launch, recorded_launches
 
 ARCHITECTURES = (80, 90, 100)
 TYPES = {

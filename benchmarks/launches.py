@@ -1,0 +1,32 @@
+"""What the ops' own code would launch, with the arguments it launches with, on a machine without a GPU: an op runs over
+tensors on torch's meta device inside ``recorded_launches``."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from vllm_twotower.ops import launch as launching
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch."""
+
+    kernel: Any
+    """The ``triton.jit`` function."""
+    grid: tuple[int, ...]
+    """Programs in each dimension."""
+    num_warps: int
+    """Warps per program."""
+    arguments: dict[str, Any]
+    """Tensors, numbers and compile-time constants by the kernel's names."""
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Collect the launches of the body in the list this yields, and run none of them."""
+    launches: list[Launch] = []
+    with mock.patch.object(launching, "run_kernel", lambda *launch: launches.append(Launch(*launch))):
+        yield launches
