@@ -23,8 +23,7 @@ from vllm_twotower.compat.scheduler import (
     end_with_error,
     is_warmup_request,
     nan_rows,
-    pass_over_once,
+    passing_over,
     prompt_logprobs_of,
-    stop_passing_over,
     without_caching_blocks,
 )

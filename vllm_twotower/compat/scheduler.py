@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-def pass_over_once(request: "Request", current_step: int) -> None:
-    """A running request is left out of the next ``Scheduler.schedule``, in its place and as a possible victim.
+@contextlib.contextmanager
+def passing_over(requests: "list[Request]", current_step: int) -> Iterator[None]:
+    """Running requests are left out of ``Scheduler.schedule`` while inside, in their place and as possible victims.
 
     Symptom: a step runs one tower, and ``schedule`` takes whoever runs. Upstream's own way of skipping a running
         request was written for pipeline parallelism, and its diffusion scheduler uses it; ``schedule`` counts
@@ -22,12 +23,11 @@ def pass_over_once(request: "Request", current_step: int) -> None:
     Removed when: the scheduler takes a filter.
     Test: tests/test_scheduler_steps.py::test_a_small_budget_takes_turns_with_whole_canvases
     """
-    request.next_decode_eligible_step = current_step + 2
-
-
-def stop_passing_over(request: "Request") -> None:
-    """Undo ``pass_over_once``."""
-    request.next_decode_eligible_step = 0
+    for request in requests:
+        request.next_decode_eligible_step = current_step + 2
+    yield
+    for request in requests:
+        request.next_decode_eligible_step = 0
 
 
 @contextlib.contextmanager

@@ -46,11 +46,10 @@ _FOLDERS = {
     "state_replay": "state_replay",
     "mixture_of_experts": "mixture_of_experts",
 }
-_WITHOUT_KERNEL = ("mixture_of_experts",)
 
 _implementations: dict[OpBackend, dict[str, Implementation | str]] = {
     OpBackend.REFERENCE: {op: f"{__package__}.{folder}.reference" for op, folder in _FOLDERS.items()},
-    OpBackend.TRITON: {op: f"{__package__}.{f}.kernel" for op, f in _FOLDERS.items() if op not in _WITHOUT_KERNEL},
+    OpBackend.TRITON: {op: f"{__package__}.{f}.kernel" for op, f in _FOLDERS.items() if op != "mixture_of_experts"},
     OpBackend.CPP: {},
 }
 """By backend and op: the function, or until it is first needed the module that has it."""

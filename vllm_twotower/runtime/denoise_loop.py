@@ -81,7 +81,14 @@ class DenoiseLoop:
         reads = self.reads_between_passes(step)
         undecided_T = None if reads else _undecided_at_start(step.widths, rows, layout)
         rules = CanvasRules(rows.width_R, rows.threshold_R, rows.max_steps_R)
-        now = self._at_start(rows)
+        masked_RS = self._masked(rows.token_RS, rows)
+        now = Canvases(
+            token_RS=rows.token_RS,
+            masked_RS=masked_RS,
+            level_R=level_index(masked_RS.sum(dim=1), rows.width_R),
+            pass_index_R=rows.pass_index_R,
+            broken_R=torch.zeros_like(rows.pass_index_R, dtype=torch.bool),
+        )
         for index in range(self._num_passes(step)):
             mock_ar_RS = rows.mock_ar_RS if index == 0 else torch.zeros_like(rows.mock_ar_RS)
             wanted_RS = now.masked_RS | mock_ar_RS
@@ -129,16 +136,6 @@ class DenoiseLoop:
     def reads_between_passes(self, step: Step) -> bool:
         """Whether every pass of a step reads what the one before revealed, see above."""
         return self.reads_are_free or self.trace is not None or self.proposals.follows_reveals(step.slots)
-
-    def _at_start(self, rows: CanvasRows) -> Canvases:
-        masked_RS = self._masked(rows.token_RS, rows)
-        return Canvases(
-            token_RS=rows.token_RS,
-            masked_RS=masked_RS,
-            level_R=level_index(masked_RS.sum(dim=1), rows.width_R),
-            pass_index_R=rows.pass_index_R,
-            broken_R=torch.zeros_like(rows.pass_index_R, dtype=torch.bool),
-        )
 
     def _num_passes(self, step: Step) -> int:
         return 1 if all(mode is Mode.MOCK_AR for mode in step.modes) else self.passes_per_step

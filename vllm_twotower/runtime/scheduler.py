@@ -267,18 +267,13 @@ class BlockCommitScheduler(Scheduler):
     def _schedule_without(self, hidden: list[Request], max_active: int, args: Any, kwargs: Any) -> SchedulerOutput:
         """vLLM's own ``schedule`` with some running requests passed over; they keep their place and can be
         preempted."""
-        limit = self.max_num_active_reqs
-        for request in hidden:
-            compat.pass_over_once(request, self.current_step)
-        self.max_num_active_reqs = max_active
-        try:
-            return super().schedule(*args, **kwargs)
-        finally:
-            self.max_num_active_reqs = limit
-            for request in hidden:
-                compat.stop_passing_over(request)
-            for request in self.running:
-                request.spec_token_ids = []
+        limit, self.max_num_active_reqs = self.max_num_active_reqs, max_active
+        with compat.passing_over(hidden, self.current_step):
+            output = super().schedule(*args, **kwargs)
+        self.max_num_active_reqs = limit
+        for request in self.running:
+            request.spec_token_ids = []
+        return output
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)

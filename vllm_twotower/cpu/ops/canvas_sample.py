@@ -17,4 +17,4 @@ def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None
     highest_N, log_total_N = torch.empty(2, num_rows)
     tensors = (token_N, highest_N, log_total_N, logits_NV)
     function("greedy_sample")(*(t.data_ptr() for t in tensors), mask_token_id, num_rows, vocab_size)
-    return Sample(token_N, (highest_N - log_total_N).exp(), log_total_N)
+    return Sample(token_N, (highest_N - log_total_N).exp())

@@ -152,10 +152,9 @@ def _join_pieces(
     temperature_ptr,
     score_ptr,
     drawn_ptr,
-    # written, [N]: int64, float32, float32
+    # written, [N]: int64, float32
     out_token_ptr,
     confidence_ptr,
-    log_total_ptr,
     # sizes
     row_stride,
     mask_token_id,
@@ -184,7 +183,6 @@ def _join_pieces(
     logit = tl.where(proposal == mask_token_id, float("-inf"), logit)
     tl.store(out_token_ptr + row, proposal.to(tl.int64))
     tl.store(confidence_ptr + row, tl.exp(logit - log_total))
-    tl.store(log_total_ptr + row, log_total)
 
 
 def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None = None) -> Sample:
@@ -227,7 +225,7 @@ def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None
             BLOCK=BLOCK,
             num_warps=4,
         )
-    result = Sample(written(torch.int64), written(torch.float32), written(torch.float32))
+    result = Sample(written(torch.int64), written(torch.float32))
     launch(
         _join_pieces,
         (num_rows,),
@@ -237,7 +235,6 @@ def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None
         **drawn,
         out_token_ptr=result.token_N,
         confidence_ptr=result.confidence_N,
-        log_total_ptr=result.log_total_N,
         IS_RANDOM=draw is not None,
         num_warps=1,
     )

@@ -45,8 +45,6 @@ class Sample:
     """int64 [N], the proposal; 0 for a row without a finite logit."""
     confidence_N: torch.Tensor
     """float32 [N], untempered probability of the proposal without the mask id; NaN for a row without a finite logit."""
-    log_total_N: torch.Tensor
-    """float32 [N], log-sum-exp of the logits without the mask id."""
 
 
 def check_logits(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None) -> None:
@@ -79,4 +77,4 @@ def canvas_sample(
             token_N[rows] = (score_NV + noise_NV).argmax(dim=-1)
     log_total_N = logits_NV.logsumexp(dim=-1)
     confidence_N = (logits_NV.gather(1, token_N[:, None]).squeeze(1) - log_total_N).exp()
-    return Sample(token_N, confidence_N, log_total_N)
+    return Sample(token_N, confidence_N)

@@ -37,7 +37,6 @@ def _reveal(
     # written: int64 [R, S], bool [R, S], int64 [R] each
     out_token_ptr,
     out_masked_ptr,
-    num_masked_ptr,
     level_ptr,
     out_pass_index_ptr,
     # size
@@ -65,7 +64,6 @@ def _reveal(
     tl.store(out_masked_ptr + offset, still_masked, mask=inside)
     num_left = tl.sum(still_masked.to(tl.int64), 0)
     canvas = tl.load(width_ptr + row)
-    tl.store(num_masked_ptr + row, num_left)
     tl.store(level_ptr + row, canvas * (canvas + 1) // 2 - 1 + num_left)  # decoding.noise_level.level_index
     tl.store(out_pass_index_ptr + row, pass_index + (num_masked > 0).to(tl.int64))
 
@@ -83,7 +81,7 @@ def reveal(
     out_RS = torch.empty_like(token_RS, memory_format=torch.contiguous_format)
     out_masked_RS = torch.empty(num_rows, width, dtype=torch.bool, device=token_RS.device)
     # an allocation each: Triton compiles another kernel for a pointer that is not aligned, as a slice's may be
-    num_masked_R, level_R, out_pass_index_R = (torch.empty_like(pass_index_R) for _ in range(3))
+    level_R, out_pass_index_R = torch.empty_like(pass_index_R), torch.empty_like(pass_index_R)
     launch(
         _reveal,
         (num_rows,),
@@ -97,11 +95,10 @@ def reveal(
         max_steps_ptr=rules.max_steps_R.contiguous(),
         out_token_ptr=out_RS,
         out_masked_ptr=out_masked_RS,
-        num_masked_ptr=num_masked_R,
         level_ptr=level_R,
         out_pass_index_ptr=out_pass_index_R,
         width=width,
         BLOCK_S=triton.next_power_of_2(width),
         num_warps=1,
     )
-    return Revealed(out_RS, out_masked_RS, num_masked_R, level_R, out_pass_index_R)
+    return Revealed(out_RS, out_masked_RS, level_R, out_pass_index_R)

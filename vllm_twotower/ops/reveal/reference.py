@@ -34,8 +34,6 @@ class Revealed:
     """int64 [R, S]."""
     masked_RS: torch.Tensor
     """bool [R, S], what is still undecided."""
-    num_masked_R: torch.Tensor
-    """int64 [R], how much that is."""
     level_R: torch.Tensor
     """int64 [R], the row of the tabulated noise levels for the next pass (``decoding.noise_level.level_index``)."""
     pass_index_R: torch.Tensor
@@ -111,11 +109,9 @@ def reveal(
     k_R = num_to_reveal(confidence_RS, masked_RS, rules.threshold_R, pass_index_R, rules.max_steps_R)
     revealed_RS = select_surest(confidence_RS, masked_RS, k_R)
     still_masked_RS = masked_RS & ~revealed_RS
-    num_masked_R = still_masked_RS.sum(dim=1)
     return Revealed(
         torch.where(revealed_RS, proposal_RS, token_RS),
         still_masked_RS,
-        num_masked_R,
-        level_index(num_masked_R, rules.width_R),
+        level_index(still_masked_RS.sum(dim=1), rules.width_R),
         pass_index_R + masked_RS.any(dim=1),
     )
