@@ -1,6 +1,7 @@
 """The operations that a denoise pass consists of, and the one that ends a verification: each with a plain reference,
 most with a Triton kernel and one in C++.
 
+Every op raises a ``ValueError`` where an argument has the wrong shape, dtype, device or range; the message names it.
 Torch and triton only, so all of it can be imported, tested and timed on a machine without vLLM; Triton is imported when
 a kernel first runs. The functions here check their arguments and take the implementation that ``backend.py`` selects;
 implementations check only what they themselves cannot take. No GPU has run a kernel yet: ``docs/kernels.md``.
@@ -59,9 +60,6 @@ def canvas_sample(
         draw: temperatures and noise keys, or None where every row is greedy.
         shape_scores: what top-k, top-p and min-p leave of the scores of drawn rows; takes the reference.
 
-    Raises:
-        ValueError: an argument has the wrong shape, dtype, device or range; the message names it.
-
     """
     check_logits(logits_NV, mask_token_id, draw)
     if shape_scores is not None:
@@ -90,9 +88,6 @@ def reveal(
         pass_index_R: int64 [R], passes run over each canvas before this one.
         rules: the rows' width, gamma and T.
 
-    Raises:
-        ValueError: an argument has the wrong shape, dtype or device; the message names it.
-
     """
     canvases = (token_RS, proposal_RS, confidence_RS, masked_RS, pass_index_R, rules)
     check_canvases(*canvases)
@@ -111,9 +106,6 @@ def modulate_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modula
 
     Returns:
         [T, D], dtype of ``x_TD``.
-
-    Raises:
-        ValueError: an argument has the wrong shape, dtype or device; the message names it.
 
     """
     check_modulation(x_TD, modulation)
@@ -139,9 +131,6 @@ def gate_add(x_TD: torch.Tensor, residual_TD: torch.Tensor, modulation: Modulati
     Returns:
         [T, D], same dtype.
 
-    Raises:
-        ValueError: an argument has the wrong shape, dtype or device; the message names it.
-
     """
     check_modulation(x_TD, modulation)
     check_tensor("residual_TD", residual_TD, tuple(x_TD.shape), (x_TD.dtype,), x_TD.device)
@@ -153,9 +142,6 @@ def seeded_conv(inputs: ConvInputs) -> torch.Tensor:
 
     Returns:
         [R, S, C], dtype of ``inputs.x_RSC``.
-
-    Raises:
-        ValueError: a tensor has the wrong shape, dtype or device; the message names it.
 
     """
     check_conv(inputs)
@@ -174,9 +160,6 @@ def seeded_scan(inputs: ScanInputs, out_dtype: torch.dtype = torch.float32) -> t
 
     Returns:
         [R, S, H, P] of ``out_dtype``.
-
-    Raises:
-        ValueError: a tensor has the wrong shape, dtype or device; the message names it.
 
     """
     check_scan(inputs)
@@ -200,9 +183,6 @@ def state_replay(
         conv_cache_ZKC: [Z, K - 1, C], one of these dtypes, oldest first, any strides. Written at ``slot_R``.
         num_tokens_R: int64 [R], k of each row, 0 to S; not checked on a device.
 
-    Raises:
-        ValueError: a tensor has the wrong shape, dtype or device; the message names it.
-
     """
     check_replay(inputs, raw_RSC, conv_cache_ZKC, num_tokens_R)
     run = implementation("state_replay", inputs.x_RSHP)
@@ -222,9 +202,6 @@ def mixture_of_experts(
 
     Returns:
         float32 [T, D].
-
-    Raises:
-        ValueError: an argument has the wrong shape, dtype, device or range; the message names it.
 
     """
     check_experts(x_TD, routing, up_EDI, down_EID)
