@@ -63,7 +63,7 @@ def legal_ties(
 
 def can_replay(request: MixedRequest) -> bool:
     """Sampled AR has vLLM's own noise, so a difference there is never legal."""
-    return request.mode is not Mode.AR or request.settings["temperature"] == 0
+    return not request.writes_as_ar or request.settings["temperature"] == 0
 
 
 def replay(
@@ -96,7 +96,7 @@ def _proposals(logits_V: torch.Tensor, request: MixedRequest, left: list[int], p
     rules = {f.name: settings[f.name] for f in fields(LogitsRules) if f.name in settings}
     rules = LogitsRules(**{**rules, "stop_token_ids": [*settings.get("stop_token_ids", []), EOS]})
     logits_V = rules.process(logits_V, request.prompt, left)
-    if request.mode is not Mode.AR:
+    if not request.writes_as_ar:
         logits_V[MASK_TOKEN_ID] = float("-inf")
     score_V, position = logits_V, len(request.prompt) + len(left)
     if settings["temperature"] > 0:
@@ -122,7 +122,7 @@ def _one_by_one(model: PlainTwoTower, request: MixedRequest, tokens: Sequence[in
     for index, token in enumerate(tokens):
         last_B1 = torch.tensor([[whole[num_prompt + index - 1]]])
         hidden = model.extend_context(last_B1, cache)
-        logits = model.context_logits(hidden) if request.mode is Mode.AR else model.mock_ar(last_B1, cache)
+        logits = model.context_logits(hidden) if request.writes_as_ar else model.mock_ar(last_B1, cache)
         proposals = {p.token: p for p in _proposals(logits[0, -1], request, list(tokens[:index]), 0)}
         if token not in proposals:
             return None

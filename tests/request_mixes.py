@@ -36,6 +36,11 @@ class MixedRequest:
     def mode(self) -> Mode:
         return Mode(self.settings["mode"])
 
+    @property
+    def writes_as_ar(self) -> bool:
+        """Whether the tokens are the context tower's own."""
+        return self.mode in (Mode.AR, Mode.SELF_SPECULATION)
+
     def params(self) -> Any:
         return diffusion_params(**self.settings, detokenize=False)
 
@@ -63,7 +68,8 @@ def draw_mix(seed: int, size: int | None = None) -> list[MixedRequest]:
     one_by_one = rng.choice([0.0, 0.15, 0.5])  # such rows take every context step, and leave the quorum no say
     mix = []
     for _ in range(size or rng.randint(3, 12)):
-        mode = rng.choice([Mode.MOCK_AR, Mode.AR]) if rng.random() < one_by_one else Mode.MASK_DIFFUSION
+        others = [Mode.MOCK_AR, Mode.AR, Mode.SELF_SPECULATION]
+        mode = rng.choice(others) if rng.random() < one_by_one else Mode.MASK_DIFFUSION
         arrives = rng.choice([0, 0, rng.randint(0, 40)])
         leaves = arrives + rng.randint(1, 12) if rng.random() < 0.15 else None
         mix.append(MixedRequest(_prompt(rng, shared, mode), _settings(rng, mode), arrives, leaves))
@@ -84,7 +90,7 @@ def _prompt(rng: random.Random, shared: list[int], mode: Mode) -> list[int]:
 
 
 def _settings(rng: random.Random, mode: Mode) -> dict[str, Any]:
-    one_by_one = mode is not Mode.MASK_DIFFUSION
+    one_by_one = mode in (Mode.MOCK_AR, Mode.AR)
     settings: dict[str, Any] = {
         "mode": mode.value,
         "temperature": rng.choice([0.0, 0.0, 0.3, 1.0, 2.0]),
@@ -93,8 +99,9 @@ def _settings(rng: random.Random, mode: Mode) -> dict[str, Any]:
         "ignore_eos": rng.random() < 0.5,
     }
     if not one_by_one:
-        settings["canvas_length"] = rng.choice([CANVAS] * 4 + [1, 5, 8, 15])
-        settings["max_steps"] = rng.choice([16, 16, 1, 2, 4, 7, 40])
+        drafts = mode is Mode.SELF_SPECULATION
+        settings["canvas_length"] = rng.choice([CANVAS] * 4 + [2 if drafts else 1, 5, 8, 15])
+        settings["max_steps"] = rng.choice([1, 1, 2, 4] if drafts else [16, 16, 1, 2, 4, 7, 40])
         settings["confidence_threshold"] = rng.choice([0.05, 0.3, 0.5, 0.8, 0.8, 0.95, 1.0])
     some = rng.sample(range(4, VOCAB), 40)
     extras = {
@@ -127,9 +134,11 @@ def set_timing(e: Engine, commit_quorum: float, passes_per_step: int) -> None:
 
 
 def alone(e: Engine, request: MixedRequest) -> list[int]:
-    """The request's tokens with the engine to itself, from an empty prefix cache."""
+    """The request's tokens with the engine to itself, from an empty prefix cache; self-speculation's are those of AR."""
     e.llm.reset_prefix_cache()
-    return e.tokens([request.prompt], request.params())[0]
+    mode = {"mode": Mode.AR.value} if request.writes_as_ar else {}
+    params = diffusion_params(**{**request.settings, **mode}, detokenize=False)
+    return e.tokens([request.prompt], params)[0]
 
 
 def play(e: Engine, mix: list[MixedRequest], max_steps: int = 800) -> Played:
@@ -201,7 +210,7 @@ def longest_wait_allowed(mix: list[MixedRequest], passes_per_step: int) -> int:
     finished one for the slowest canvas beside it: the denoise steps that its passes take. What comes in between, a
     newcomer's prompt for example, is a context step, and that takes finished canvases along.
     """
-    passes = [min(r.settings["max_steps"], r.settings["canvas_length"]) for r in mix if r.mode is Mode.MASK_DIFFUSION]
+    passes = [min(r.settings["max_steps"], r.settings["canvas_length"]) for r in mix if "max_steps" in r.settings]
     slowest = math.ceil(max(passes, default=1) / passes_per_step)
     return 1 + max(1, MAX_CONTEXT_STEPS, slowest)
 

@@ -46,8 +46,8 @@ def check(params, **settings):
         ("canvas_length", 17, "from 1 to 16"),
         ("canvas_length", 0, "from 1 to 16"),
         ("canvas_length", None, "from 1 to 16"),
-        ("mode", "diffuse", "mask_diffusion, mock_ar, ar"),
-        ("mode", ["ar"], "mask_diffusion, mock_ar, ar"),
+        ("mode", "diffuse", "mask_diffusion, mock_ar, self_speculation, ar"),
+        ("mode", ["ar"], "mask_diffusion, mock_ar, self_speculation, ar"),
         ("canvas", 3, "unknown request setting 'diffusion_canvas'"),
     ],
 )

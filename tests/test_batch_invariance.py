@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 from safetensors.torch import load_file
 
-from tests.harness.engine import start_engine
+from tests.harness.engine import AlwaysDraft, start_engine
 from tests.near_ties import can_replay, check_same, replay
 from tests.request_mixes import alone, draw_mix, longest_queue_allowed, longest_wait_allowed, play, set_timing
 from vllm_twotower.core import Mode
@@ -38,6 +38,7 @@ def roomy_engine(model, prefix_caching):
     """Room for everybody: nothing here is about budgets or memory (test_cache_pressure.py is)."""
     room = {"max_num_seqs": 16, "max_num_batched_tokens": 4096}
     with start_engine(model, {"passes_per_step": 16}, enable_prefix_caching=prefix_caching, **room) as e:
+        e.scheduler.draft_policy = AlwaysDraft()
         yield e
 
 

@@ -48,12 +48,12 @@ def written(model, request):
     def step(token):
         last = torch.tensor([[token]])
         hidden = model.extend_context(last, cache)
-        logits = model.context_logits(hidden) if mode is Mode.AR else model.mock_ar(last, cache)
+        logits = model.mock_ar(last, cache) if mode is Mode.MOCK_AR else model.context_logits(hidden)
         for biased, amount in bias.items():
             logits[0, -1, biased] += amount
         return logits[0, -1]
 
-    mask_token_id = None if mode is Mode.AR else MASK_TOKEN_ID
+    mask_token_id = MASK_TOKEN_ID if mode is Mode.MOCK_AR else None
     return list(generate_greedy(step(request.prompt[-1]), step, limit, mask_token_id).token_ids)
 
 

@@ -2,17 +2,9 @@
 
 import pytest
 
-from tests.harness.engine import start_engine
+from tests.harness.engine import AlwaysDraft, start_engine
 from tests.harness.goldens import golden_params
 from vllm_twotower import diffusion_params
-from vllm_twotower.runtime.draft_policy import DraftPolicy
-
-
-class AlwaysDraft(DraftPolicy):
-    """Drafts wherever it can: what is tested here is not when to."""
-
-    def choose(self, candidates, num_passes, num_others):
-        return frozenset(candidates)
 
 
 def speculating(e):

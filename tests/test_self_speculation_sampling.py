@@ -4,8 +4,8 @@ import pytest
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.demo_questions import LONG, OPEN, SHORT
-from tests.harness.engine import start_engine
-from tests.test_self_speculation import AlwaysDraft, params
+from tests.harness.engine import AlwaysDraft, start_engine
+from tests.test_self_speculation import params
 from vllm_twotower.commands.cli import DEMO_MODEL
 
 QUESTIONS = [LONG, SHORT, OPEN, "It is Monday. Move by days: -2 +3 +3 +5 -6 -1 -8\nAnswer:"]

@@ -184,7 +184,7 @@ def test_three_samples_of_one_prompt(client):
         ({"diffusion_confidence_threshold": 2}, "diffusion_confidence_threshold=2"),
         ({"diffusion_max_steps": 0}, "from 1 to 1024"),
         ({"diffusion_canvas_length": 17}, "from 1 to 16"),
-        ({"diffusion_mode": "fast"}, "mask_diffusion, mock_ar, ar"),
+        ({"diffusion_mode": "fast"}, "mask_diffusion, mock_ar, self_speculation, ar"),
         ({"diffusion_speed": 9}, "unknown request setting"),
     ],
 )
