@@ -134,7 +134,7 @@ def set_timing(e: Engine, commit_quorum: float, passes_per_step: int) -> None:
 
 
 def alone(e: Engine, request: MixedRequest) -> list[int]:
-    """The request's tokens with the engine to itself, from an empty prefix cache; self-speculation's are those of AR."""
+    """The request's tokens with the engine to itself, from an empty prefix cache; self-speculation's are AR's."""
     e.llm.reset_prefix_cache()
     mode = {"mode": Mode.AR.value} if request.writes_as_ar else {}
     params = diffusion_params(**{**request.settings, **mode}, detokenize=False)
