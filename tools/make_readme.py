@@ -133,7 +133,7 @@ def take_picture(readme: str) -> None:
     command = re.search(r"^(vllm-twotower trace .*)$", readme, re.MULTILINE)[1]
     with tempfile.TemporaryDirectory() as folder:
         page = pathlib.Path(folder) / "trace.html"
-        run_command(f"{command} --html {page}")
+        run_command(f"{command} --html {page}", VLLM_CPU_KVCACHE_SPACE="1")  # as README sets it
         page.write_text(page.read_text(encoding="utf-8").replace("</body>", HALF_WAY), encoding="utf-8")
         shoot = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,690", "--hide-scrollbars"]
         shoot += [f"--user-data-dir={folder}/profile", f"--screenshot={PICTURE}", f"file://{page}"]
