@@ -7,6 +7,8 @@ Legend: R rows, S canvas positions, C conv channels, K conv kernel, H heads, P h
     slots.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -196,6 +198,31 @@ def kernel_strides(name: str, tensor: torch.Tensor, *dims: str) -> dict[str, int
     return {f"{name}_{dim}_stride": tensor.stride(i) for i, dim in enumerate(dims)}
 
 
+def recurrence_arguments(inputs: ScanInputs) -> dict[str, Any]:
+    """What the kernels of a scan and of a replay are both launched with."""
+    x, dt, b, state = inputs.x_RSHP, inputs.dt_RSH, inputs.b_RSGN, inputs.state_ZHPN
+    heads, head_dim, state_size = state.shape[1:]
+    return {
+        "x_ptr": x,
+        "dt_ptr": dt,
+        "b_ptr": b,
+        "state_ptr": state,
+        "slot_ptr": inputs.slot_R.contiguous(),
+        "a_ptr": inputs.a_H.contiguous(),
+        "dt_bias_ptr": inputs.dt_bias_H.contiguous(),
+        "head_dim": head_dim,
+        "state_size": state_size,
+        "heads_per_group": heads // b.shape[2],
+        **kernel_strides("x", x, "row", "position", "head"),
+        **kernel_strides("dt", dt, "row", "position"),
+        **kernel_strides("b", b, "row", "position", "group"),
+        **kernel_strides("state", state, "slot", "head", "column"),
+        "PRECISION": PRECISION,
+        "BLOCK_S": max(DOT_MINIMUM, triton.next_power_of_2(x.shape[1])),
+        "num_warps": 4,
+    }
+
+
 def seeded_conv(inputs: ConvInputs) -> torch.Tensor:
     """See ``vllm_twotower.ops.seeded_conv``."""
     x_RSC, cache_ZKC = inputs.x_RSC, inputs.cache_ZKC
@@ -227,40 +254,23 @@ def seeded_conv(inputs: ConvInputs) -> torch.Tensor:
 
 def seeded_scan(inputs: ScanInputs, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """See ``vllm_twotower.ops.seeded_scan``."""
-    x, dt, b, c, state = inputs.x_RSHP, inputs.dt_RSH, inputs.b_RSGN, inputs.c_RSGN, inputs.state_ZHPN
-    check_unit_strides(x_RSHP=x, dt_RSH=dt, b_RSGN=b, c_RSGN=c, state_ZHPN=state)
+    x, c = inputs.x_RSHP, inputs.c_RSGN
+    check_unit_strides(x_RSHP=x, dt_RSH=inputs.dt_RSH, b_RSGN=inputs.b_RSGN, c_RSGN=c, state_ZHPN=inputs.state_ZHPN)
     num_rows, width, heads, head_dim = x.shape
-    groups, state_size = b.shape[2:]
     out_RSHP = torch.empty(num_rows, width, heads, head_dim, dtype=out_dtype, device=x.device)
     block_p = max(DOT_MINIMUM, min(SCAN_HEAD_DIM, triton.next_power_of_2(head_dim)))
     launch(
         _seeded_scan,
         (num_rows, heads, triton.cdiv(head_dim, block_p)),
-        x_ptr=x,
-        dt_ptr=dt,
-        b_ptr=b,
+        **recurrence_arguments(inputs),
         c_ptr=c,
-        state_ptr=state,
-        **kernel_strides("x", x, "row", "position", "head"),
-        **kernel_strides("dt", dt, "row", "position"),
-        **kernel_strides("b", b, "row", "position", "group"),
         **kernel_strides("c", c, "row", "position", "group"),
-        **kernel_strides("state", state, "slot", "head", "column"),
-        slot_ptr=inputs.slot_R.contiguous(),
-        a_ptr=inputs.a_H.contiguous(),
         skip_ptr=inputs.skip_H.contiguous(),
-        dt_bias_ptr=inputs.dt_bias_H.contiguous(),
         out_ptr=out_RSHP,
         width=width,
         heads=heads,
-        head_dim=head_dim,
-        state_size=state_size,
-        heads_per_group=heads // groups,
-        PRECISION=PRECISION,
         STAGES=SCAN_STAGES,
-        BLOCK_S=max(DOT_MINIMUM, triton.next_power_of_2(width)),
         BLOCK_P=block_p,
-        BLOCK_N=max(DOT_MINIMUM, min(SCAN_STATE_SLICE, triton.next_power_of_2(state_size))),
-        num_warps=4,
+        BLOCK_N=max(DOT_MINIMUM, min(SCAN_STATE_SLICE, triton.next_power_of_2(c.shape[3]))),
     )
     return out_RSHP

@@ -16,7 +16,13 @@ import triton.language as tl
 
 from vllm_twotower.ops.checks import check_unit_strides
 from vllm_twotower.ops.launch import launch
-from vllm_twotower.ops.seeded_scan.kernel import DOT_MINIMUM, PRECISION, kernel_strides, load_rows, softplus
+from vllm_twotower.ops.seeded_scan.kernel import (
+    DOT_MINIMUM,
+    kernel_strides,
+    load_rows,
+    recurrence_arguments,
+    softplus,
+)
 from vllm_twotower.ops.seeded_scan.reference import ScanInputs
 
 REPLAY_HEAD_DIM = 32
@@ -133,35 +139,18 @@ def state_replay(
     inputs: ScanInputs, *, raw_RSC: torch.Tensor, conv_cache_ZKC: torch.Tensor, num_tokens_R: torch.Tensor
 ) -> None:
     """See ``vllm_twotower.ops.state_replay``."""
-    x, dt, b, state = inputs.x_RSHP, inputs.dt_RSH, inputs.b_RSGN, inputs.state_ZHPN
-    check_unit_strides(x_RSHP=x, dt_RSH=dt, b_RSGN=b, state_ZHPN=state, raw_RSC=raw_RSC)
-    num_rows, width, heads, head_dim = x.shape
-    groups, state_size = b.shape[2:]
-    slot_R, num_tokens_R = inputs.slot_R.contiguous(), num_tokens_R.contiguous()
+    x, b = inputs.x_RSHP, inputs.b_RSGN
+    check_unit_strides(x_RSHP=x, dt_RSH=inputs.dt_RSH, b_RSGN=b, state_ZHPN=inputs.state_ZHPN, raw_RSC=raw_RSC)
+    num_rows, _, heads, head_dim = x.shape
+    num_tokens_R = num_tokens_R.contiguous()
     block_p = max(DOT_MINIMUM, min(REPLAY_HEAD_DIM, triton.next_power_of_2(head_dim)))
     launch(
         _replay_state,
         (num_rows, heads, triton.cdiv(head_dim, block_p)),
-        x_ptr=x,
-        dt_ptr=dt,
-        b_ptr=b,
-        slot_ptr=slot_R,
+        **recurrence_arguments(inputs),
         num_tokens_ptr=num_tokens_R,
-        a_ptr=inputs.a_H.contiguous(),
-        dt_bias_ptr=inputs.dt_bias_H.contiguous(),
-        state_ptr=state,
-        head_dim=head_dim,
-        state_size=state_size,
-        heads_per_group=heads // groups,
-        **kernel_strides("x", x, "row", "position", "head"),
-        **kernel_strides("dt", dt, "row", "position"),
-        **kernel_strides("b", b, "row", "position", "group"),
-        **kernel_strides("state", state, "slot", "head", "column"),
-        PRECISION=PRECISION,
-        BLOCK_S=max(DOT_MINIMUM, triton.next_power_of_2(width)),
         BLOCK_P=block_p,
-        BLOCK_N=max(DOT_MINIMUM, min(REPLAY_STATE_SLICE, triton.next_power_of_2(state_size))),
-        num_warps=4,
+        BLOCK_N=max(DOT_MINIMUM, min(REPLAY_STATE_SLICE, triton.next_power_of_2(b.shape[3]))),
     )
     num_taps, channels = conv_cache_ZKC.shape[1:]
     block_t = triton.next_power_of_2(num_taps)
@@ -170,7 +159,7 @@ def state_replay(
         _shift_window,
         (num_rows, triton.cdiv(channels, block_c)),
         raw_ptr=raw_RSC,
-        slot_ptr=slot_R,
+        slot_ptr=inputs.slot_R.contiguous(),
         num_tokens_ptr=num_tokens_R,
         cache_ptr=conv_cache_ZKC,
         channels=channels,
