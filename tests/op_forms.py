@@ -33,6 +33,12 @@ def every_form(kernel: Any | None, reference: ModuleType, cpp: ModuleType | None
     return pytest.mark.parametrize("form", forms)
 
 
+def every_size(*cases: dict[str, Any]) -> pytest.MarkDecorator:
+    """Run a test with ``sizes`` that are each of these changes to its usual ones, and named after them."""
+    named = [pytest.param(sizes, id=" ".join(f"{k}={v}" for k, v in sizes.items()) or "base") for sizes in cases]
+    return pytest.mark.parametrize("sizes", named)
+
+
 def kernels_of(module: ModuleType, *names: str, device: str | None = "cuda" if NATIVE else None) -> SimpleNamespace:
     """The named kernels of a ``kernel.py``, over copies on a device; as they are where there is none."""
     forms = {name: getattr(module, name) for name in names}

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.op_forms import every_form, kernels_of
+from tests.op_forms import every_form, every_size, kernels_of
 from tests.tolerances import BF16_OP, FP32_OP
 from vllm_twotower import ops
 from vllm_twotower.cpu.ops import seeded_scan as cpp
@@ -59,28 +59,22 @@ def expected_scan(case):
 
 
 @FORMS
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        pytest.param(s, id=" ".join(f"{k}={v}" for k, v in s.items()) or "base")
-        for s in [
-            {},
-            {"dtype": torch.bfloat16},
-            {"dtype": torch.float16},
-            {"rows": 1},
-            {"rows": 3},
-            {"width": 1},
-            {"width": 32},
-            {"width": 7},
-            {"heads": 6},
-            {"head_dim": 5},
-            {"head_dim": 33},
-            {"groups": 1},
-            {"groups": 4},
-            {"state_size": 3},
-            {"state_size": 40},
-        ]
-    ],
+@every_size(
+    {},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float16},
+    {"rows": 1},
+    {"rows": 3},
+    {"width": 1},
+    {"width": 32},
+    {"width": 7},
+    {"heads": 6},
+    {"head_dim": 5},
+    {"head_dim": 33},
+    {"groups": 1},
+    {"groups": 4},
+    {"state_size": 3},
+    {"state_size": 40},
 )
 def test_scan_is_the_recurrence_from_the_slots_state(form, sizes):
     case = scan_arguments(**sizes)
@@ -161,21 +155,15 @@ def conv_arguments(rows=2, width=16, channels=6, taps=4, bias=True, dtype=torch.
 
 @FORMS
 @DTYPES
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        pytest.param(s, id=" ".join(f"{k}={v}" for k, v in s.items()) or "base")
-        for s in [
-            {},
-            {"rows": 3},
-            {"width": 1},
-            {"width": 2},
-            {"width": 31},
-            {"channels": 130},
-            {"taps": 2},
-            {"bias": False},
-        ]
-    ],
+@every_size(
+    {},
+    {"rows": 3},
+    {"width": 1},
+    {"width": 2},
+    {"width": 31},
+    {"channels": 130},
+    {"taps": 2},
+    {"bias": False},
 )
 def test_conv_continues_the_contexts_inputs(form, dtype, sizes):
     case = conv_arguments(**sizes, dtype=dtype)

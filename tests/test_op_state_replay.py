@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.op_forms import every_form, kernels_of
+from tests.op_forms import every_form, every_size, kernels_of
 from tests.test_op_seeded_scan import difference, scan_arguments
 from tests.tolerances import BF16_OP, FP32_OP
 from vllm_twotower import ops
@@ -93,28 +93,22 @@ def test_every_number_of_tokens(form, width):
 
 
 @FORMS
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        pytest.param(s, id=" ".join(f"{k}={v}" for k, v in s.items()) or "base")
-        for s in [
-            {},
-            {"dtype": torch.bfloat16},
-            {"dtype": torch.float16},
-            {"heads": 6},
-            {"head_dim": 5},
-            {"head_dim": 33},
-            {"groups": 1},
-            {"groups": 4},
-            {"state_size": 3},
-            {"state_size": 72},
-            {"taps": 1},
-            {"taps": 2},
-            {"taps": 4},
-            {"channels": 1},
-            {"channels": 600},
-        ]
-    ],
+@every_size(
+    {},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float16},
+    {"heads": 6},
+    {"head_dim": 5},
+    {"head_dim": 33},
+    {"groups": 1},
+    {"groups": 4},
+    {"state_size": 3},
+    {"state_size": 72},
+    {"taps": 1},
+    {"taps": 2},
+    {"taps": 4},
+    {"channels": 1},
+    {"channels": 600},
 )
 def test_sizes_and_dtypes(form, sizes):
     check(form, *replay_arguments(num_tokens=[16, 0, 5, 2, 1], **sizes))
