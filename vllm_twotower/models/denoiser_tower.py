@@ -20,7 +20,6 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_mixer2 import Mixer2RMSNormGated, mamba_v2_sharded_weight_loader
-from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import composed_weight_loader, sharded_weight_loader
 from vllm.model_executor.models.nemotron_h import NemotronHMLP, NemotronHMoE
@@ -29,15 +28,13 @@ from vllm.platforms import current_platform
 
 from vllm_twotower.cpu.portable_moe import PortableMoE
 from vllm_twotower.models.conditioning import TimeConditioning
+from vllm_twotower.models.mamba import convolve, state_caches
 from vllm_twotower.ops import (
     UNMODULATED,
-    ConvInputs,
     Modulation,
-    ScanInputs,
     gate_add,
     modulate_norm,
     norm_modulate,
-    seeded_conv,
     seeded_scan,
 )
 from vllm_twotower.runtime.step import CanvasLayout
@@ -99,9 +96,8 @@ class DenoiserMamba(nn.Module):
                 f"mamba_num_heads={config.mamba_num_heads}: use a size that divides both"
             )
         self.heads = config.mamba_num_heads // tp_size
-        self.groups = config.n_groups // tp_size
         inner, groups = config.mamba_num_heads * config.mamba_head_dim, config.n_groups * config.ssm_state_size
-        self.inner, self.group_channels = inner // tp_size, groups // tp_size
+        self.inner, self.conv_channels = inner // tp_size, (inner + 2 * groups) // tp_size
         common: dict[str, Any] = {"bias": False, "quant_config": quant_config}
         sizes = [inner, inner, groups, groups, config.mamba_num_heads]
         self.in_proj = MergedColumnParallelLinear(config.hidden_size, sizes, prefix=f"{prefix}.in_proj", **common)
@@ -119,44 +115,23 @@ class DenoiserMamba(nn.Module):
     def forward(self, x_TD: torch.Tensor, context_mixer: Any, layout: CanvasLayout) -> torch.Tensor:
         """One canvas per row, seeded from ``context_mixer``'s cache."""
         projected, _ = self.in_proj(x_TD)
-        channels = self.inner + 2 * self.group_channels
-        gate_TC, xbc_TC, dt_TH = projected.split([self.inner, channels, self.heads], dim=-1)
-        conv_cache, ssm_cache, slot_R = self._seed(context_mixer, layout, xbc_TC)
-        conv_inputs = ConvInputs(
-            x_RSC=layout.pad(xbc_TC),
-            weight_CK=self.conv1d.weight.squeeze(1),
-            bias_C=self.conv1d.bias,
-            cache_ZKC=conv_cache,
-            slot_R=slot_R,
-        )
-        x, b, c = seeded_conv(conv_inputs).split([self.inner, self.group_channels, self.group_channels], dim=-1)
-        scan_inputs = ScanInputs(
-            x_RSHP=x.unflatten(-1, (self.heads, -1)),
-            dt_RSH=layout.pad(dt_TH),
-            a_H=self.A,
-            b_RSGN=b.unflatten(-1, (self.groups, -1)),
-            c_RSGN=c.unflatten(-1, (self.groups, -1)),
-            skip_H=self.D,
-            dt_bias_H=self.dt_bias,
-            state_ZHPN=ssm_cache,
-            slot_R=slot_R,
-        )
+        gate_TC, xbc_TC, dt_TH = projected.split([self.inner, self.conv_channels, self.heads], dim=-1)
+        caches, slot_R = self._find_seeds(context_mixer, layout, xbc_TC)
+        scan_inputs = convolve(self, layout.pad(xbc_TC), layout.pad(dt_TH), caches, slot_R)
         y_RSHP = seeded_scan(scan_inputs, out_dtype=gate_TC.dtype)
         out, _ = self.out_proj(self.norm(layout.unpad(y_RSHP.flatten(2)), gate_TC))
         return out
 
-    def _seed(
+    def _find_seeds(
         self, context_mixer: Any, layout: CanvasLayout, like: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
         """The caches of conv inputs, [Z, K - 1, C], and of SSM states, and each row's slot in them."""
         if not layout.mamba_slots:  # profile run: no cache yet
             head_dim, state_size = context_mixer.head_dim, context_mixer.ssm_state_size
             conv = like.new_zeros(1, context_mixer.conv_kernel_size - 1, like.shape[-1])
             ssm = like.new_zeros(1, self.heads, head_dim, state_size, dtype=torch.float32)
-            return conv, ssm, torch.zeros(layout.num_rows, dtype=torch.int64, device=like.device)
-        slot_R = layout.mamba_slots[context_mixer.prefix]
-        conv_cache, ssm_cache = context_mixer.kv_cache[:2]
-        return (conv_cache.transpose(1, 2) if is_conv_state_dim_first() else conv_cache), ssm_cache, slot_R
+            return (conv, ssm), torch.zeros(layout.num_rows, dtype=torch.int64, device=like.device)
+        return state_caches(context_mixer), layout.mamba_slots[context_mixer.prefix]
 
 
 def feed_forward(kind: str, config: Any, vllm_config: VllmConfig, prefix: str) -> nn.Module:

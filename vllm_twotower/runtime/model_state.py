@@ -27,6 +27,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_twotower import compat
 from vllm_twotower.config import EngineOptions, RequestOptions, mask_token_id_of
 from vllm_twotower.core import Mode, StepKind
+from vllm_twotower.models.mamba import mamba_mixers
 from vllm_twotower.runtime import denoise_graphs
 from vllm_twotower.runtime.canvas_table import CanvasTable, resolve_seed
 from vllm_twotower.runtime.denoise_graphs import CAPTURABLE_BACKENDS, DenoiseGraphs, can_capture
@@ -137,6 +138,13 @@ class TwoTowerModelState(MambaHybridModelState):
     ) -> dict[str, Any]:
         """Metadata of the step; in a denoise step not causal, for attention layers only."""
         step = self.step_of(input_batch)
+        if (seeds := self.find_seeds(step, input_batch)) is not None:
+            step.places = CanvasPlaces(
+                seq_lens_R=input_batch.seq_lens,
+                block_tables=block_tables,
+                slot_mappings_GT=slot_mappings,
+                mamba_slots=self.find_mamba_slots(*seeds, block_tables, kv_cache_config),
+            )
         if step.kind is StepKind.CONTEXT:
             metadata = super().prepare_attn(
                 input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, *args, **kwargs
@@ -144,12 +152,6 @@ class TwoTowerModelState(MambaHybridModelState):
             return metadata if step.verify is None else keep_states_of(step.verify, metadata)
         assert cudagraph_mode != CUDAGraphMode.FULL, "no graph of the context tower may replay in a denoise step"
         num_reqs = input_batch.num_reqs
-        step.places = CanvasPlaces(
-            seq_lens_R=input_batch.seq_lens,
-            block_tables=block_tables,
-            slot_mappings_GT=slot_mappings,
-            mamba_slots=self.find_mamba_slots(range(num_reqs), step.computed_np, block_tables, kv_cache_config),
-        )
         seq_lens_upper_bound = input_batch.seq_lens_cpu_upper_bound
         return build_attn_metadata(
             attn_groups=[[g for g in gs if not isinstance(g.kv_cache_spec, MambaSpec)] for gs in attn_groups],
@@ -167,6 +169,10 @@ class TwoTowerModelState(MambaHybridModelState):
             positions=input_batch.positions,
             causal=False,
         )
+
+    def find_seeds(self, step: Step, batch: InputBatch) -> tuple[Sequence[int], np.ndarray] | None:
+        """Rows whose Mamba states the step has to know the places of, and after how many tokens each; None if none."""
+        return (range(batch.num_reqs), step.computed_np) if step.kind is StepKind.DENOISE else None
 
     def _begin_verification(
         self,
@@ -192,15 +198,14 @@ class TwoTowerModelState(MambaHybridModelState):
         ends_np = step.computed_np[rows] + np.array(widths)
         slots = self.find_mamba_slots(rows, ends_np, block_tables, kv_cache_config)
         layout = CanvasLayout.from_widths(widths, self.device, mamba_slots=slots)
-        start_V = batch.query_start_loc[: batch.num_reqs][torch.tensor(rows, device=self.device)].long()
-        token_U = start_V[layout.row_T] + layout.column_T
-        slot_V = torch.tensor([step.slots[row] for row in rows], device=self.device)
-        last_V = self.last_sampled_tokens[slot_V].view(-1)
+        row_V = torch.tensor(rows, device=self.device)
+        token_U = batch.query_start_loc[row_V].long()[layout.row_T] + layout.column_T
+        last_V = self.last_sampled_tokens[batch.idx_mapping[row_V]].view(-1)
         canvas_VS = torch.cat([last_V[:, None], drafts_VS], dim=1)
         batch.input_ids[token_U] = canvas_VS[layout.row_T, layout.column_T].to(batch.input_ids.dtype)
         ask_for_logits(batch, step, rows)
         width_V = torch.tensor(widths, device=self.device)
-        return VerifyRows(rows=rows, layout=layout, token_U=token_U, draft_VS=drafts_VS, width_V=width_V)
+        return VerifyRows(rows=rows, row_V=row_V, layout=layout, token_U=token_U, draft_VS=drafts_VS, width_V=width_V)
 
     def find_mamba_slots(
         self,
@@ -260,8 +265,7 @@ class TwoTowerModelState(MambaHybridModelState):
             return
         if step is not None and step.verify is not None:
             verify = step.verify
-            row_V = torch.tensor(verify.rows, device=self.device)
-            replay_states(self.model.model.layers, verify, num_sampled[row_V].to(torch.int64))
+            replay_states(self.model.model.layers, verify, num_sampled[verify.row_V].to(torch.int64))
             num_sampled = num_sampled.clamp(max=1)
         super().postprocess_state(idx_mapping, num_sampled, num_computed_tokens)
 
@@ -269,9 +273,8 @@ class TwoTowerModelState(MambaHybridModelState):
         """Put the canvas sampler around vLLM's."""
         proposals = ProposalSampler(sampler, self.mask_token_id)
         self.last_sampled_tokens = sampler.req_states.last_sampled_tokens
-        for layer in self.model.model.layers:
-            if hasattr(layer.mixer, "ssm_state_size"):
-                verify_through(layer.mixer)
+        for mixer in mamba_mixers(self.model.model.layers):
+            verify_through(mixer)
         self._loop = self.make_loop(
             denoiser=self.model.denoiser,
             context_layers=self.model.model.layers,

@@ -87,7 +87,7 @@ class CanvasSampler:
             if step.verify is not None:
                 output = accept_drafts(output, step.verify, batch)
                 widths = [step.widths[row] - 1 for row in step.verify.rows]
-                self.stats.count_verification(widths, output.num_sampled[step.verify.rows] - 1)
+                self.stats.count_verification(widths, output.num_sampled[step.verify.row_V] - 1)
             if any(emits_nothing):
                 emits_nothing_R = torch.tensor(emits_nothing, device=output.num_sampled.device)
                 output.num_sampled = output.num_sampled.masked_fill(emits_nothing_R, 0)
@@ -154,7 +154,7 @@ def accept_drafts(output: SamplerOutput, verify: VerifyRows, batch: InputBatch) 
     column_S = torch.arange(verify.draft_VS.shape[1] + 1, device=device)
     index_RS = (start_R[:, None] + column_S).clamp(max=output.sampled_token_ids.shape[0] - 1)
     chosen_RS = output.sampled_token_ids[:, 0][index_RS]
-    row_V = torch.tensor(verify.rows, device=device)
+    row_V = verify.row_V
     is_draft_VS = column_S[1:] < verify.width_V[:, None]
     is_right_VS = (chosen_RS[row_V, :-1] == verify.draft_VS) & is_draft_VS
     num_accepted_V = is_right_VS.cumprod(dim=1).sum(dim=1)

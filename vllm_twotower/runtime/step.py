@@ -129,7 +129,9 @@ class VerifyRows:
 
     rows: list[int]
     """Their rows of the batch."""
-    layout: "CanvasLayout"
+    row_V: torch.Tensor
+    """The same, int64 [V]."""
+    layout: CanvasLayout
     """How their tokens lie among themselves, [U], and the slots of the states that they start from, by layer."""
     token_U: torch.Tensor
     """int64 [U], where their tokens are in the batch."""
@@ -138,8 +140,8 @@ class VerifyRows:
     width_V: torch.Tensor
     """int64 [V], tokens of each row with the known one."""
     kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """Name of a context Mamba layer -> its raw convolution inputs [U, C] and step sizes [U, H] over these tokens, from
-    which the state after any number of them follows; filled in by the forward."""
+    """Name of a context Mamba layer -> its raw convolution inputs [V, S, C] and step sizes [V, S, H] over these
+    tokens, from which the state after any number of them follows; filled in by the forward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +185,7 @@ class Step:
     computed_np: np.ndarray
     """int64 [R], tokens that the context held before the step."""
     places: CanvasPlaces | None = None
-    """Of a denoise step, once vLLM has its block tables."""
+    """Of a denoise step, and with split towers of a context step, once vLLM has its block tables."""
     rows: CanvasRows | None = None
     """Of a denoise step, before its forward."""
     layout: CanvasLayout | None = None

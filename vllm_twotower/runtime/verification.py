@@ -6,8 +6,7 @@ given the null block to read and write, and the rows' outputs are computed from 
 are (``ops.seeded_conv``, ``ops.seeded_scan``, as in a denoise pass). What the layers were fed is kept, and when the
 sampler has said how many tokens count, the states are replayed over exactly those.
 
-Legend: V rows that verify, U their tokens in batch order, S widest, C conv channels, H heads, P head dim, G groups,
-    N state.
+Legend: V rows that verify, U their tokens in batch order, S widest, C conv channels, H heads, P head dim.
 """
 
 import dataclasses
@@ -18,12 +17,12 @@ import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
-from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_twotower import compat
-from vllm_twotower.ops import ConvInputs, ScanInputs, seeded_conv, seeded_scan, state_replay
+from vllm_twotower.models.mamba import convolve, mamba_mixers, state_caches
+from vllm_twotower.ops import ScanInputs, seeded_scan, state_replay
 from vllm_twotower.runtime.step import Step, VerifyRows
 
 NULL_BLOCK = 0
@@ -67,7 +66,7 @@ def keep_states_of(verify: VerifyRows, metadata: dict[str, Any]) -> dict[str, An
 
 def _redirected(verify: VerifyRows, metadata: Mamba2AttentionMetadata) -> VerifyingMetadata:
     assert metadata.state_indices_tensor_p is not None, "a row of several tokens runs as a prefill"
-    row_V = torch.tensor(verify.rows, device=metadata.state_indices_tensor_p.device) - metadata.num_decodes
+    row_V = verify.row_V - metadata.num_decodes
     checkpoints = metadata.checkpoint_meta
     if checkpoints is not None:  # what such a row would leave behind as a state in the middle of a prompt
         checkpoints = dataclasses.replace(
@@ -90,50 +89,17 @@ def verify_through(mixer: MambaMixer2) -> None:
     compat.follow_mamba_scan(mixer, verify)
 
 
-def _caches(mixer: MambaMixer2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of conv inputs, [blocks, K - 1, C], and of SSM states, [blocks, H, P, N]."""
-    conv, ssm = mixer.kv_cache[:2]
-    return (conv.transpose(1, 2) if is_conv_state_dim_first() else conv), ssm
-
-
-def _split_inputs(mixer: MambaMixer2, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Raw convolution inputs [U, C] and step sizes [U, H] of projected tokens."""
-    sizes = [mixer.tped_intermediate_size, mixer.tped_conv_size, mixer.tped_dt_size]
-    _, xbc_UC, dt_UH = projected.split(sizes, dim=-1)
-    return xbc_UC, dt_UH
-
-
-def _scan_inputs(mixer: MambaMixer2, verify: VerifyRows, xbc_UC: torch.Tensor, dt_UH: torch.Tensor) -> ScanInputs:
-    """What the scan over the rows reads, after the convolution."""
-    conv_cache, ssm_cache = _caches(mixer)
-    slot_V = verify.layout.mamba_slots[mixer.prefix]
-    conv_inputs = ConvInputs(
-        x_RSC=verify.layout.pad(xbc_UC),
-        weight_CK=mixer.conv1d.weight.squeeze(1),
-        bias_C=mixer.conv1d.bias,
-        cache_ZKC=conv_cache,
-        slot_R=slot_V,
-    )
-    groups = mixer.n_groups // mixer.tp_size
-    inner, of_groups = mixer.tped_intermediate_size, groups * mixer.ssm_state_size
-    x, b, c = seeded_conv(conv_inputs).split([inner, of_groups, of_groups], dim=-1)
-    return ScanInputs(
-        x_RSHP=x.unflatten(-1, (-1, mixer.head_dim)),
-        dt_RSH=verify.layout.pad(dt_UH),
-        a_H=mixer.A,
-        b_RSGN=b.unflatten(-1, (groups, -1)),
-        c_RSGN=c.unflatten(-1, (groups, -1)),
-        skip_H=mixer.D,
-        dt_bias_H=mixer.dt_bias,
-        state_ZHPN=ssm_cache,
-        slot_R=slot_V,
-    )
-
-
 def _verify(mixer: MambaMixer2, verify: VerifyRows, projected: torch.Tensor, output: torch.Tensor) -> None:
-    xbc_UC, dt_UH = verify.kept[mixer.prefix] = _split_inputs(mixer, projected[verify.token_U])
-    y_VSHP = seeded_scan(_scan_inputs(mixer, verify, xbc_UC, dt_UH), out_dtype=output.dtype)
+    sizes = [mixer.tped_intermediate_size, mixer.tped_conv_size, mixer.tped_dt_size]
+    _, xbc_UC, dt_UH = projected[verify.token_U].split(sizes, dim=-1)
+    verify.kept[mixer.prefix] = verify.layout.pad(xbc_UC), verify.layout.pad(dt_UH)
+    y_VSHP = seeded_scan(_scan_inputs(mixer, verify), out_dtype=output.dtype)
     output[verify.token_U] = verify.layout.unpad(y_VSHP.flatten(2))
+
+
+def _scan_inputs(mixer: MambaMixer2, verify: VerifyRows) -> ScanInputs:
+    slot_V = verify.layout.mamba_slots[mixer.prefix]
+    return convolve(mixer, *verify.kept[mixer.prefix], state_caches(mixer), slot_V)
 
 
 def replay_states(layers: nn.ModuleList, verify: VerifyRows, num_tokens_V: torch.Tensor) -> None:
@@ -145,13 +111,10 @@ def replay_states(layers: nn.ModuleList, verify: VerifyRows, num_tokens_V: torch
         num_tokens_V: int64 [V], tokens that count: the known one and the accepted drafts.
 
     """
-    for layer in layers:
-        mixer: Any = layer.mixer
-        if hasattr(mixer, "ssm_state_size"):
-            xbc_UC, dt_UH = verify.kept[mixer.prefix]
-            state_replay(
-                _scan_inputs(mixer, verify, xbc_UC, dt_UH),
-                raw_RSC=verify.layout.pad(xbc_UC),
-                conv_cache_ZKC=_caches(mixer)[0],
-                num_tokens_R=num_tokens_V,
-            )
+    for mixer in mamba_mixers(layers):
+        state_replay(
+            _scan_inputs(mixer, verify),
+            raw_RSC=verify.kept[mixer.prefix][0],
+            conv_cache_ZKC=state_caches(mixer)[0],
+            num_tokens_R=num_tokens_V,
+        )

@@ -20,6 +20,7 @@ from torch import nn
 from vllm.forward_context import get_forward_context
 
 from vllm_twotower import compat
+from vllm_twotower.models.mamba import mamba_mixers
 from vllm_twotower.split.placement import TowerPlacement
 
 
@@ -55,7 +56,7 @@ class TowerLink:
         self.traffic = Traffic()
         mixers: list[Any] = [layer.mixer for layer in layers]
         self._attention = [mixer.attn for mixer in mixers if hasattr(mixer, "attn")]
-        self._mamba = [mixer for mixer in mixers if hasattr(mixer, "ssm_state_size")]
+        self._mamba = mamba_mixers(layers)
         self._written: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if placement.has_context:
             for attention in self._attention:

@@ -1,19 +1,18 @@
 """A worker's step with the towers on different ranks: what a context forward has written crosses to the denoiser's."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_twotower.core import Mode, StepKind
 from vllm_twotower.runtime.model_state import TwoTowerModelState
-from vllm_twotower.runtime.step import CanvasPlaces, Step
+from vllm_twotower.runtime.step import Step
 from vllm_twotower.split.denoise_loop import SplitDenoiseLoop
 from vllm_twotower.split.link import ContextHandover, TowerLink
 from vllm_twotower.split.sampler import SplitCanvasSampler
@@ -28,30 +27,11 @@ class SplitModelState(TwoTowerModelState):
         self.make_loop = functools.partial(SplitDenoiseLoop, link=self.link)
         self.make_sampler = functools.partial(SplitCanvasSampler, link=self.link)
 
-    def prepare_attn(
-        self,
-        input_batch: InputBatch,
-        cudagraph_mode: CUDAGraphMode,
-        block_tables: tuple[torch.Tensor, ...],
-        slot_mappings: torch.Tensor,
-        attn_groups: list[list[Any]],
-        kv_cache_config: KVCacheConfig,
-        *args: Any,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """As the base class's; of a context step the places of the states that it leaves behind are noted."""
-        step = self.step_of(input_batch)
+    def find_seeds(self, step: Step, batch: InputBatch) -> tuple[Sequence[int], np.ndarray] | None:
+        """As the base class's; of a context step those states that it leaves for denoise steps, which cross."""
         if step.kind is StepKind.CONTEXT:
-            rows, computed_np = _find_rows_to_denoise_next(step, input_batch)
-            step.places = CanvasPlaces(
-                seq_lens_R=input_batch.seq_lens,
-                block_tables=block_tables,
-                slot_mappings_GT=slot_mappings,
-                mamba_slots=self.find_mamba_slots(rows, computed_np, block_tables, kv_cache_config),
-            )
-        return super().prepare_attn(
-            input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, *args, **kwargs
-        )
+            return _find_rows_to_denoise_next(step, batch)
+        return super().find_seeds(step, batch)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """As the base class's; in a context step what has to cross after the forward."""
