@@ -164,16 +164,13 @@ class ReferenceRun:
     """``oracle/reference.py`` over the plain towers, request after request."""
 
     def __init__(self, model: pathlib.Path, max_tokens: int) -> None:
-        from safetensors.torch import load_file
         from tokenizers import Tokenizer
 
-        from vllm_twotower.oracle.plain_towers import PlainTwoTower, TowerShape
+        from vllm_twotower.oracle.plain_towers import PlainTwoTower
 
-        config = json.loads((model / "config.json").read_text())
-        weights = {name: tensor.float() for name, tensor in load_file(model / "model.safetensors").items()}
-        self.towers = PlainTwoTower(weights, TowerShape.from_config(config))
+        self.towers = PlainTwoTower.load(model)
         self.tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-        self.eos, self.max_tokens = config["eos_token_id"], max_tokens
+        self.eos, self.max_tokens = json.loads((model / "config.json").read_text())["eos_token_id"], max_tokens
 
     @torch.inference_mode()
     def run(self, prompts: Sequence[str], batch: int) -> Timing:

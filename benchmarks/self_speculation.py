@@ -7,11 +7,9 @@ Counts only, no times: what a forward costs depends on the machine, how many tok
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from benchmarks.markdown_table import table
@@ -19,7 +17,7 @@ from benchmarks.paths import RESULTS
 from benchmarks.quality_parts.questions import held_out
 from tools.demo_training.text import documents
 from vllm_twotower.commands.cli import DEMO_MODEL
-from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower, TowerShape
+from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower
 from vllm_twotower.oracle.reference import choose_token
 from vllm_twotower.oracle.self_speculation import AR_PASS, SelfSpeculation
 
@@ -90,8 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--per-family", type=int, default=16, help="questions of each of the 11 families")
     args = parser.parse_args()
-    weights = {name: tensor.float() for name, tensor in load_file(DEMO_MODEL / "model.safetensors").items()}
-    towers = PlainTwoTower(weights, TowerShape.from_config(json.loads((DEMO_MODEL / "config.json").read_text())))
+    towers = PlainTwoTower.load(DEMO_MODEL)
     tokenizer = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
     lines = [
         "# Self-speculation on the demo model",

@@ -12,13 +12,12 @@ import os
 from dataclasses import dataclass
 
 import pytest
-from safetensors.torch import load_file
 
 from tests.harness.engine import AlwaysDraft, start_engine
 from tests.near_ties import can_replay, check_same, replay
 from tests.request_mixes import alone, draw_mix, longest_queue_allowed, longest_wait_allowed, play, set_timing
 from vllm_twotower.core import Mode
-from vllm_twotower.oracle.plain_towers import PlainTwoTower, TowerShape
+from vllm_twotower.oracle.plain_towers import PlainTwoTower
 
 QUORUMS = (0, 0.4, 1)
 PASSES_PER_STEP = (1, 4)
@@ -30,7 +29,7 @@ FIRST_MIX = int(os.environ.get("TWOTOWER_FIRST_MIX", "1000"))
 
 @pytest.fixture(scope="module")
 def plain(tiny_moe):
-    return PlainTwoTower(load_file(tiny_moe.path / "model.safetensors"), TowerShape.from_config(tiny_moe.config))
+    return PlainTwoTower.load(tiny_moe.path)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,11 @@
 what is refused."""
 
 import pytest
-from safetensors.torch import load_file
 from vllm.exceptions import VLLMValidationError
 
 from tests.harness.engine import MAX_MODEL_LEN, start_engine
 from vllm_twotower import diffusion_params
-from vllm_twotower.oracle.plain_towers import PlainTwoTower, TowerShape
+from vllm_twotower.oracle.plain_towers import PlainTwoTower
 from vllm_twotower.oracle.reference import MaskDiffusion
 
 CANVAS, KV_BLOCK, VOCAB, MASK, EOS = 16, 128, 512, 3, 2
@@ -23,7 +22,7 @@ def e(tiny_moe):
 
 @pytest.fixture(scope="module")
 def model(tiny_moe):
-    return PlainTwoTower(load_file(tiny_moe.path / "model.safetensors"), TowerShape.from_config(tiny_moe.config))
+    return PlainTwoTower.load(tiny_moe.path)
 
 
 def params(max_tokens=CANVAS + 1, **more):

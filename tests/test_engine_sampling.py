@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.demo_questions import LONG
 from tests.harness.engine import start_engine
 from vllm_twotower import diffusion_params
 from vllm_twotower.oracle.logits_rules import LogitsRules
-from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower, TowerShape
+from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower
 from vllm_twotower.oracle.reference import MaskDiffusion, generate_mask_diffusion
 
 MAX_TOKENS = 32
@@ -16,7 +15,7 @@ MAX_TOKENS = 32
 
 @pytest.fixture(scope="module")
 def model(tiny_mlp):
-    return PlainTwoTower(load_file(tiny_mlp.path / "model.safetensors"), TowerShape.from_config(tiny_mlp.config))
+    return PlainTwoTower.load(tiny_mlp.path)
 
 
 def reference(model, prompt, rules=None, **settings):

@@ -8,13 +8,12 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.near_ties import NEAR, check_same, legal_ties, replay
 from tests.request_mixes import MixedRequest
 from vllm_twotower.core import MASK_TOKEN_ID, Mode
 from vllm_twotower.oracle.logits_rules import LogitsRules
-from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower, TowerShape
+from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower
 from vllm_twotower.oracle.reference import MaskDiffusion, generate_greedy
 
 MAX_TOKENS = 8
@@ -23,7 +22,7 @@ MAX_TOKENS = 8
 @pytest.fixture(scope="module")
 def model(tiny_moe):
     with torch.inference_mode():
-        yield PlainTwoTower(load_file(tiny_moe.path / "model.safetensors"), TowerShape.from_config(tiny_moe.config))
+        yield PlainTwoTower.load(tiny_moe.path)
 
 
 def request_of(mode="mask_diffusion", **settings):

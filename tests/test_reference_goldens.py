@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests.tolerances import GOLDEN_LOGITS
 from vllm_twotower.core import MASK_TOKEN_ID
-from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower, TowerShape
+from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower
 from vllm_twotower.oracle.reference import MaskDiffusion, generate_greedy
 
 
@@ -20,7 +20,7 @@ def golden(request):
 @pytest.fixture
 def model(golden):
     with torch.inference_mode():
-        yield PlainTwoTower(load_file(golden.path / "model.safetensors"), TowerShape.from_config(golden.config))
+        yield PlainTwoTower.load(golden.path)
 
 
 def test_every_mask_diffusion_case(golden, model):

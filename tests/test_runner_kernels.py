@@ -180,12 +180,24 @@ def test_temperatures_and_greedy_tokens(seed):
     gumbel.apply_temperature(divided[0], b.idx_mapping, temperature)
     plain.apply_temperature(divided[1], b.idx_mapping, temperature)
     assert torch.equal(*divided)
-    greedy, state = torch.zeros(SLOTS), torch.zeros(SLOTS, dtype=torch.int64)
-    drawn = gumbel.gumbel_sample(logits, b.idx_mapping, greedy, state, state[: b.num_reqs], False, False)
-    sample = plain.drawing_by(lambda *args: args)
-    assert torch.equal(sample(logits, b.idx_mapping, greedy, state), drawn)
-    hot = torch.ones(SLOTS)
-    assert sample(logits, b.idx_mapping, hot, state) == (logits, b.idx_mapping, hot, state), "drawing keeps its kernel"
+    greedy, seed, pos = torch.zeros(SLOTS), integers(b.generator, -(2**31), 2**31 - 1, SLOTS).long(), b.idx_mapping + 5
+    seed = seed << 31 ^ seed
+    for hot in (greedy, temperature):
+        arguments = (logits, b.idx_mapping, hot, seed, pos, False, False)
+        assert torch.equal(gumbel.gumbel_sample(*arguments), plain.gumbel_sample(*arguments))
+
+
+def test_noise_is_vllms_wherever_it_can_decide():
+    """A token is chosen by the largest noise of many, so it is compared over a real vocabulary, drawn flat."""
+    rows, vocab = 4, 131_072
+    slot, flat = torch.arange(rows, dtype=torch.int32), torch.zeros(rows, vocab)
+    seed, pos = torch.tensor([0, -1, 2**62 + 12345, -(2**63)]), torch.tensor([0, 1, 4095, 2**31 - 1])
+    drawn = gumbel.gumbel_sample(flat, slot, torch.ones(rows), seed, pos, False, False)
+    noise = plain.gumbel_noise(seed, pos, vocab)
+    assert torch.equal(noise.argmax(dim=-1), drawn)
+    assert noise.isfinite().all()
+    assert noise.mean() == pytest.approx(0.5772, abs=0.01)
+    assert noise.var() == pytest.approx(1.6449, abs=0.03)
 
 
 @few

@@ -1,11 +1,9 @@
 """The plain algorithm over the demo model's plain towers: AR's own tokens, whatever drafts them."""
 
-import json
 import random
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from benchmarks.quality_parts.questions import held_out
@@ -14,7 +12,7 @@ from tests.tolerances import REPLAY
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.core import MASK_TOKEN_ID
 from vllm_twotower.oracle.logits_rules import LogitsRules
-from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower, TowerShape
+from vllm_twotower.oracle.plain_towers import ContextCache, PlainTwoTower
 from vllm_twotower.oracle.reference import choose_token
 from vllm_twotower.oracle.self_speculation import AR_PASS, SelfSpeculation
 
@@ -34,8 +32,7 @@ ADAPTIVE = {"stop_above": 10.0, "stop_below": 2.5}
 @pytest.fixture(scope="module")
 def model():
     torch.set_num_threads(1)
-    weights = {name: tensor.float() for name, tensor in load_file(DEMO_MODEL / "model.safetensors").items()}
-    return PlainTwoTower(weights, TowerShape.from_config(json.loads((DEMO_MODEL / "config.json").read_text())))
+    return PlainTwoTower.load(DEMO_MODEL)
 
 
 @pytest.fixture(scope="module")

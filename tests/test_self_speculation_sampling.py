@@ -3,10 +3,14 @@
 import pytest
 from vllm.sampling_params import StructuredOutputsParams
 
+from benchmarks.quality_parts.questions import held_out
 from tests.demo_questions import LONG, OPEN, SHORT
 from tests.harness.engine import AlwaysDraft, start_engine
 from tests.test_self_speculation import params
 from vllm_twotower.commands.cli import DEMO_MODEL
+from vllm_twotower.decoding.drafts import HINT_THRESHOLD
+from vllm_twotower.oracle.plain_towers import PlainTwoTower
+from vllm_twotower.oracle.self_speculation import SelfSpeculation
 
 QUESTIONS = [LONG, SHORT, OPEN, "It is Monday. Move by days: -2 +3 +3 +5 -6 -1 -8\nAnswer:"]
 SAMPLING = {
@@ -42,20 +46,67 @@ def test_every_sampling_parameter_is_ars(demo, sampling):
     assert demo.stats()["accepted_tokens"] > 0, "else nothing is shown"
 
 
-def test_questions_take_a_fraction_of_ars_forwards(demo):
-    """And what is counted adds up to the tokens that came out; EOS inside a draft ends the request."""
-    prompts = [demo.llm.get_tokenizer().encode(text) for text in QUESTIONS[:2]]
-    settings = {"max_tokens": 64, "ignore_eos": False}
-    expected = demo.tokens(prompts, params("ar", **settings))
-    assert {tokens[-1] for tokens in expected} == {2}
+def ask(e, mode, prompts, temperature):
+    """Answers, each with a seed of its own."""
+    settings = [
+        params(mode, max_tokens=96, ignore_eos=False, temperature=temperature, seed=i) for i in range(len(prompts))
+    ]
+    return e.tokens(prompts, settings, max_steps=5000)
+
+
+@pytest.mark.parametrize(("temperature", "per_family", "least"), [(0.0, 16, 3.8), (0.7, 8, 3.7), (1.0, 8, 3.5)])
+def test_held_out_questions_take_a_fraction_of_ars_forwards(demo, temperature, per_family, least):
+    """Of either tower; the prompt's own forward is left out."""
+    prompts = [demo.llm.get_tokenizer().encode(item.prompt) for item in held_out(per_family)]
+    expected = ask(demo, "ar", prompts, temperature)
     demo.stats()
-    for prompt, tokens in zip(prompts, expected, strict=True):
-        assert demo.tokens([prompt], params("self_speculation", **settings)) == [tokens]
-        stats = demo.stats()
-        rounds = stats["drafts"]
-        assert rounds + stats["accepted_tokens"] >= len(tokens) - 1
-        assert 2.5 * rounds < len(tokens), f"{len(tokens)} tokens in {rounds} rounds"
-        assert stats["denoise_forwards"] == stats["denoise_steps"] == rounds
+    assert ask(demo, "self_speculation", prompts, temperature) == expected
+    stats = demo.stats()
+    assert stats["denoise_passes"] == stats["drafts"]
+    forwards = stats["denoise_passes"] + stats["context_passes"] - len(prompts)
+    assert sum(map(len, expected)) / forwards > least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"enable_prefix_caching": False},
+        {"max_num_batched_tokens": 48, "max_num_seqs": 16},
+        {"max_num_batched_tokens": 50, "max_num_seqs": 16},
+        {"num_gpu_blocks_override": 24},
+    ],
+    ids=["no prefix caching", "48 tokens a step", "50 tokens a step", "preemption"],
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_held_out_questions_under_pressure(settings, temperature):
+    with start_engine(DEMO_MODEL, skip_tokenizer_init=False, **settings) as e:
+        e.scheduler.draft_policy = AlwaysDraft()
+        prompts = [e.llm.get_tokenizer().encode(item.prompt) for item in held_out(16 if not temperature else 6)]
+        if "num_gpu_blocks_override" in settings:  # all grow out of their first block
+            prompts = [(8 * prompt)[-120:] for prompt in prompts]
+        expected = ask(e, "ar", prompts, temperature)
+        e.num_preemptions = 0
+        assert ask(e, "self_speculation", prompts, temperature) == expected
+        assert (e.num_preemptions > 0) == ("num_gpu_blocks_override" in settings)
+
+
+def test_rounds_are_the_oracles():
+    """Draft by draft: the same number of rounds, and as many accepted; what is counted adds up to what came out."""
+    towers = PlainTwoTower.load(DEMO_MODEL)
+    asked = params("self_speculation", max_tokens=64, ignore_eos=False)
+    # a canvas is not cut at a block of states here, as the oracle cuts none
+    with start_engine(DEMO_MODEL, skip_tokenizer_init=False, enable_prefix_caching=False) as e:
+        e.scheduler.draft_policy = AlwaysDraft()
+        for item in held_out(1):
+            prompt = e.llm.get_tokenizer().encode(item.prompt)
+            oracle = towers.speculate(prompt, 64, SelfSpeculation(eos_token_id=2, hint_threshold=HINT_THRESHOLD))
+            (tokens,) = e.tokens([prompt], asked)
+            assert tokens == list(oracle.token_ids)
+            stats = e.stats()
+            assert stats["drafts"] == len(oracle.rounds)
+            assert stats["accepted_tokens"] == sum(one.num_accepted for one in oracle.rounds)
+            assert stats["denoise_forwards"] == stats["denoise_steps"] == stats["drafts"]
 
 
 def test_structured_output_decodes_as_ar(demo):

@@ -17,6 +17,12 @@ import torch
 
 PAD_SLOT = -1
 
+DRAWN_ROWS = 64
+"""Most rows whose noise exists at once: 0.3 GiB of temporaries at a vocabulary of 131,072."""
+
+_LOW_32 = 0xFFFFFFFF
+_BELOW_1 = 1 - 2.0**-24  # the largest uniforms round to 1
+
 
 def rows_of_tokens(query_start_loc: torch.Tensor, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The row of each scheduled token, int64 [T], and its offset in that row, int64 [T]."""
@@ -211,17 +217,59 @@ def apply_temperature(logits: torch.Tensor, expanded_idx_mapping: torch.Tensor, 
     logits /= divisor.where(divisor != 0, 1.0)[:, None]
 
 
-def drawing_by(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Tokens int64 [N] (``gumbel.gumbel_sample``), by that function unless every row is greedy."""
+def gumbel_sample(
+    logits: torch.Tensor,
+    expanded_idx_mapping: torch.Tensor,
+    temperature: torch.Tensor,
+    seed: torch.Tensor,
+    pos: torch.Tensor,
+    apply_temperature: bool,
+    is_drafting: bool = False,
+    use_fp64: bool = False,
+) -> torch.Tensor:
+    """Tokens int64 [N]: the likeliest, or the Gumbel maximum where the row has a temperature (``gumbel.gumbel_sample``;
+    vLLM draws drafts and 64-bit noise for nobody here)."""
+    assert not apply_temperature
+    assert not is_drafting
+    assert not use_fp64
+    logits = logits.float()
+    token_N = logits.max(dim=-1).indices
+    for rows in temperature[expanded_idx_mapping].nonzero().squeeze(1).split(DRAWN_ROWS):
+        noise_NV = gumbel_noise(seed[expanded_idx_mapping[rows]], pos[rows], logits.shape[1])
+        token_N[rows] = (logits[rows] + noise_NV).max(dim=-1).indices
+    return token_N
 
-    def gumbel_sample(
-        logits: torch.Tensor, expanded_idx_mapping: torch.Tensor, temperature: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        if temperature[expanded_idx_mapping].any():
-            return draw(logits, expanded_idx_mapping, temperature, *args, **kwargs)
-        return logits.float().max(dim=-1).indices
 
-    return gumbel_sample
+def gumbel_noise(seed_N: torch.Tensor, pos_N: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """vLLM's noise for a seed, int64 [N], and a position, int64 [N]; float32 [N, V].
+
+    -log(-log(1 - u)), where u is the MurmurHash3 of seed, position and token (``gumbel.murmur3_uniform32``).
+    """
+    hash_N = torch.zeros_like(seed_N)
+    for word in (seed_N & _LOW_32, seed_N >> 32 & _LOW_32, pos_N.long() & _LOW_32):
+        hash_N = _mix(hash_N, word)
+    bits_NV = _finish(_mix(hash_N[:, None], torch.arange(vocab_size, device=seed_N.device)))
+    uniform_NV = (bits_NV >> 16).float() * 2.0**-16 + ((bits_NV & 0xFFFF).float() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform_NV.clamp(max=_BELOW_1)))
+
+
+def _mix(hash_: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
+    """One round of MurmurHash3 (x86, 32 bits), in int64."""
+    word = word * 0xCC9E2D51 & _LOW_32
+    word = _rotate(word, 15) * 0x1B873593 & _LOW_32
+    return _rotate(hash_ ^ word, 13) * 5 + 0xE6546B64 & _LOW_32
+
+
+def _rotate(word: torch.Tensor, by: int) -> torch.Tensor:
+    return (word << by | word >> 32 - by) & _LOW_32
+
+
+def _finish(hash_: torch.Tensor) -> torch.Tensor:
+    """Its last rounds, after 16 bytes."""
+    hash_ = hash_ ^ 16
+    hash_ = (hash_ ^ hash_ >> 16) * 0x85EBCA6B & _LOW_32
+    hash_ = (hash_ ^ hash_ >> 13) * 0xC2B2AE35 & _LOW_32
+    return hash_ ^ hash_ >> 16
 
 
 def get_num_sampled_and_rejected(

@@ -154,7 +154,7 @@ def use_torch_for_runner_kernels() -> None:
         (KVBlockZeroer, "zero_block_ids", plain.zero_block_ids),
         (states, "apply_temperature", plain.apply_temperature),
         (sampler, "get_num_sampled_and_rejected", plain.get_num_sampled_and_rejected),
-        (sampler, "gumbel_sample", plain.drawing_by(sampler.gumbel_sample)),
+        (sampler, "gumbel_sample", plain.gumbel_sample),
         (context, "run_fused_precopy", plain.copying_before_by(context.run_fused_precopy)),
         (context, "run_fused_postprocess_align", plain.copying_after_by(context.run_fused_postprocess_align)),
         (mamba_hybrid, "preprocess_mamba_align_fused_kernel", plain.advance_mamba_blocks),

@@ -9,13 +9,16 @@ Legend: B batch, L tokens, S canvas positions, D hidden, V vocabulary; Mamba: H 
     C = H*P + 2*G*N conv channels, K conv kernel; attention: Q query heads, J KV heads, d head dim.
 """
 
+import json
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from vllm_twotower.core import TIMESTEP_FEATURES, TIMESTEP_MAX_PERIOD, TIMESTEP_SCALE
 from vllm_twotower.oracle.reference import DecodingResult, MaskDiffusion, generate_mask_diffusion
@@ -101,6 +104,12 @@ class PlainTwoTower:
     def __init__(self, weights: Mapping[str, torch.Tensor], shape: TowerShape) -> None:
         self.weights = weights
         self.shape = shape
+
+    @classmethod
+    def load(cls, folder: pathlib.Path) -> Self:
+        """Load a checkpoint of one file, in fp32."""
+        weights = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+        return cls(weights, TowerShape.from_config(json.loads((folder / "config.json").read_text())))
 
     def extend_context(self, tokens_BL: torch.Tensor, cache: ContextCache) -> torch.Tensor:
         """Run the context tower causally over new tokens, advance ``cache``, return the final hidden states [B, L,

@@ -36,19 +36,27 @@ class CanvasTable:
         self.threshold_B = torch.zeros(num_slots, dtype=torch.float32, device=device)
         self.temperature_B = torch.zeros(num_slots, dtype=torch.float32, device=device)
         self.seed_B = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        # of self-speculation: what of the last draft may hold, and of which position its first token is; -1: nothing
+        self.hint_BS = torch.zeros_like(self.token_BS)
+        self.hint_position_B = torch.full_like(self.pass_index_B, -1)
+        self._column_S = torch.arange(max_width, device=device)
         self._started: dict[int, bool] = {}
         self._undecided: dict[int, int] = {}
         self._pass_index: dict[int, int] = {}
         self._random: dict[int, bool] = {}
+        self._draws_as_ar: dict[int, bool] = {}
         self._drafts: set[int] = set()
 
     def add_request(self, slot: int, options: RequestOptions, temperature: float, seed: int) -> None:
         """Put a request's settings into its slot; its canvas starts with its next denoise step."""
         self.max_steps_B[slot] = options.max_steps
         self.threshold_B[slot] = options.confidence_threshold
-        self.temperature_B[slot] = temperature
+        is_drafted = options.mode is Mode.SELF_SPECULATION
+        self.temperature_B[slot] = 0 if is_drafted else temperature  # drafts are drawn as AR draws
         self.seed_B[slot] = seed
-        self._random[slot] = temperature > 0
+        self.hint_position_B[slot] = -1
+        self._random[slot] = temperature > 0 and not is_drafted
+        self._draws_as_ar[slot] = temperature > 0 and is_drafted
         self._started[slot] = False
         self._drafts.discard(slot)
 
@@ -61,8 +69,22 @@ class CanvasTable:
         self._drafts -= set(slots)
         return self.token_BS[torch.tensor(slots, dtype=torch.int64, device=self.device), 1:]
 
+    def keep_hints(self, step: Step, hint_VS: torch.Tensor, num_kept_V: torch.Tensor) -> None:
+        """Keep hints for those canvases that start right behind what was verified; the others start without.
+
+        Args:
+            step: with the rows that verified.
+            hint_VS: int64 [V, S], the mask id where there is none.
+            num_kept_V: int [V], tokens of each verified canvas that the context keeps.
+
+        """
+        assert step.verify is not None
+        slot_V = torch.tensor([step.slots[row] for row in step.verify.rows], device=self.device)
+        self.hint_BS[slot_V] = hint_VS
+        self.hint_position_B[slot_V] = torch.from_numpy(step.computed_np[step.verify.rows]).to(self.device) + num_kept_V
+
     def gather(self, step: Step, slot_R: torch.Tensor, last_token_R: torch.Tensor | None) -> CanvasRows:
-        """The rows of a denoise step; a canvas that has not started yet is all mask.
+        """The rows of a denoise step; a canvas that has not started yet is all mask, but for hints.
 
         Args:
             step: of which rows, widths and positions are read.
@@ -71,15 +93,23 @@ class CanvasTable:
                 there are no such rows.
 
         """
-        slots, widths = step.slots, step.widths
-        for slot, width in zip(slots, widths, strict=True):
-            if not self._started[slot]:
-                self.token_BS[slot] = 0
-                self.token_BS[slot, :width] = self.mask_token_id
-                self.pass_index_B[slot] = 0
-                self._started[slot] = True
-                self._undecided[slot], self._pass_index[slot] = (1 << width) - 1, 0
-        token_RS = self.token_BS[slot_R]
+        slots = step.slots
+        width_R = torch.tensor(step.widths, device=self.device)
+        first_position_R = torch.from_numpy(step.computed_np).to(self.device)
+        token_RS, pass_index_R = self.token_BS[slot_R], self.pass_index_B[slot_R]
+        starts = [not self._started[slot] for slot in slots]
+        if any(starts):
+            starts_R = torch.tensor(starts, device=self.device)
+            empty_RS = torch.where(self._column_S < width_R[:, None], self.mask_token_id, 0)
+            if last_token_R is not None:
+                hinted_R = self.hint_position_B[slot_R] == first_position_R
+                is_hinted_RS = hinted_R[:, None] & (empty_RS == self.mask_token_id)
+                empty_RS = torch.where(is_hinted_RS, self.hint_BS[slot_R], empty_RS)
+            token_RS = torch.where(starts_R[:, None], empty_RS, token_RS)
+            pass_index_R = pass_index_R.masked_fill(starts_R, 0)
+            for slot, width, is_new in zip(slots, step.widths, starts, strict=True):
+                if is_new:  # where hints are the host does not know
+                    self._undecided[slot], self._pass_index[slot] = (1 << width) - 1, 0
         mock_ar_RS = torch.zeros_like(token_RS, dtype=torch.bool)
         known_RS = mock_ar_RS
         undecided = [self._undecided[slot] for slot in slots]
@@ -93,19 +123,20 @@ class CanvasTable:
         return CanvasRows(
             slots=slots,
             slot_R=slot_R,
-            width_R=torch.tensor(widths, device=self.device),
-            first_position_R=torch.from_numpy(step.computed_np).to(self.device),
+            width_R=width_R,
+            first_position_R=first_position_R,
             slots_np=np.array(slots, dtype=np.int64),
-            seq_lens_np=step.computed_np + np.array(widths),
+            seq_lens_np=step.computed_np + np.array(step.widths),
             token_RS=token_RS,
             mock_ar_RS=mock_ar_RS,
             known_RS=known_RS,
-            pass_index_R=self.pass_index_B[slot_R],
+            pass_index_R=pass_index_R,
             max_steps_R=self.max_steps_B[slot_R],
             threshold_R=self.threshold_B[slot_R],
             temperature_R=self.temperature_B[slot_R],
             seed_R=self.seed_B[slot_R],
             any_random=any(self._random[slot] for slot in slots),
+            any_drawn_as_ar=any(self._draws_as_ar[slot] for slot in slots),
             undecided=undecided,
             passes_before=[self._pass_index[slot] for slot in slots],
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.v1.worker.gpu.sample import sampler as vllm_sampler
 from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
 from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
@@ -87,6 +88,8 @@ class ProposalSampler:
             tile, logits_NV, raw_NV = tile.only(wanted_N), processed_NV[wanted_N], raw_NV[wanted_N]
         draw = tile.draw() if tile.rows.any_random else None
         sample = canvas_sample(logits_NV, self.mask_token_id, draw, None if draw is None else self._shaping(tile))
+        if tile.rows.any_drawn_as_ar:
+            sample = self._draw_drafts(logits_NV, tile, sample)
         if self.logprobs.wanted(tile.rows.slots_np):
             logits_NV[:, self.mask_token_id] = float("-inf")
             raw_NV[:, self.mask_token_id] = float("-inf")
@@ -108,6 +111,29 @@ class ProposalSampler:
         for processor in self.base.logits_processors:
             logits_NV = processor.apply(logits_NV, context)
         return logits_NV
+
+    def _draw_drafts(self, logits_NV: torch.Tensor, tile: Tile, sample: Sample) -> Sample:
+        """Drafts chosen as vLLM's sampler will choose at their positions, with the same noise: they are then right more
+        often."""
+        states = self.base.sampling_states
+        score_NV = logits_NV.to(torch.float32, copy=True)
+        score_NV[:, self.mask_token_id] = float("-inf")
+        states.apply_temperature(score_NV, tile.slot_N, tile.rows.slots_np)
+        if (shape := self._shaping(tile)) is not None:
+            score_NV = shape(score_NV, torch.arange(len(score_NV), device=score_NV.device))
+        drawn_N = vllm_sampler.gumbel_sample(
+            score_NV,
+            tile.slot_N,
+            states.temperature.gpu,
+            states.seeds.gpu,
+            tile.position_N - 1,
+            apply_temperature=False,
+            is_drafting=False,
+            use_fp64=self.base.use_fp64_gumbel,
+        )
+        token_N = torch.where(tile.is_draft_N, drawn_N, sample.token_N)
+        logit_of = logits_NV.gather(1, torch.stack([token_N, sample.token_N], dim=1)).float()
+        return Sample(token_N, sample.confidence_N * (logit_of[:, 0] - logit_of[:, 1]).exp())
 
     def _shaping(self, tile: Tile) -> ShapeScores | None:
         """Top-k, top-p and min-p of a tile's requests; None where none has any."""

@@ -28,10 +28,11 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_twotower import compat
 from vllm_twotower.core import Mode, StepKind
+from vllm_twotower.runtime.acceptance import accept_drafts, find_hints
 from vllm_twotower.runtime.canvas_table import CanvasTable
 from vllm_twotower.runtime.proposals import ProposalSampler
 from vllm_twotower.runtime.stats import DiffusionStats
-from vllm_twotower.runtime.step import Step, VerifyRows
+from vllm_twotower.runtime.step import Step
 
 
 class CanvasSampler:
@@ -86,6 +87,8 @@ class CanvasSampler:
                 output.num_nans = logits.isnan().sum(dim=-1, dtype=torch.int32)
             if step.verify is not None:
                 output = accept_drafts(output, step.verify, batch)
+                hint_VS = find_hints(logits, output, step.verify, batch, self.canvases.mask_token_id)
+                self.canvases.keep_hints(step, hint_VS, output.num_sampled[step.verify.row_V])
                 widths = [step.widths[row] - 1 for row in step.verify.rows]
                 self.stats.count_verification(widths, output.num_sampled[step.verify.row_V] - 1)
             if any(emits_nothing):
@@ -119,7 +122,8 @@ class CanvasSampler:
         # safe between steps only because scheduling is synchronous: the buffer is double, not more
         prefill_len.copy_to_uva()
         canvas_passes = [
-            passes if done and mode is not Mode.MOCK_AR else 0
+            # a draft all of hints has run none
+            0 if not done or mode is Mode.MOCK_AR else max(1, passes)
             for passes, done, mode in zip(outcome.pass_index, outcome.finished, step.modes, strict=True)
         ]
         device = outcome.token_RS.device
@@ -134,34 +138,3 @@ class CanvasSampler:
     def take_logprobs(self, step: Step, emitted: list[int]) -> LogprobsTensors | None:
         """Log-probabilities of what a step emits, so many tokens a row."""
         return self.proposals.logprobs.take(step.slots, emitted)
-
-
-def accept_drafts(output: SamplerOutput, verify: VerifyRows, batch: InputBatch) -> SamplerOutput:
-    """Of what vLLM's sampler chose all along a verified row: as far as the drafts are the same, and one more.
-
-    Args:
-        output: with one row per position of every request, in batch order.
-        verify: the rows that verify drafts.
-        batch: vLLM's, with ``cu_num_logits`` of those rows.
-
-    Returns:
-        One row per request: tokens int64 [R, S], counts int32 [R].
-
-    """
-    device, num_reqs = output.sampled_token_ids.device, batch.num_reqs
-    start_R = batch.cu_num_logits[:num_reqs].long()
-    num_logits_R = batch.cu_num_logits[: num_reqs + 1].diff().long()
-    column_S = torch.arange(verify.draft_VS.shape[1] + 1, device=device)
-    index_RS = (start_R[:, None] + column_S).clamp(max=output.sampled_token_ids.shape[0] - 1)
-    chosen_RS = output.sampled_token_ids[:, 0][index_RS]
-    row_V = verify.row_V
-    is_draft_VS = column_S[1:] < verify.width_V[:, None]
-    is_right_VS = (chosen_RS[row_V, :-1] == verify.draft_VS) & is_draft_VS
-    num_accepted_V = is_right_VS.cumprod(dim=1).sum(dim=1)
-    num_sampled, num_rejected = output.num_sampled.clone(), torch.zeros_like(output.num_rejected)
-    num_sampled[row_V] = (num_accepted_V + 1).to(num_sampled.dtype)
-    num_rejected[row_V] = (verify.width_V - num_accepted_V - 1).to(num_rejected.dtype)
-    assert output.num_nans is not None
-    row_N = torch.arange(num_reqs, device=device).repeat_interleave(num_logits_R, output_size=len(output.num_nans))
-    num_nans = torch.zeros(num_reqs, dtype=torch.int32, device=device).index_add_(0, row_N, output.num_nans)
-    return SamplerOutput(chosen_RS, output.logprobs_tensors, num_nans, num_sampled, num_rejected)

@@ -109,11 +109,13 @@ class CanvasRows:
     threshold_R: torch.Tensor
     """float32 [R]."""
     temperature_R: torch.Tensor
-    """float32 [R]."""
+    """float32 [R], of the noise of canvas, position and pass; 0 for drafts."""
     seed_R: torch.Tensor
     """int64 [R]."""
     any_random: bool
-    """Whether any row has a temperature above 0."""
+    """Whether any of these temperatures is above 0."""
+    any_drawn_as_ar: bool
+    """Whether any row is a draft of a request with a temperature: drawn with the noise that AR draws with."""
     undecided: list[int]
     """On the host, per row: bit j is set where position j is masked."""
     passes_before: list[int]
@@ -263,6 +265,11 @@ class Tile:
     def slot_N(self) -> torch.Tensor:
         """int64 [N], request slot."""
         return self.rows.slot_R[self.row_N]
+
+    @property
+    def is_draft_N(self) -> torch.Tensor:
+        """bool [N], whether the row is of a draft."""
+        return (self.rows.known_RS & ~self.rows.mock_ar_RS)[self.row_N, 0]
 
     @property
     def canvas_token_N(self) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """Verifying drafts in a context step: the context tower runs over a known token and the drafts behind it, and its
 Mamba states end where the accepted drafts do.
 
-vLLM's Mamba layers would advance a row's states over all its tokens, the wrong drafts too. So for these rows they are
-given the null block to read and write, and the rows' outputs are computed from their real states, which stay as they
-are (``ops.seeded_conv``, ``ops.seeded_scan``, as in a denoise pass). What the layers were fed is kept, and when the
-sampler has said how many tokens count, the states are replayed over exactly those.
+vLLM's Mamba layers would advance a row's states over all its tokens, the wrong drafts too. So they do not see these
+rows, or where prompts are among them are given the null block to read and write for them, and the rows' outputs are
+computed from their real states, which stay as they are (``ops.seeded_conv``, ``ops.seeded_scan``, as in a denoise
+pass). What the layers were fed is kept, and when the sampler has said how many tokens count, the states are replayed
+over exactly those.
 
 Legend: V rows that verify, U their tokens in batch order, S widest, C conv channels, H heads, P head dim.
 """
@@ -52,7 +53,7 @@ def ask_for_logits(batch: InputBatch, step: Step, rows: list[int]) -> None:
 
 
 def keep_states_of(verify: VerifyRows, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The step's metadata, by layer name, with the null block for states of verifying rows."""
+    """The step's metadata, by layer name; that of Mamba layers leaves the states of verifying rows alone."""
     made: dict[int, VerifyingMetadata] = {}
     result = {}
     for name, one in metadata.items():
@@ -66,13 +67,15 @@ def keep_states_of(verify: VerifyRows, metadata: dict[str, Any]) -> dict[str, An
 
 def _redirected(verify: VerifyRows, metadata: Mamba2AttentionMetadata) -> VerifyingMetadata:
     assert metadata.state_indices_tensor_p is not None, "a row of several tokens runs as a prefill"
+    fields = {f.name: getattr(metadata, f.name) for f in dataclasses.fields(metadata)}
+    if metadata.num_prefills == len(verify.rows):
+        return VerifyingMetadata(**{**fields, "num_prefills": 0, "num_prefill_tokens": 0}, verify=verify)
     row_V = verify.row_V - metadata.num_decodes
     checkpoints = metadata.checkpoint_meta
     if checkpoints is not None:  # what such a row would leave behind as a state in the middle of a prompt
         checkpoints = dataclasses.replace(
             checkpoints, state_indices=checkpoints.state_indices.index_fill(0, row_V, NULL_BLOCK)
         )
-    fields = {f.name: getattr(metadata, f.name) for f in dataclasses.fields(metadata)}
     fields["state_indices_tensor_p"] = metadata.state_indices_tensor_p.index_fill(0, row_V, NULL_BLOCK)
     return VerifyingMetadata(**{**fields, "checkpoint_meta": checkpoints}, verify=verify)
 
