@@ -92,7 +92,7 @@ class TowerLink:
         """Denoiser rank: receive what ``hand_over`` sends: keys, values and states into the mirrored caches, the rest
         into the step's rows."""
         kv_shapes = [(over.num_tokens, a.num_kv_heads, a.head_size) for a in self._attention for _ in range(2)]
-        shapes = [(shape, self.dtype) for shape in kv_shapes]
+        shapes: list[tuple[tuple[int, ...], torch.dtype]] = [(shape, self.dtype) for shape in kv_shapes]
         for mixer in self._mamba:
             shapes += [((over.num_states, *cache.shape[1:]), cache.dtype) for cache in mixer.kv_cache[:2]]
             for num_tokens in over.num_kept:
