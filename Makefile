@@ -26,6 +26,13 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -m "not slow"
 
+# the engine's tests on the newest supported vLLM's Python; half a gigabyte is fetched the first time
+NEXT := .venv-next
+$(NEXT)/bin/vllm: tools/setup_next_vllm.py $(STAMP)
+	$(BIN)/python -m tools.setup_next_vllm
+test-next: $(NEXT)/bin/vllm
+	$(NEXT)/bin/python -m pytest -m "not slow" $(NEXT_TESTS)
+
 test-slow: setup
 	$(BIN)/python -m pytest
 

@@ -26,9 +26,9 @@ products behind, so the warm-up has them all."""
 OPTIONS += ["--max-num-batched-tokens", str(MOST_TOKENS)]
 NUM_CLIENTS = 12
 """More than the engine has places: some requests leave the queue."""
-MOST_GROWTH_MIB, MOST_GROWTH_MIB_ALONE = 24, 2
+MOST_GROWTH_MIB, MOST_GROWTH_MIB_ALONE = 40, 2
 """Of each worker's memory: under load after a warm-up of the same kind, and then by one request after the other, when
-no step is of a new size. Of its files' pages the system keeps what it likes: they do not count."""
+no step is of a new size; the number of logits that a verification asks for is one too. Of its files' pages the system keeps what it likes: they do not count."""
 TEXTS = [random.Random(name).choices(range(3, 1024), k=200) for name in ("one", "two")]
 
 
@@ -46,7 +46,7 @@ class Visit:
 def draw(rng: random.Random) -> Visit:
     mode = rng.choices(("mask_diffusion", "self_speculation", "ar", "mock_ar"), (6, 3, 1, 1))[0]
     leaves_after = rng.choice((0, 1, 2)) if rng.random() < 0.3 else None
-    most = 48 if mode == "mask_diffusion" else 6
+    most = 48 if mode in ("mask_diffusion", "self_speculation") else 6
     xargs = {"diffusion_mode": mode}
     if mode == "mask_diffusion":
         xargs |= {

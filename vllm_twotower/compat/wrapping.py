@@ -28,4 +28,7 @@ def wrap(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
 
 def find_argument(function: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
     """What a call with these arguments passes as ``name``, by position or by keyword."""
-    return inspect.signature(function).bind(*args, **kwargs).arguments[name]
+    return _signature(function).bind(*args, **kwargs).arguments[name]
+
+
+_signature = functools.cache(inspect.signature)  # every request comes this way

@@ -113,10 +113,15 @@ def post_update(
     query_start_loc: torch.Tensor | None,
     all_token_ids: torch.Tensor,
     total_len: torch.Tensor,
+    draft_tokens: torch.Tensor | None = None,
+    draft_tokens_out: torch.Tensor | None = None,
 ) -> None:
-    """Sampled tokens into the requests' states (``input_batch.post_update``)."""
+    """Sampled tokens into the requests' states, and from 0.33 on a drafter's (``input_batch.post_update``)."""
     real = (idx_mapping >= 0).nonzero().flatten()
     slot = idx_mapping[real].long()
+    if draft_tokens is not None:
+        assert draft_tokens_out is not None
+        draft_tokens_out[slot] = draft_tokens[real]
     advance = -num_rejected[real]
     if query_start_loc is not None:
         advance = advance + query_start_loc[: idx_mapping.shape[0] + 1].diff()[real]

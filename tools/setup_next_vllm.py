@@ -1,0 +1,59 @@
+"""Make ``.venv-next``: the newest supported vLLM's Python over the CPU build of the one that ``.venv`` has.
+
+    make test-next        # makes it, and runs the engine's tests in it
+
+A GPU user gets the newest vLLM, and its CPU build comes later or not at all. So its wheel's Python files run over the
+compiled libraries of the CPU build before it: scheduler, model runner, samplers and servers are the new ones, and what
+they call in C++ is the old one's. The folder is an environment of its own that sees the packages of ``.venv`` behind
+its own.
+"""
+
+import argparse
+import pathlib
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import venv
+import zipfile
+
+from tools.check_vllm_names import download
+from tools.setup_env import write_metadata
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TARGET = ROOT / ".venv-next"
+NEXT_VLLM = "0.33.0"
+
+
+def lay_over(wheel: pathlib.Path, target: pathlib.Path) -> None:
+    """Unpack a vLLM wheel's files but for its libraries, and link the installed vLLM's libraries into it."""
+    installed = pathlib.Path(sysconfig.get_paths()["purelib"]) / "vllm"
+    with zipfile.ZipFile(wheel) as archive:
+        names = [n for n in archive.namelist() if n.startswith("vllm/") and not n.endswith(".so")]
+        archive.extractall(target, names)
+    for library in installed.rglob("*.so"):
+        (target / "vllm" / library.relative_to(installed)).symlink_to(library)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wheel", type=pathlib.Path, help="an already downloaded one")
+    args = parser.parse_args()
+    venv.create(TARGET, clear=True, symlinks=True)
+    script = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    python = TARGET / "bin" / "python"
+    printed = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout
+    packages = pathlib.Path(printed.strip())
+    with tempfile.TemporaryDirectory() as folder:
+        lay_over(args.wheel or download(NEXT_VLLM, folder), packages)
+    write_metadata(packages, NEXT_VLLM + "+cpu")
+    (packages / "behind.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    (TARGET / "bin" / "vllm").write_text(
+        f"#!{python}\nimport sys\nfrom vllm.entrypoints.cli.main import main\nsys.exit(main())\n"
+    )
+    (TARGET / "bin" / "vllm").chmod(0o755)
+    print(f"{TARGET.name} has vLLM {NEXT_VLLM}")
+
+
+if __name__ == "__main__":
+    main()
