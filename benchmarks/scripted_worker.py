@@ -8,7 +8,7 @@ how long it takes is made up here.
 import collections
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before vLLM imports triton, on a machine without a GPU
@@ -214,7 +214,7 @@ class DraftingRun(ScriptedRun):
     Args:
         scheduler: from ``make_scheduler``.
         prices: of steps.
-        rounds: for every client, the tokens that its rounds would bring, one after the other without end.
+        rounds: for every client, how many tokens it has got so far -> how many a round would bring it there.
         prompt_tokens, output_tokens: of each request.
         policy: who drafts; None for ``ar`` requests.
 
@@ -224,7 +224,7 @@ class DraftingRun(ScriptedRun):
         self,
         scheduler,
         prices: RoundPrices,
-        rounds: Sequence[Iterator[int]],
+        rounds: Sequence[Callable[[int], int]],
         prompt_tokens: int,
         output_tokens: int,
         policy: DraftPolicy | None,
@@ -232,7 +232,6 @@ class DraftingRun(ScriptedRun):
         self.prices, self.rounds = prices, rounds
         self.drafted: set[str] = set()
         self.tokens_of_client: collections.Counter[int] = collections.Counter()
-        self.num_drafts = 0
         if policy is not None:
             scheduler.draft_policy = policy
             scheduler.step_timer = StepTimer(policy.costs, clock=lambda: self.tally.now_s)
@@ -267,11 +266,11 @@ class DraftingRun(ScriptedRun):
         request = self.scheduler.requests[req_id]
         if denoising:
             self.drafted.add(req_id)
-            self.num_drafts += 1
             return []
         if req_id in self.drafted:
             self.drafted.remove(req_id)
-            return self._emit(req_id, min(width, next(self.rounds[client_of(req_id)])))
+            client = client_of(req_id)
+            return self._emit(req_id, min(width, self.rounds[client](self.tokens_of_client[client])))
         if request.num_output_tokens == 0:
             self.tally.prompt_tokens += width
         return self._emit(req_id, 1) if request.num_computed_tokens >= request.num_tokens else []

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class StepClass(StrEnum):
@@ -62,52 +63,77 @@ MAX_LOSS, MIN_LOSS = 1e-2, 1e-3
 """Share of the time of AR steps that drafting may lose, and what it falls to while tries fail, by half each time."""
 
 
+BUCKETS = 2
+"""Of costs, for every doubling of rows: requests that fall into the bucket of others seem to draft for nothing."""
+
+
 def bucket_of(num_rows: int) -> int:
-    """Doublings of rows."""
-    return round(math.log2(num_rows))
+    """Where a number of rows has its costs; -1 for none."""
+    return round(BUCKETS * math.log2(num_rows)) if num_rows else -1
+
+
+class StepKey(NamedTuple):
+    """Steps that are taken to cost the same."""
+
+    kind: StepClass
+    rows: int
+    """Bucket of the requests in it."""
+    verified: int
+    """Bucket of those whose draft is verified."""
 
 
 @dataclass
 class Cost:
-    """What is known of one bucket."""
+    """What is known of one key."""
 
     seconds: float
     num_measured: int = 0
     last: int = 0
-    """The newest measurement, by its number among those of all buckets."""
+    """The newest measurement, by its number among those of all keys."""
 
 
 class StepCosts:
     """What steps cost by kind and number of rows: a running mean for every doubling of rows."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[StepClass, int], Cost] = {}
+        self._known: dict[StepKey, Cost] = {}
         self._num_measured = 0
 
-    def record(self, kind: StepClass, num_rows: int, seconds: float) -> None:
+    def record(self, kind: StepClass, num_rows: int, seconds: float, num_verified: int = 0) -> None:
         """Take in one step."""
         self._num_measured += 1
-        cost = self._known.setdefault((kind, bucket_of(num_rows)), Cost(seconds))
+        key = StepKey(kind, bucket_of(num_rows), bucket_of(num_verified))
+        cost = self._known.setdefault(key, Cost(seconds))
         share = RISE_SHARE if seconds > cost.seconds else FALL_SHARE if MAX_SLOWDOWN * seconds > cost.seconds else 1.0
         cost.seconds += share * (min(seconds, MAX_RISE * cost.seconds) - cost.seconds)
         cost.num_measured, cost.last = cost.num_measured + 1, self._num_measured
 
-    def is_known(self, kind: StepClass, num_rows: int) -> bool:
-        """Whether such steps were measured at about this number of rows, and not long ago."""
-        cost = self._known.get((kind, bucket_of(num_rows)))
+    def is_decode_known(self, num_rows: int) -> bool:
+        """Whether AR steps were measured at about this number of rows, and not long ago."""
+        cost = self._known.get(StepKey(StepClass.DECODE, bucket_of(num_rows), -1))
         return cost is not None and cost.num_measured >= MIN_MEASURED and self._num_measured - cost.last < MAX_AGE
 
-    def estimate(self, kind: StepClass, num_rows: int) -> float:
-        """Cost of a step; what was measured at the nearest number of rows, of any kind where this one has never run."""
-        if not num_rows:
-            return 0.0
-        exact = self._known.get((kind, bucket_of(num_rows)))
+    def estimate(self, kind: StepClass, num_rows: int, num_verified: int = 0) -> float:
+        """Cost of a step. One that has never run is taken for as cheap as it can be, so that it is tried: drafts cost
+        what the nearest number of them does, or less in proportion if they are fewer, and so does what a verification
+        costs more than an AR step."""
+        key = StepKey(kind, bucket_of(num_rows), bucket_of(num_verified))
+        exact = self._known.get(key)
         if exact is not None:
             return exact.seconds
-        wanted = math.log2(num_rows)
-        own = [key for key in self._known if key[0] is kind]
-        keys = own or list(self._known)
-        return self._known[min(keys, key=lambda key: abs(key[1] - wanted))].seconds if keys else 1.0
+        own = [known for known in self._known if known.kind is kind]
+        if kind is StepClass.VERIFY:
+            decode = self.estimate(StepClass.DECODE, num_rows)
+            if not own:
+                return decode
+            near = min(own, key=lambda known: abs(known.rows - key.rows) + abs(known.verified - key.verified))
+            extra = self._known[near].seconds - self.estimate(StepClass.DECODE, round(2 ** (near.rows / BUCKETS)))
+            return decode + max(extra, 0.0) * 2 ** min((key.verified - near.verified) / BUCKETS, 0)
+        if not self._known:
+            return 1.0
+        near = min(own or self._known, key=lambda known: abs(known.rows - key.rows))
+        fewer = 2 ** min((key.rows - near.rows) / BUCKETS, 0) if kind is StepClass.DRAFT else 1.0
+        return self._known[near].seconds * fewer
 
 
 class RunningMean:
@@ -155,7 +181,7 @@ class DraftPolicy:
         """
         self._charge_round()
         total = len(candidates) + num_others
-        if not candidates or not self.costs.is_known(StepClass.DECODE, total):
+        if not candidates or not self.costs.is_decode_known(total):
             return frozenset()
         ordered = sorted(candidates, key=self.expect_tokens, reverse=True)
         count = self._count_best(ordered, num_passes, total)
@@ -174,12 +200,11 @@ class DraftPolicy:
 
     def _count_best(self, ordered: list[str], num_passes: int, total: int) -> int:
         """How many of the requests, the most promising first, draft where the batch is fastest."""
-        decode, verify = (self.costs.estimate(kind, total) for kind in (StepClass.DECODE, StepClass.VERIFY))
-        best, best_rate, gained = 0, total / decode, 0.0
+        best, best_rate, gained, cost = 0, float(total), 0.0, 1.0
         for count, req_id in enumerate(ordered, start=1):
             gained += self.expect_tokens(req_id)
-            if count == 1 or bucket_of(count) != bucket_of(count - 1):
-                cost = num_passes * self.costs.estimate(StepClass.DRAFT, count) + verify
+            if bucket_of(count) != bucket_of(count - 1):
+                cost = self._price_round(num_passes, count, total)
             rate = (gained + total - count) / cost
             if rate > best_rate:
                 best, best_rate = count, rate
@@ -194,7 +219,8 @@ class DraftPolicy:
 
     def _price_round(self, num_passes: int, count: int, total: int) -> float:
         """Time of a round, in AR steps."""
-        draft, verify = self.costs.estimate(StepClass.DRAFT, count), self.costs.estimate(StepClass.VERIFY, total)
+        draft = self.costs.estimate(StepClass.DRAFT, count)
+        verify = self.costs.estimate(StepClass.VERIFY, total, count)
         return (num_passes * draft + verify) / self.costs.estimate(StepClass.DECODE, total)
 
     def _charge_round(self) -> None:
@@ -237,15 +263,15 @@ class StepTimer:
     def __init__(self, costs: StepCosts, clock: Callable[[], float] = time.perf_counter) -> None:
         self.costs = costs
         self.clock = clock
-        self._running: tuple[StepClass, int, float] | None = None
+        self._running: tuple[StepClass, int, int, float] | None = None
 
-    def begin(self, kind: StepClass, num_rows: int) -> None:
+    def begin(self, kind: StepClass, num_rows: int, num_verified: int = 0) -> None:
         """A step of one class begins."""
-        self._running = kind, num_rows, self.clock()
+        self._running = kind, num_rows, num_verified, self.clock()
 
     def end(self) -> None:
         """The step is over."""
         if self._running is not None:
-            kind, num_rows, started = self._running
-            self.costs.record(kind, num_rows, self.clock() - started)
+            kind, num_rows, num_verified, started = self._running
+            self.costs.record(kind, num_rows, self.clock() - started, num_verified)
         self._running = None
