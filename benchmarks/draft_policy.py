@@ -1,6 +1,6 @@
 """The draft policy on the real scheduler: is self-speculation ever slower than AR, and what does it gain?
 
-    python -m benchmarks.draft_policy                       # ten minutes on one core
+    python -m benchmarks.draft_policy                       # five minutes on one core
     python -m benchmarks.draft_policy --batches 1 16        # a part of it
     python -m benchmarks.draft_policy --write               # also benchmarks/results/draft-policy.md and .json
 

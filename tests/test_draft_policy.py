@@ -172,6 +172,22 @@ def test_costs_follow_the_machine_and_not_one_slow_step():
     assert costs.estimate(StepClass.DECODE, 12) == costs.estimate(StepClass.DECODE, 8)
 
 
+def test_a_round_is_credited_whoever_asks_while_it_runs():
+    """Drafts of several passes: requests without drafts take AR steps in between, and ask again after each."""
+    policy = DraftPolicy(memory_bound())
+    for _ in range(60):
+        policy.record_round("hard", 1)
+    rounds = 0
+    for _ in range(50):
+        chosen = policy.choose(["easy"], 2, 1)
+        policy.choose([], 2, 2)
+        policy.record_decode_step()
+        for req_id in chosen:
+            policy.record_round(req_id, 12)
+            rounds += 1
+    assert rounds > 40
+
+
 def test_what_never_ran_is_taken_for_as_cheap_as_it_can_be():
     costs = StepCosts()
     assert costs.estimate(StepClass.DECODE, 3) == 1.0

@@ -7,9 +7,10 @@ taken: the requests are ordered by what they gain, and as many of them draft as 
 not depend on the choice.
 
 What is expected may be wrong, so rounds are also paid for. An account, in AR steps, is debited with what every round
-took and credited with what it brought; AR steps add a small share of themselves. Who is in debt does not draft. So the
-requests together are never slower than AR by more than that share, whatever the text does. Where drafting does not seem
-to pay, the account is for tries, which all requests make together.
+took and credited with what it brought; AR steps add a small share of themselves. In debt nobody drafts. So whatever the
+text does, the requests together lose to AR that share and a few steps at most, as far as the measured costs are right.
+One request may lose more: next to the drafts of others it gets fewer AR steps. Where drafting does not seem to pay, the
+account is for tries, which all requests make together.
 
 Invariants, pinned in ``tests/test_draft_policy.py``: the bound on what is lost, for any tokens and any costs; tries
 grow rarer while they fail and never end; nobody drafts before an AR step has been measured; everybody drafts where a
@@ -168,7 +169,8 @@ class DraftPolicy:
         self._of_all = RunningMean(EXPECTED_TOKENS)
         self._credit = FIRST_CREDIT
         self._allowance = MAX_LOSS
-        self._round: tuple[int, int, int] | None = None  # passes, drafts and requests of the newest
+        self._unpaid: tuple[int, int, int] | None = None  # passes, drafts and requests of the newest round
+        self._num_requests = 1  # among whom it was
 
     def choose(self, candidates: Sequence[str], num_passes: int, num_others: int) -> frozenset[str]:
         """Those of some requests that draft in the coming round.
@@ -195,7 +197,7 @@ class DraftPolicy:
             if req_id in self._tokens:
                 mean = self._tokens[req_id]
                 mean.value += FORGETTING * (self._of_all.value - mean.value)
-        self._round = num_passes, count, total
+        self._unpaid, self._num_requests = (num_passes, count, total), total
         return frozenset(ordered[:count])
 
     def _count_best(self, ordered: list[str], num_passes: int, total: int) -> int:
@@ -225,9 +227,9 @@ class DraftPolicy:
 
     def _charge_round(self) -> None:
         """Pay for the newest round, now that its steps have been measured; one AR step of it would have run anyway."""
-        if self._round is not None:
-            self._credit -= self._price_round(*self._round) - 1
-            self._round = None
+        if self._unpaid is not None:
+            self._credit -= self._price_round(*self._unpaid) - 1
+            self._unpaid = None
 
     def record_decode_step(self) -> None:
         """An AR step without drafts has run."""
@@ -239,8 +241,7 @@ class DraftPolicy:
             self._tokens[req_id] = RunningMean(self._of_all.value)
         self._tokens[req_id].record(num_tokens, NEWEST_SHARE)
         self._of_all.record(num_tokens, NEWEST_SHARE / len(self._tokens))
-        if self._round is not None:
-            self._credit += (num_tokens - 1) / self._round[-1]
+        self._credit += (num_tokens - 1) / self._num_requests
 
     def expect_tokens(self, req_id: str) -> float:
         """Tokens of the request's next round: its own running mean, a newcomer's that of all."""
