@@ -1,12 +1,14 @@
-"""The real scheduler without a model: a worker that plays passes per canvas from a script, on a clock of its own.
+"""The real scheduler without a model: a worker that plays passes per canvas, or tokens a round, from a script, on a
+clock of its own.
 
 ``BlockCommitScheduler`` runs as in an engine: vLLM's queues, KV blocks, budgets, preemption. What a step returns and
 how long it takes is made up here.
 """
 
+import collections
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before vLLM imports triton, on a machine without a GPU
@@ -14,9 +16,11 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 from benchmarks.roofline_parts.forward_cost import ar_step, context_step
+from benchmarks.roofline_parts.self_speculation import ContextRows, RoundPrices
 from benchmarks.roofline_parts.throughput import StepTimes
 from vllm_twotower.core import Mode, StepKind
 from vllm_twotower.planning.tower_sizes import Tower
+from vllm_twotower.runtime.draft_policy import DraftPolicy, StepTimer
 
 TOKEN = 7
 BLOCK_TOKENS = 256
@@ -57,6 +61,11 @@ def make_scheduler(model: str, batch: int, options: dict):
     spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=1, dtype=torch.float32)
     cache = KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)])
     return BlockCommitScheduler(config, cache, StructuredOutputManager(config), block_size=BLOCK_TOKENS)
+
+
+def client_of(req_id: str) -> int:
+    """Which client sent a request."""
+    return int(req_id.split("-")[0])
 
 
 @dataclass
@@ -140,13 +149,18 @@ class ScriptedRun:
             req_ids=list(scheduled),
             req_id_to_index={req_id: index for index, req_id in enumerate(scheduled)},
             sampled_token_ids=sampled,
+            num_nans_in_logits=self._report_drafts(scheduled, denoising),
         )
         for req_id in scheduled:
             self._last_seen_s[req_id] = tally.now_s
         scheduler.update_from_output(output, result)
         for req_id in scheduled:
             if req_id not in scheduler.requests:  # finished; its client sends the next
-                self._send(int(req_id.split("-")[0]), self.output_tokens)
+                self._send(client_of(req_id), self.output_tokens)
+
+    def _report_drafts(self, scheduled: dict[str, int], denoising: bool) -> dict[str, int] | None:
+        """What the sampler reports of drafts that a denoise step has finished."""
+        return None
 
     def _seconds(self, scheduled: dict[str, int], denoising: bool) -> float:
         rows, tokens, length = len(scheduled), sum(scheduled.values()), self.times.workload.context_length
@@ -174,7 +188,7 @@ class ScriptedRun:
             return []  # a chunk of a prompt
         if self.mode is Mode.AR:
             return self._emit(req_id, 1)
-        self.passes_left[req_id] = next(self._counts[int(req_id.split("-")[0])])
+        self.passes_left[req_id] = next(self._counts[client_of(req_id)])
         return []
 
     def _emit(self, req_id: str, num_tokens: int) -> list[int]:
@@ -192,3 +206,78 @@ class ScriptedRun:
         params = diffusion_params(mode=self.mode, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
         self.arrived_s[req_id] = self._last_seen_s[req_id] = self.tally.now_s
         self.scheduler.add_request(Request(req_id, [TOKEN] * self.prompt_tokens, params, None))
+
+
+class DraftingRun(ScriptedRun):
+    """Requests in self-speculation whose rounds bring what a script says; the scheduler reads this run's clock.
+
+    Args:
+        scheduler: from ``make_scheduler``.
+        prices: of steps.
+        rounds: for every client, how many tokens it has got so far -> how many a round would bring it there.
+        prompt_tokens, output_tokens: of each request.
+        policy: who drafts; None for ``ar`` requests.
+
+    """
+
+    def __init__(
+        self,
+        scheduler,
+        prices: RoundPrices,
+        rounds: Sequence[Callable[[int], int]],
+        prompt_tokens: int,
+        output_tokens: int,
+        policy: DraftPolicy | None,
+    ) -> None:
+        self.prices, self.rounds = prices, rounds
+        self.drafted: set[str] = set()
+        self.tokens_of_client: collections.Counter[int] = collections.Counter()
+        if policy is not None:
+            scheduler.draft_policy = policy
+            scheduler.step_timer = StepTimer(policy.costs, clock=lambda: self.tally.now_s)
+        mode = Mode.AR if policy is None else Mode.SELF_SPECULATION
+        super().__init__(scheduler, prices.times, len(rounds), prompt_tokens, output_tokens, mode)
+
+    def _report_drafts(self, scheduled: dict[str, int], denoising: bool) -> dict[str, int] | None:
+        from vllm_twotower import compat
+
+        if not denoising:
+            return None
+        one_pass = [1] * len(scheduled)  # a draft of one pass is finished in its first step
+        packed = compat.pass_report(one_pass, one_pass, [False] * len(scheduled), "cpu")
+        return dict(zip(scheduled, packed.tolist(), strict=True))
+
+    def _seconds(self, scheduled: dict[str, int], denoising: bool) -> float:
+        if denoising:
+            return self.prices.draft_s(len(scheduled))
+        verified = sum(req_id in self.drafted for req_id in scheduled)
+        requests = self.scheduler.requests
+        prompts = [r for r in scheduled if requests[r].num_output_tokens == 0]
+        return self.prices.context_s(
+            ContextRows(
+                verified=verified,
+                plain=len(scheduled) - verified - len(prompts),
+                prompts=len(prompts),
+                prompt_tokens=sum(scheduled[req_id] for req_id in prompts),
+            )
+        )
+
+    def _row(self, req_id: str, width: int, denoising: bool) -> list[int]:
+        request = self.scheduler.requests[req_id]
+        if denoising:
+            self.drafted.add(req_id)
+            return []
+        if req_id in self.drafted:
+            self.drafted.remove(req_id)
+            client = client_of(req_id)
+            return self._emit(req_id, min(width, self.rounds[client](self.tokens_of_client[client])))
+        if request.num_output_tokens == 0:
+            self.tally.prompt_tokens += width
+        return self._emit(req_id, 1) if request.num_computed_tokens >= request.num_tokens else []
+
+    def _emit(self, req_id: str, num_tokens: int) -> list[int]:
+        request = self.scheduler.requests[req_id]
+        kept = min(num_tokens, request.max_tokens - request.num_output_tokens)  # vLLM drops what is past the end
+        self.tokens_of_client[client_of(req_id)] += kept
+        super()._emit(req_id, kept)
+        return [TOKEN] * num_tokens

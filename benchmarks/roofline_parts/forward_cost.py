@@ -27,8 +27,8 @@ class Forward:
     """Tokens in the KV cache of a row, on average."""
     logit_rows: int
     """Tokens whose logits are wanted."""
-    states: int
-    """How often a row's Mamba states cross the memory bus: 1 read, 2 read and written."""
+    states: float
+    """How often a row's Mamba states cross the memory bus, on average: 1 read, 2 read and written."""
 
 
 def ar_step(rows: int, context_length: int) -> Forward:

@@ -151,7 +151,8 @@ class BlockCommitScheduler(Scheduler):
         if self.last_step.kind is StepKind.DENOISE:
             self.step_timer.begin(StepClass.DRAFT, len(requests))
         elif not any(r.is_prefill_chunk or r.num_output_tokens == 0 for r in requests):
-            self.step_timer.begin(StepClass.VERIFY if self._verifying else StepClass.DECODE, len(requests))
+            kind = StepClass.VERIFY if self._verifying else StepClass.DECODE
+            self.step_timer.begin(kind, len(requests), len(self._verifying))
 
     def _options_of(self, request: Request) -> RequestOptions:
         options = self._request_options.get(request.request_id)
