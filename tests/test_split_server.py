@@ -28,7 +28,8 @@ NUM_CLIENTS = 12
 """More than the engine has places: some requests leave the queue."""
 MOST_GROWTH_MIB, MOST_GROWTH_MIB_ALONE = 40, 2
 """Of each worker's memory: under load after a warm-up of the same kind, and then by one request after the other, when
-no step is of a new size; the number of logits that a verification asks for is one too. Of its files' pages the system keeps what it likes: they do not count."""
+no step is of a new size (the number of logits that a verification asks for is one, too). Of its files' pages the system
+keeps what it likes: they do not count."""
 TEXTS = [random.Random(name).choices(range(3, 1024), k=200) for name in ("one", "two")]
 
 

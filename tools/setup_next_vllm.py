@@ -11,7 +11,6 @@ its own.
 import argparse
 import pathlib
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import venv
