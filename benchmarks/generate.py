@@ -1,10 +1,10 @@
 """The engine against its two yardsticks on one workload, in one process: ``python -m benchmarks.run generate``.
 
-``twotower`` is the engine with diffusion, ``ar`` vLLM's own decoding of the context tower alone, ``reference`` the
-plain-torch algorithm, one request after the other. All in fp32, greedy, to the end of sequence, with the same number of
-threads, on the same held-out prompts: questions, or beginnings of texts to be continued, where the demo model is rarely
-sure and takes some fifteen passes per canvas. ``twotower`` and ``reference`` must write the same tokens, else there is
-no figure.
+``mask_diffusion`` and ``self_speculation`` are the engine with diffusion, ``ar`` vLLM's own decoding of the context
+tower alone, ``reference`` plain-torch mask diffusion, one request after the other. All in fp32, greedy, to the end of
+sequence, with the same number of threads, on the same held-out prompts: questions, or beginnings of texts to be
+continued, where the demo model is rarely sure and takes some fifteen passes per canvas. ``mask_diffusion`` must write
+what ``reference`` writes and ``self_speculation`` what ``ar`` writes, else there is no figure.
 """
 
 import contextlib
@@ -29,8 +29,15 @@ from tests.harness.engine import find_runner, read_clock, start_llm
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-ENGINES = ("twotower", "ar", "reference")
-PARITY = ["tests/test_reference_goldens.py", "tests/test_engine_goldens.py", "tests/test_runner_kernels.py"]
+YARDSTICKS = {"mask_diffusion": "reference", "self_speculation": "ar"}
+"""Whose tokens each engine with diffusion has to write."""
+ENGINES = (*YARDSTICKS, "ar", "reference")
+PARITY = [
+    "tests/test_reference_goldens.py",
+    "tests/test_engine_goldens.py",
+    "tests/test_runner_kernels.py",
+    "tests/test_self_speculation.py",
+]
 MAX_MODEL_LEN = 512
 BEGINNING = 60
 """Characters of a text that is to be continued."""
@@ -153,7 +160,8 @@ class EngineRun:
         timing.outputs = [outputs[str(i)] for i in range(len(prompts))]
         if self.diffusion:
             stats = diffusion_stats(self.llm)
-            timing.denoise_passes, timing.context_passes = stats["denoise_passes"], stats["commits"]
+            timing.denoise_passes = stats["denoise_passes"]
+            timing.context_passes = stats["context_passes"] - len(prompts)  # a prompt takes one step here
             timing.canvases = stats["canvases"]
         else:
             timing.context_passes = sum(len(o) - 1 for o in timing.outputs)
@@ -221,7 +229,7 @@ def started(engine: str, args: Any) -> Iterator[EngineRun | ReferenceRun]:
     if engine == "reference":
         yield ReferenceRun(args.model, args.max_tokens)
         return
-    diffusion = {"passes_per_step": args.passes_per_step} if engine == "twotower" else None
+    diffusion = {"mode": engine, "passes_per_step": args.passes_per_step} if engine in YARDSTICKS else None
     with start_llm(
         args.model,
         skip_tokenizer_init=False,
@@ -255,13 +263,13 @@ def measure(args: Any) -> list[dict[str, Any]]:
 
 
 def require_same(written: dict[tuple[str, int], list[list[int]]]) -> None:
-    """The engine at every batch wrote what the reference wrote; each engine the same at every batch."""
+    """Each engine wrote what its yardstick wrote, and the same at every batch."""
+    first_of = {engine: outputs for (engine, _), outputs in reversed(written.items())}
     for (engine, batch), outputs in written.items():
-        expected = next(o for (e, _), o in written.items() if e == engine)
-        if engine == "twotower":
-            expected = written.get(("reference", 1), expected)
+        yardstick = YARDSTICKS.get(engine, engine)
+        expected = first_of.get(yardstick, first_of[engine])
         if differing := [i for i, (a, b) in enumerate(zip(outputs, expected, strict=True)) if a != b]:
-            raise SystemExit(f"{engine} at batch {batch}: requests {differing} differ from the reference: no figures")
+            raise SystemExit(f"{engine} at batch {batch}: requests {differing} differ from {yardstick}: no figures")
 
 
 def add_arguments(parser: Any) -> None:

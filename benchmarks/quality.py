@@ -1,4 +1,4 @@
-"""What mask diffusion keeps of AR's quality, and at what speed, on the demo model's held-out questions.
+"""What every mode keeps of AR's quality, and at what speed, on the demo model's held-out questions.
 
     make quality
 
@@ -33,6 +33,8 @@ def evaluate(model: pathlib.Path, per_family: int, gammas=GAMMAS, steps=STEPS, p
     with started(model) as llm:
         report = {"questions": len(items), "families": len(FAMILIES), "ar": ask(llm, items, "ar").row()}
         _say("ar", report["ar"])
+        report["self_speculation"] = ask(llm, items, "self_speculation").row()
+        _say("self-speculation", report["self_speculation"])
         report["bits_per_byte"] = round(bits_per_byte(llm, held_out_prose(prose)), 4) if prose else None
         report["mask_diffusion"] = []
         for max_steps, gamma in itertools.product(steps, gammas):

@@ -4,7 +4,7 @@
     python -m benchmarks.soak --minutes 3 --seed 7
     python -m benchmarks.soak --write                 # also benchmarks/results/soak.json and soak.md
 
-More clients than the engine has places send random requests (``soak_requests.py``): three modes, many settings, short
+More clients than the engine has places send random requests (``soak_requests.py``): four modes, many settings, short
 and long, streamed and not, some left in the middle, some bad. Fails unless every good request is answered, every bad
 one refused, a sample gives the same text when sent alone, the counters add up, nothing is held afterwards, and memory
 does not grow.

@@ -6,6 +6,7 @@ import urllib.request
 from collections.abc import Sequence
 
 from benchmarks.soak_client import Outcome
+from benchmarks.soak_requests import ONE_TOKEN_A_STEP
 
 COUNTERS = {
     "generation_tokens": "vllm:generation_tokens_total",
@@ -90,8 +91,9 @@ def check_exact(counted: dict[str, float], answered: Sequence[Outcome]) -> list[
     denoised = [o for o in answered if o.request.mode == "mask_diffusion"]
     fewest = sum(-(-o.num_tokens // o.request.canvas_length) for o in denoised)
     most = fewest + sum(o.request.body["n"] for o in denoised)
-    # a stop string is found in the front end, after the whole canvas has been counted
-    cut = sum(o.request.canvas_length * o.request.body["n"] for o in denoised if o.request.body.get("stop"))
+    # a stop string is found in the front end, after the whole canvas has been counted, or all that was accepted of one
+    stopped = [o.request for o in answered if o.request.body.get("stop")]
+    cut = sum(r.canvas_length * r.body["n"] for r in stopped if r.mode not in ONE_TOKEN_A_STEP)
     return [
         *between("generation tokens", tokens, counted["generation_tokens"], tokens + cut),
         *between("finished requests", choices, counted["stopped"] + counted["length"], choices),

@@ -70,10 +70,10 @@ def draw_request(rng: random.Random) -> Request:
 def draw_good(rng: random.Random, path: str | None = None) -> Request:
     """Greedy or with a seed: alone it is answered with the same tokens."""
     path = path or rng.choice([COMPLETIONS, COMPLETIONS, CHAT])
-    mode = rng.choices(["mask_diffusion", *ONE_TOKEN_A_STEP], [8, 1, 1])[0]
+    mode = rng.choices(["mask_diffusion", "self_speculation", *ONE_TOKEN_A_STEP], [8, 3, 1, 1])[0]
     body: dict[str, Any] = {"model": "demo", **draw_sampling(rng), "vllm_xargs": {"diffusion_mode": mode}}
     body["max_tokens"] = rng.randint(1, 10) if mode in ONE_TOKEN_A_STEP else rng.randint(1, 40)
-    if mode == "mask_diffusion":
+    if mode not in ONE_TOKEN_A_STEP:
         body["vllm_xargs"] |= draw_settings(rng)
     prompt = " ".join(rng.choices(WORDS, k=rng.randint(2, 60)))
     if rng.random() < 0.3:

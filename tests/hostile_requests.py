@@ -263,7 +263,7 @@ PROMPTS += [[5] * 511, [5] * 512, [5] * 513, [5] * 100_000, "\x00" * 100, "\ud80
 
 def wrong_prompt(rng: random.Random) -> Hostile:
     prompt = rng.choice(PROMPTS)
-    mode = rng.choice(["ar", "mask_diffusion", "mock_ar"])
+    mode = rng.choice(["ar", "mask_diffusion", "mock_ar", "self_speculation"])
     body = as_json({**base(COMPLETIONS), "prompt": prompt, "vllm_xargs": {"diffusion_mode": mode}})
     return Hostile(f"{COMPLETIONS} {mode} prompt={show(prompt)}", COMPLETIONS, body)
 

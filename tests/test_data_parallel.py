@@ -44,7 +44,8 @@ def test_two_engines_write_the_references_tokens(name, request, tmp_path):
         assert case["params"]["temperature"] == 0.0
         settings = {"diffusion_confidence_threshold": case["params"]["confidence_threshold"]}
         jobs.append((case, settings | {"diffusion_max_steps": case["params"]["steps_per_block"]}))
-    jobs += [(golden.ar[0], {"diffusion_mode": "ar"}), (golden.mock_ar[0], {"diffusion_mode": "mock_ar"})]
+    jobs += [(golden.ar[0], {"diffusion_mode": mode}) for mode in ("ar", "self_speculation")]
+    jobs += [(golden.mock_ar[0], {"diffusion_mode": "mock_ar"})]
     with vllm_server(tmp_path, *OPTIONS, log=tmp_path / "log") as url, concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda job: complete(url, job[0], **job[1]), jobs))
         shares = answered_by_engine(url)

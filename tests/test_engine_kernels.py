@@ -3,7 +3,7 @@
 import pytest
 
 import vllm_twotower.ops.launch as launch_module
-from tests.harness.engine import start_engine
+from tests.harness.engine import AlwaysDraft, start_engine
 from tests.harness.goldens import golden_params
 from vllm_twotower import diffusion_params, diffusion_stats
 from vllm_twotower.core import KERNELS_VARIABLE
@@ -18,6 +18,7 @@ KERNELS = {
     "_seeded_conv",
     "_seeded_scan",
 }
+OF_VERIFICATION = {"_replay_state", "_shift_window"}
 
 
 @pytest.fixture
@@ -34,8 +35,9 @@ def launched(monkeypatch):
     from vllm_twotower.ops.canvas_sample import kernel as canvas_sample
     from vllm_twotower.ops.reveal import kernel as reveal
     from vllm_twotower.ops.seeded_scan import kernel as seeded_scan
+    from vllm_twotower.ops.state_replay import kernel as state_replay
 
-    for module in (adaln, canvas_sample, reveal, seeded_scan):
+    for module in (adaln, canvas_sample, reveal, seeded_scan, state_replay):
         monkeypatch.setattr(module, "launch", launch)
     return names
 
@@ -45,22 +47,25 @@ def test_all_modes_with_kernels_on_and_off_in_one_engine(tiny_moe, launched, mon
     golden = golden_params({"params": {**case["params"], "max_new_tokens": 16}})
     drawn = diffusion_params(temperature=0.8, seed=5, max_tokens=16, max_steps=2, ignore_eos=True, detokenize=False)
     mock_ar = diffusion_params(mode="mock_ar", temperature=0.0, max_tokens=2, ignore_eos=True, detokenize=False)
-    prompts = [case["prompt"], case["prompt"][:20], tiny_moe.mock_ar[0]["prompt"]]
+    speculation = diffusion_params(mode="self_speculation", temperature=0.0, max_tokens=3, detokenize=False)
+    prompts = [case["prompt"], case["prompt"][:20], tiny_moe.mock_ar[0]["prompt"], tiny_moe.ar[0]["prompt"]]
     # a small cache: for every kernel the interpreter copies the whole allocation that a tensor lies in
     with start_engine(tiny_moe.path, {"passes_per_step": 16}, kv_cache_memory_bytes=16 << 20) as e:
+        e.scheduler.draft_policy = AlwaysDraft()
         tokens, passes = {}, {}
         for form in ("triton", "reference", "auto"):  # auto: C++ where it was built
             monkeypatch.setenv(KERNELS_VARIABLE, form)
-            tokens[form] = e.tokens(prompts, [golden, drawn, mock_ar])
+            tokens[form] = e.tokens(prompts, [golden, drawn, mock_ar, speculation])
             passes[form] = e.stats()["denoise_passes"]
             if form == "triton":
-                assert launched == KERNELS
+                assert launched == KERNELS | OF_VERIFICATION
                 launched.clear()
         assert not launched
     assert tokens["triton"] == tokens["reference"] == tokens["auto"]
     assert passes["triton"] == passes["reference"] == passes["auto"]
     assert tokens["triton"][0] == case["output"][:16]
     assert tokens["triton"][2] == tiny_moe.mock_ar[0]["output"][:2]
+    assert tokens["triton"][3] == tiny_moe.ar[0]["output"][:3]
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ def complete(url: str, **more: Any) -> str:
 
 DRAWN = {"prompt": OPEN, "ignore_eos": True, "temperature": 0.8, "seed": 7}
 GOOD = [{"max_tokens": 20}, {"max_tokens": 20, **DRAWN}]
-GOOD += [{"max_tokens": 8, "vllm_xargs": {"diffusion_mode": mode}} for mode in ("ar", "mock_ar")]
+GOOD += [{"max_tokens": 8, "vllm_xargs": {"diffusion_mode": mode}} for mode in ("ar", "mock_ar", "self_speculation")]
 
 
 def chat(url: str, **more_headers: str) -> str:

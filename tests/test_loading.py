@@ -2,9 +2,11 @@
 tensors."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
+import openai
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +18,7 @@ from vllm.engine.arg_utils import EngineArgs
 from tests.demo_questions import SHORT
 from tests.harness.engine import start_engine
 from tests.harness.goldens import golden_params
+from tests.harness.server import vllm_server
 from vllm_twotower import diffusion_params
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.models.entry import NemotronHTwoTowerForCausalLM
@@ -239,4 +242,35 @@ def test_a_folder_laid_out_like_the_hubs(hub_folder):
         outputs = [o.outputs[0] for o in e.generate([prompt] * 4, params)]
     assert [o.finish_reason for o in outputs] == ["stop", "stop", "stop", "length"]
     assert [list(o.token_ids) for o in outputs] == [[2], [11], [12], [13] * 40], "generation config, both, tokenizer"
+    assert not (hub_folder / "was_run").exists(), "code from a checkpoint is never run"
+
+
+RELEASED = "nvidia/Nemotron-Labs-TwoTower-30B-A3B-Base-BF16"
+
+
+@pytest.mark.parametrize("diffusion", [[], ["--diffusion"]], ids=["AR", "all modes"])
+def test_the_command_on_the_models_page(hub_folder, tmp_path_factory, monkeypatch, diffusion):
+    """The model by its name on the hub, from a cache as ``huggingface_hub`` lays it out, and little else."""
+    cache = tmp_path_factory.mktemp("hub")
+    repository, commit = cache / f"models--{RELEASED.replace('/', '--')}", "0" * 40
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "blobs").mkdir()
+    for number, file in enumerate(sorted(hub_folder.iterdir())):  # each file a link to a blob, as there
+        blob = shutil.copy(file, repository / "blobs" / f"{number:040}")
+        (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    small = ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager"]
+    with vllm_server(RELEASED, *diffusion, *small, log=hub_folder / "log") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        modes = ["mask_diffusion", "self_speculation", "ar"] if diffusion else [None]
+        for mode in modes:
+            xargs = {"vllm_xargs": {"diffusion_mode": mode}} if mode else {}
+            answer = client.completions.create(
+                model=RELEASED, prompt=SHORT, max_tokens=24, temperature=0.0, extra_body=xargs
+            )
+            assert answer.choices[0].text.strip()
     assert not (hub_folder / "was_run").exists(), "code from a checkpoint is never run"

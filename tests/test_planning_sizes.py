@@ -129,5 +129,6 @@ def test_a_requests_cache_is_counted_in_whole_blocks():
 
 def test_traffic_when_split():
     traffic = SplitTraffic.of(REAL, 16)
-    assert traffic.bytes_per_canvas == 16 * 6144 + 23 * (64 * 64 * 128 * 4 + 6144 * 3 * 2)
+    assert traffic.state_bytes_per_row == 23 * (64 * 64 * 128 * 4 + 6144 * 3 * 2)
+    assert traffic.bytes_per_canvas == 16 * (6144 + 23 * (6144 + 64) * 2)
     assert traffic.bytes_per_denoise_step_back == 17 * 8

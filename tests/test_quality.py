@@ -29,6 +29,14 @@ def test_the_published_setting_on_a_few_questions(report):
     assert "gamma 0.8, T 16" in markdown({**report, "ablations": [], "bits_per_byte": 0.0})
 
 
+def test_self_speculation_keeps_all_of_it(report):
+    row, ar = report["self_speculation"], report["ar"]
+    assert [row[name] for name in ("exact", "tokens", "unfinished")] == [
+        ar[n] for n in ("exact", "tokens", "unfinished")
+    ]
+    assert row["tokens_per_forward"] > 3 * ar["tokens_per_forward"]
+
+
 def test_the_plain_reference_finds_what_the_engine_found(report):
     """Same tokens in as many passes, so the same answers."""
     from benchmarks.quality_parts.ablations import PlainRun

@@ -11,7 +11,7 @@ from vllm.v1.worker import mamba_utils
 from vllm.v1.worker.gpu import input_batch
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.model_states import mamba_hybrid
-from vllm.v1.worker.gpu.sample import gumbel
+from vllm.v1.worker.gpu.sample import gumbel, penalties
 from vllm.v1.worker.utils import KVBlockZeroer
 
 from vllm_twotower.cpu import runner_kernels as plain
@@ -198,6 +198,53 @@ def test_noise_is_vllms_wherever_it_can_decide():
     assert noise.isfinite().all()
     assert noise.mean() == pytest.approx(0.5772, abs=0.01)
     assert noise.var() == pytest.approx(1.6449, abs=0.03)
+
+
+@few
+@given(seeds, st.sampled_from([31, 32, 70]))
+def test_penalties(seed, vocab):
+    """Rows of a request lie next to each other, each with those before it as drafts to its left."""
+    g = torch.Generator().manual_seed(seed)
+    num_tokens = integers(g, 2, MODEL_LEN, SLOTS)
+    prompt_len = (num_tokens * torch.rand(SLOTS, generator=g)).int()
+    all_token_ids = integers(g, 0, vocab, SLOTS, MODEL_LEN)
+    slots = torch.randperm(SLOTS, generator=g)[:4]
+
+    def counts():
+        return {
+            "expanded_idx_mapping": slots,
+            "all_token_ids": all_token_ids,
+            "prompt_len": prompt_len,
+            "prefill_len": num_tokens,
+            "prompt_bin_mask": torch.full((SLOTS, -(-vocab // 32)), -1, dtype=torch.int32),
+            "output_bin_counts": torch.full((SLOTS, vocab), 7, dtype=torch.int32),
+            "max_prefill_len": MODEL_LEN,
+        }
+
+    run_both(penalties.bincount, plain.count_tokens, counts, "prompt_bin_mask", "output_bin_counts")
+    counted = counts()
+    plain.count_tokens(**counted)
+    widths = integers(g, 1, 5, len(slots)).tolist()
+    logits = torch.randn(sum(widths), vocab, generator=g)
+    token_ids = integers(g, 0, vocab, sum(widths))
+
+    def arguments():
+        return {
+            "logits": logits.clone(),
+            "expanded_idx_mapping": slots.repeat_interleave(torch.tensor(widths)),
+            "token_ids": token_ids,
+            "expanded_local_pos": torch.cat([torch.arange(w, dtype=torch.int32) for w in widths]),
+            "repetition_penalty": torch.tensor([1.0, 1.3, 0.7, 1.0, 1.0, 2.0]),
+            "frequency_penalty": torch.tensor([0.0, 0.0, -0.4, 0.6, 0.0, 1.5]),
+            "presence_penalty": torch.tensor([0.0, 0.5, 0.0, 0.0, -1.0, 0.3]),
+            "prompt_bin_mask": counted["prompt_bin_mask"],
+            "output_bin_counts": counted["output_bin_counts"],
+        }
+
+    results = [arguments(), arguments()]
+    penalties.apply_penalties(**results[0])
+    plain.apply_penalties(**results[1])
+    assert torch.allclose(results[0]["logits"], results[1]["logits"], rtol=0, atol=1e-6)
 
 
 @few

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import vllm.envs
 
 from tests.harness.engine import AlwaysDraft, start_engine
 from tests.harness.goldens import golden_params
@@ -125,6 +126,17 @@ def test_the_engine_option_is_every_requests_default(tiny_moe):
     with start_engine(tiny_moe.path, {"mode": "self_speculation"}) as e:
         assert speculating(e).tokens([case["prompt"]], plain) == [case["output"][:24]]
         assert e.stats()["drafts"] > 0
+
+
+def test_no_drafts_where_nobody_reports_that_they_are_done(tiny_moe, monkeypatch):
+    """VLLM_RAISE_ON_LOGIT_NANS takes the only channel from a worker to the scheduler."""
+    case = tiny_moe.ar[1]
+    with start_engine(tiny_moe.path) as e:
+        # not before: vLLM would count with a kernel that Triton's interpreter cannot run
+        monkeypatch.setattr(vllm.envs, "VLLM_RAISE_ON_LOGIT_NANS", True)
+        asked = params("self_speculation", max_tokens=24)
+        assert speculating(e).tokens([case["prompt"]], asked) == [case["output"][:24]]
+        assert e.stats()["drafts"] == 0
 
 
 def test_the_policy_falls_back_to_ar_where_drafts_are_wrong(tiny_moe):

@@ -44,7 +44,7 @@ class Visit:
 
 
 def draw(rng: random.Random) -> Visit:
-    mode = rng.choices(("mask_diffusion", "ar", "mock_ar"), (6, 1, 1))[0]
+    mode = rng.choices(("mask_diffusion", "self_speculation", "ar", "mock_ar"), (6, 3, 1, 1))[0]
     leaves_after = rng.choice((0, 1, 2)) if rng.random() < 0.3 else None
     most = 48 if mode == "mask_diffusion" else 6
     xargs = {"diffusion_mode": mode}

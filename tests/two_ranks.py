@@ -1,7 +1,8 @@
-"""Runs golden cases on two or more worker processes and prints what came out as a line of JSON; see
-``test_placement.py``.
+"""Runs golden cases, or held-out questions of the demo model in two modes, on two or more worker processes and prints
+what came out as a line of JSON; see ``test_placement.py``.
 
 python -m tests.two_ranks NAME_OF_GOLDEN '{"diffusion": {...}, "cases": {"mask_diffusion": [0, 1]}, "engine": {...}}'
+python -m tests.two_ranks demo '{"diffusion": {...}, "questions_per_family": 1, "temperature": 0.7, "engine": {...}}'
 """
 
 import itertools
@@ -12,7 +13,8 @@ import sys
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `apply_model` sends a function
 
 import tests.conftest  # noqa: F401 - sets the environment
-from tests.harness.engine import start_llm
+from benchmarks.quality_parts.questions import held_out
+from tests.harness.engine import AlwaysDraft, start_llm
 from tests.harness.goldens import Golden, golden_params
 
 
@@ -29,7 +31,7 @@ def requests_of(golden, cases):
     prompts, params = [], []
     for mode, indices in cases.items():
         for index in indices:
-            case = getattr(golden, mode)[index]
+            case = getattr(golden, "ar" if mode == "self_speculation" else mode)[index]
             if mode == "mask_diffusion":
                 one = golden_params(case, logprobs=1)
             else:
@@ -46,17 +48,41 @@ def give_cores(num_ranks: int) -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(itertools.islice(cores, num_ranks))
 
 
+def run_questions(job, settings):
+    """Questions answered by AR, and by self-speculation on the same engine."""
+    from vllm_twotower import diffusion_params, diffusion_stats
+    from vllm_twotower.commands.cli import DEMO_MODEL
+
+    def params(mode, seed):
+        return diffusion_params(mode=mode, temperature=job["temperature"], seed=seed, max_tokens=64, detokenize=False)
+
+    with start_llm(DEMO_MODEL, **{**settings, "skip_tokenizer_init": False}) as llm:
+        llm.llm_engine.engine_core.engine_core.scheduler.draft_policy = AlwaysDraft()
+        prompts = [item.prompt for item in held_out(job["questions_per_family"])]
+        answers = {}
+        for mode in ("ar", "self_speculation"):
+            diffusion_stats(llm, reset=True)
+            asked = [params(mode, seed) for seed in range(len(prompts))]
+            answers[mode] = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, asked, use_tqdm=False)]
+        return {"answers": answers, "stats": diffusion_stats(llm), "traffic": llm.collective_rpc("diffusion_traffic")}
+
+
 def main() -> None:
     from tests.two_ranks import weight_bytes  # what is sent to the workers must not be `__main__`'s
     from vllm_twotower import diffusion_stats
 
-    golden, job = Golden(sys.argv[1]), json.loads(sys.argv[2])
+    job = json.loads(sys.argv[2])
     small = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
     settings = {"tensor_parallel_size": 2} | small | job["engine"]
     settings |= {"dtype": "float32", "disable_log_stats": False, "additional_config": {"diffusion": job["diffusion"]}}
     give_cores(settings["tensor_parallel_size"])
+    if sys.argv[1] == "demo":
+        print("RESULT " + json.dumps(run_questions(job, settings)))
+        return
+    golden = Golden(sys.argv[1])
     prompts, params = requests_of(golden, job["cases"])
     with start_llm(golden.path, **settings) as llm:
+        llm.llm_engine.engine_core.engine_core.scheduler.draft_policy = AlwaysDraft()
         answers = llm.generate(prompts, params, use_tqdm=False)
         outputs = [o.outputs[0] for o in answers]
         result = {

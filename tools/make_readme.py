@@ -100,7 +100,7 @@ def with_session(readme: str) -> str:
 
 
 def quality_sentence(report: dict) -> str:
-    """AR's exact answers, and what mask diffusion keeps of them."""
+    """AR's exact answers, and what the other modes keep of them."""
     exact = report["ar"]["exact"]["overall"]
     rows = {row["gamma"]: row for row in report["mask_diffusion"] if row["max_steps"] == 16}
     kept = [
@@ -109,8 +109,12 @@ def quality_sentence(report: dict) -> str:
         for gamma in GAMMAS
     ]
     lines = ",\n".join(kept)
+    speculation = report["self_speculation"]
+    kept_by_it = 100 * speculation["exact"]["overall"] / exact
     return (
         f"Greedy AR answers {100 * exact:.1f} % of {report['questions']} held-out questions exactly.\n"
+        f"Self-speculation keeps {kept_by_it:.0f} % of that, word for word, with "
+        f"{speculation['tokens_per_forward']:.2f} tokens per forward.\n"
         f"Mask diffusion keeps\n{lines}."
     )
 

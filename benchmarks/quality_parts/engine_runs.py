@@ -1,13 +1,13 @@
 """The questions through the real vLLM engine, in this process."""
 
+import contextlib
 import math
 import pathlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from benchmarks.quality_parts.questions import MAX_TOKENS, Item, Outcome, shares
-from tests.harness.engine import start_llm
+from tests.harness.engine import AlwaysDraft, start_llm
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 PROSE_TOKENS = 200
 
 
-def started(model: pathlib.Path) -> AbstractContextManager["LLM"]:
-    """An engine in fp32, where its tokens equal the plain reference's."""
-    return start_llm(
+@contextlib.contextmanager
+def started(model: pathlib.Path) -> Iterator["LLM"]:
+    """An engine in fp32, where its tokens equal the plain reference's; it drafts wherever it can, since what is counted
+    here should not depend on what steps cost on this machine."""
+    with start_llm(
         model,
         skip_tokenizer_init=False,
         additional_config={"diffusion": {"passes_per_step": 16}},
@@ -26,7 +28,9 @@ def started(model: pathlib.Path) -> AbstractContextManager["LLM"]:
         max_num_seqs=64,
         enforce_eager=True,
         kv_cache_memory_bytes=128 << 20,
-    )
+    ) as llm:
+        llm.llm_engine.engine_core.engine_core.scheduler.draft_policy = AlwaysDraft()
+        yield llm
 
 
 def ask(llm: "LLM", items: Sequence[Item], mode: str, **settings: float) -> Outcome:
@@ -40,7 +44,8 @@ def ask(llm: "LLM", items: Sequence[Item], mode: str, **settings: float) -> Outc
     tokens = sum(len(o.token_ids) for o in outputs)
     ended = [o.finish_reason == "stop" for o in outputs]
     # AR: the first token comes from the prompt's own forward, every later one from a forward of its own
-    context_passes = stats["commits"] if mode == "mask_diffusion" else tokens - len(items)
+    of_mode = {"mask_diffusion": stats["commits"], "self_speculation": stats["drafts"], "ar": tokens - len(items)}
+    context_passes = of_mode[mode]
     return Outcome(
         shares(items, [o.text if end else None for o, end in zip(outputs, ended, strict=True)]),
         len(outputs) - sum(ended),

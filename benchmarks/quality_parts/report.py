@@ -17,6 +17,7 @@ def markdown(report: dict) -> str:
         "| decoding | exact match | of AR's | tokens per denoise pass | tokens per forward | unfinished |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         _line("ar", ar, ar),
+        _line("self-speculation", report["self_speculation"], ar),
     ]
     lines += [_line(f"gamma {r['gamma']}, T {r['max_steps']}", r, ar) for r in report["mask_diffusion"]]
     published = at_published(report)
@@ -67,6 +68,13 @@ def picture(report: dict, out: pathlib.Path) -> None:
             for row, at in zip(rows, zip(x, y, strict=True), strict=True):
                 axis.annotate(f"γ {row['gamma']}", at, textcoords="offset points", xytext=(4, 5), fontsize=8)
     axis.plot([1], [100], "k^", label="AR")
+    speculation = report["self_speculation"]
+    axis.plot(
+        [speculation["tokens_per_forward"]],
+        [100 * speculation["exact"]["overall"] / ar],
+        "gD",
+        label="self-speculation: AR's own tokens",
+    )
     axis.plot(
         [PUBLISHED["speed"]],
         [100 * PUBLISHED["quality_retained"]],
@@ -75,7 +83,7 @@ def picture(report: dict, out: pathlib.Path) -> None:
         label="published for the 30B model (98.7 % at 2.42×)",
     )
     axis.set(
-        xlabel="tokens per forward (denoise passes and commits)",
+        xlabel="tokens per forward (of either tower, prompts left out)",
         ylabel="exact match, % of AR's",
         title=f"Demo model, {report['questions']} held-out questions",
         ylim=(0, 108),

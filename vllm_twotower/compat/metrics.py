@@ -35,13 +35,19 @@ def pass_report(num_passes: list[int], canvas_passes: list[int], broken: list[bo
 
     """
     import torch
-    import vllm.envs as envs
 
-    if envs.VLLM_RAISE_ON_LOGIT_NANS:
+    if not can_report_passes():
         return torch.tensor(broken, dtype=torch.int32, device=device) if any(broken) else None
     rows = zip(num_passes, canvas_passes, broken, strict=True)
     packed = [(done << PASSES_BITS | now) * (-1 if bad else 1) for now, done, bad in rows]
     return torch.tensor(packed, dtype=torch.int32, device=device)
+
+
+def can_report_passes() -> bool:
+    """Whether ``pass_report`` has room for passes: not where vLLM was told to raise on any NaN count."""
+    import vllm.envs as envs
+
+    return not envs.VLLM_RAISE_ON_LOGIT_NANS
 
 
 def take_pass_report(result: "ModelRunnerOutput") -> tuple[dict[str, tuple[int, int]], list[str]]:

@@ -272,6 +272,52 @@ def _finish(hash_: torch.Tensor) -> torch.Tensor:
     return hash_ ^ hash_ >> 16
 
 
+def apply_penalties(
+    logits: torch.Tensor,
+    expanded_idx_mapping: torch.Tensor,
+    token_ids: torch.Tensor,
+    expanded_local_pos: torch.Tensor,
+    repetition_penalty: torch.Tensor,
+    frequency_penalty: torch.Tensor,
+    presence_penalty: torch.Tensor,
+    prompt_bin_mask: torch.Tensor,
+    output_bin_counts: torch.Tensor,
+) -> None:
+    """Penalise tokens of prompt, output and drafts to the left in logits [N, V], in place (``penalties``)."""
+    slot_N = expanded_idx_mapping.long()
+    repetition, frequency, presence = (p[slot_N] for p in (repetition_penalty, frequency_penalty, presence_penalty))
+    bit_32 = torch.arange(32, dtype=torch.int32)
+    for row in ((repetition != 1) | (frequency != 0) | (presence != 0)).nonzero().squeeze(1).tolist():
+        count_V = output_bin_counts[slot_N[row]].clone()
+        left = token_ids[row - int(expanded_local_pos[row]) + 1 : row + 1].long()
+        count_V.index_add_(0, left, torch.ones_like(left, dtype=count_V.dtype))
+        x_V = logits[row].float()
+        in_prompt_V = (prompt_bin_mask[slot_N[row], :, None] >> bit_32 & 1).bool().flatten()[: len(x_V)]
+        scale_V = torch.where(in_prompt_V | (count_V > 0), repetition[row], 1.0)
+        x_V = x_V * torch.where(x_V > 0, 1.0 / scale_V, scale_V)
+        logits[row] = x_V - frequency[row] * count_V - presence[row] * (count_V > 0)
+
+
+def count_tokens(
+    expanded_idx_mapping: torch.Tensor,
+    all_token_ids: torch.Tensor,
+    prompt_len: torch.Tensor,
+    prefill_len: torch.Tensor,
+    prompt_bin_mask: torch.Tensor,
+    output_bin_counts: torch.Tensor,
+    max_prefill_len: int,
+) -> None:
+    """Which tokens the prompts of some slots have, a bit each, and how often their outputs (``penalties.bincount``)."""
+    vocab_size = output_bin_counts.shape[1]
+    for slot in expanded_idx_mapping.tolist():
+        end_of_prompt, end = int(prompt_len[slot]), int(prefill_len[slot])
+        is_there = torch.zeros(32 * prompt_bin_mask.shape[1], dtype=torch.int64)
+        is_there[all_token_ids[slot, :end_of_prompt].long()] = 1
+        prompt_bin_mask[slot] = (is_there.view(-1, 32) << torch.arange(32)).sum(dim=1).to(torch.int32)
+        outputs = all_token_ids[slot, end_of_prompt:end].long()
+        output_bin_counts[slot] = torch.bincount(outputs, minlength=vocab_size).to(output_bin_counts.dtype)
+
+
 def get_num_sampled_and_rejected(
     num_sampled: torch.Tensor,
     seq_lens: torch.Tensor,

@@ -120,7 +120,8 @@ def use_torch_for_runner_kernels() -> None:
         vllm.v1.worker.gpu.buffer_utils.StagedWriteTensor.apply_write,
         vllm.v1.worker.gpu.buffer_utils.FusedStagedWriter.apply,
         vllm.v1.worker.utils.KVBlockZeroer.zero_block_ids, vllm.v1.worker.gpu.sample.gumbel.apply_temperature,
-        vllm.v1.worker.gpu.sample.gumbel.gumbel_sample,
+        vllm.v1.worker.gpu.sample.gumbel.gumbel_sample, vllm.v1.worker.gpu.sample.penalties.apply_penalties,
+        vllm.v1.worker.gpu.sample.penalties.bincount,
         vllm.v1.worker.mamba_utils.MambaSpecDecodeGPUContext.run_fused_precopy,
         vllm.v1.worker.mamba_utils.MambaSpecDecodeGPUContext.run_fused_postprocess_align,
         vllm.v1.worker.gpu.model_states.mamba_hybrid.preprocess_mamba_align_fused_kernel,
@@ -130,6 +131,7 @@ def use_torch_for_runner_kernels() -> None:
     """
     import vllm.v1.worker.gpu.model_runner as model_runner
     import vllm.v1.worker.gpu.model_states.mamba_hybrid as mamba_hybrid
+    import vllm.v1.worker.gpu.sample.penalties as penalties
     import vllm.v1.worker.gpu.sample.sampler as sampler
     import vllm.v1.worker.gpu.sample.states as states
     from vllm.v1.worker.gpu.block_table import BlockTables
@@ -155,6 +157,8 @@ def use_torch_for_runner_kernels() -> None:
         (states, "apply_temperature", plain.apply_temperature),
         (sampler, "get_num_sampled_and_rejected", plain.get_num_sampled_and_rejected),
         (sampler, "gumbel_sample", plain.gumbel_sample),
+        (penalties, "apply_penalties", plain.apply_penalties),
+        (penalties, "bincount", plain.count_tokens),
         (context, "run_fused_precopy", plain.copying_before_by(context.run_fused_precopy)),
         (context, "run_fused_postprocess_align", plain.copying_after_by(context.run_fused_postprocess_align)),
         (mamba_hybrid, "preprocess_mamba_align_fused_kernel", plain.advance_mamba_blocks),

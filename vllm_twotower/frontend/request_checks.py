@@ -49,20 +49,9 @@ def check_params(params: "SamplingParams", vllm_config: "VllmConfig") -> None:
             )
         return
     request = RequestOptions.from_extra_args(extra, options)
-    if request.mode is Mode.SELF_SPECULATION and is_split(vllm_config, options):
-        raise ValueError(
-            "diffusion_mode='self_speculation' needs both towers on every device: send 'ar' or 'mask_diffusion', or "
-            "start the engine without tower_placement='split'"
-        )
     if not request.is_sampled:
         mode = request.mode
         _check_denoised(params, mode, mask_token_id_of(vllm_config.model_config.hf_config))
-
-
-def is_split(vllm_config: "VllmConfig", options: EngineOptions) -> bool:
-    """Whether the towers live on different ranks of this engine."""
-    hf_config = vllm_config.model_config.hf_config
-    return options.is_split(vllm_config.parallel_config.tensor_parallel_size, hf_config)
 
 
 def check_beam_search(extra_args: Any, vllm_config: "VllmConfig") -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_twotower.config import EngineOptions
-from vllm_twotower.core import Mode
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -149,11 +148,6 @@ def _split_replicas(c: "VllmConfig", options: EngineOptions) -> str | None:
     return f"data_parallel_size={size}, enable_expert_parallel={experts}" if refused else None
 
 
-def _split_drafts(c: "VllmConfig", options: EngineOptions) -> str | None:
-    refused = _is_split(c, options) and options.mode == Mode.SELF_SPECULATION
-    return f"mode={options.mode} with tower_placement={options.tower_placement}" if refused else None
-
-
 STARTUP_RULES = (
     StartupRule(
         "`--pipeline-parallel-size` above 1",
@@ -266,12 +260,6 @@ STARTUP_RULES = (
         "towers are split within one tensor-parallel group",
         _split_replicas,
         'start one engine per replica, or use --diffusion \'{{"tower_placement": "colocated"}}\'',
-    ),
-    StartupRule(
-        "`mode` `self_speculation` with the towers split",
-        "drafts are verified where they were written",
-        _split_drafts,
-        'use --diffusion \'{{"mode": "self_speculation", "tower_placement": "colocated"}}\', or another mode',
     ),
     # last: some of the above also make vLLM choose it, and name the reason better
     StartupRule(

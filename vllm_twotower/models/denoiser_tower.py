@@ -9,26 +9,23 @@ Legend: T tokens of all canvases in batch order, R rows (requests), S widest can
     channels.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.mamba.mamba_mixer2 import Mixer2RMSNormGated, mamba_v2_sharded_weight_loader
+from vllm.model_executor.layers.mamba.mamba_mixer2 import Mixer2RMSNormGated
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.model_loader.weight_utils import composed_weight_loader, sharded_weight_loader
 from vllm.model_executor.models.nemotron_h import NemotronHMLP, NemotronHMoE
-from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from vllm_twotower.cpu.portable_moe import PortableMoE
 from vllm_twotower.models.conditioning import TimeConditioning
-from vllm_twotower.models.mamba import convolve, state_caches
+from vllm_twotower.models.mamba import add_recurrence, convolve, state_caches
 from vllm_twotower.ops import (
     UNMODULATED,
     Modulation,
@@ -67,22 +64,6 @@ class DenoiserAttention(nn.Module):
         return out
 
 
-class _ShardedConv(nn.Module):
-    """Weights of the depthwise convolution, sharded like the channels x, B, C that it runs over."""
-
-    def __init__(self, sizes: Sequence[int], kernel: int, use_bias: bool) -> None:
-        super().__init__()
-        tp_size, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-        loader = mamba_v2_sharded_weight_loader([(size, 0, False) for size in sizes], tp_size, rank)
-        channels = sum(sizes) // tp_size
-        self.weight = nn.Parameter(torch.empty(channels, 1, kernel), requires_grad=False)
-        set_weight_attrs(self.weight, {"weight_loader": loader})
-        self.bias = None
-        if use_bias:
-            self.bias = nn.Parameter(torch.empty(channels), requires_grad=False)
-            set_weight_attrs(self.bias, {"weight_loader": loader})
-
-
 class DenoiserMamba(nn.Module):
     """A Mamba-2 layer that starts from the context tower's state and leaves no state behind; causal within the
     canvas."""
@@ -101,14 +82,7 @@ class DenoiserMamba(nn.Module):
         common: dict[str, Any] = {"bias": False, "quant_config": quant_config}
         sizes = [inner, inner, groups, groups, config.mamba_num_heads]
         self.in_proj = MergedColumnParallelLinear(config.hidden_size, sizes, prefix=f"{prefix}.in_proj", **common)
-        self.conv1d = _ShardedConv([inner, groups, groups], config.conv_kernel, config.use_conv_bias)
-        self.A = nn.Parameter(torch.empty(self.heads, dtype=torch.float32), requires_grad=False)
-        self.D = nn.Parameter(torch.empty(self.heads), requires_grad=False)
-        self.dt_bias = nn.Parameter(torch.empty(self.heads), requires_grad=False)
-        by_head = sharded_weight_loader(0)
-        set_weight_attrs(self.A, {"weight_loader": composed_weight_loader(by_head, lambda a: -torch.exp(a.float()))})
-        set_weight_attrs(self.D, {"weight_loader": by_head})
-        set_weight_attrs(self.dt_bias, {"weight_loader": by_head})
+        add_recurrence(self, config)
         self.norm = Mixer2RMSNormGated(inner, config.n_groups, eps=config.layer_norm_epsilon)
         self.out_proj = RowParallelLinear(inner, config.hidden_size, prefix=f"{prefix}.out_proj", **common)
 

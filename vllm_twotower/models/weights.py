@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from vllm.model_executor.models.utils import WeightsMapper
 
+from vllm_twotower.models.mamba import RECURRENCE_TENSORS
 from vllm_twotower.models.tensor_shapes import CONTEXT_PREFIXES, check_tensor, checkpoint_shapes, list_names
 
 CHECKPOINT_TO_MODULE = WeightsMapper(
@@ -39,14 +40,14 @@ def check_weights(
         weights: checkpoint name and tensor, any order.
         config: the Hugging Face config.
         with_denoiser: False to leave out the denoiser tower, which may then be absent.
-        with_context: False to leave out the context tower.
+        with_context: False to leave out the context tower, but for what its Mamba states are advanced with.
 
     Raises:
         ValueError: after the last tensor (at the first of wrong shape or dtype): what is missing or unknown, by name.
 
     """
     expected = checkpoint_shapes(config)
-    needed = {n for n in expected if (with_context if n.startswith(CONTEXT_PREFIXES) else with_denoiser)}
+    needed = {n for n in expected if _is_needed(n, with_denoiser, with_context)}
     unknown, seen = [], set()
     for name, tensor in weights:
         if name not in expected:
@@ -64,3 +65,9 @@ def check_weights(
         problems.append(f"{len(unknown)} not part of the model: {list_names(sorted(unknown))}")
     if problems:
         raise ValueError("the checkpoint does not match its config.json; tensors " + "; ".join(problems))
+
+
+def _is_needed(name: str, with_denoiser: bool, with_context: bool) -> bool:
+    if not name.startswith(CONTEXT_PREFIXES):
+        return with_denoiser
+    return with_context or name.endswith(RECURRENCE_TENSORS)

@@ -119,9 +119,12 @@ def _fits(report: Report) -> Iterable[str]:
 def _traffic(traffic: Report) -> Iterable[str]:
     back = f"{traffic['bytes_per_denoise_step_back']} B for each denoise step"
     yield "TRAFFIC BETWEEN THE TOWERS when split"
-    yield _line("a token", f"{traffic['kv_bytes_per_token']:,} B to the denoiser, in a prompt or a commit")
+    yield _line("a prompt's token", f"{traffic['kv_bytes_per_token']:,} B to the denoiser, keys and values")
     yield _line("a prompt's end", f"{traffic['state_bytes_per_row']:,} B to the denoiser, Mamba states")
-    yield _line("a canvas", f"{traffic['bytes_per_canvas']:,} B to the denoiser, tokens and states; back {back}")
+    yield _line(
+        "a canvas",
+        f"{traffic['bytes_per_canvas']:,} B to the denoiser, tokens and inputs of Mamba layers; back {back}",
+    )
 
 
 def _precision(report: Report, precision: str) -> str:

@@ -100,6 +100,11 @@ class ModelFacts:
         return size * BYTES_OF_CONFIG_DTYPE[self.mamba_ssm_cache_dtype]
 
     @property
+    def mamba_input_bytes_per_token(self) -> int:
+        """What the convolutions and step sizes of all Mamba layers are fed for one token, in the model's dtype."""
+        return self.layers("M") * (self.mamba_channels + self.mamba_num_heads) * self.dtype_bytes
+
+    @property
     def mamba_bytes_per_request(self) -> int:
         """Conv and SSM states of one request in all Mamba layers."""
         return self.layers("M") * (self.conv_bytes_per_layer + self.ssm_bytes_per_layer)

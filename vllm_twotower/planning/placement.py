@@ -153,16 +153,19 @@ class SplitTraffic:
     ``tests/test_placement.py`` compares them with what is sent."""
 
     kv_bytes_per_token: int
-    """To the denoiser, for every prompt token and every committed token."""
+    """To the denoiser, for every prompt token and every committed or verified token."""
     state_bytes_per_row: int
-    """To the denoiser, for every prompt's end and every commit: the request's conv and SSM states."""
+    """To the denoiser at a prompt's end: the request's conv and SSM states."""
+    kept_bytes_per_token: int
+    """To the denoiser for every committed or verified token: what the Mamba layers were fed, from which the states
+    there are advanced."""
     bytes_per_canvas: int
-    """To the denoiser when a canvas is committed."""
+    """To the denoiser when a canvas is committed or verified."""
     bytes_per_denoise_step_back: int
     """To the context tower for each canvas of a denoise step: its tokens and its pass count, int64."""
 
     @classmethod
     def of(cls, facts: ModelFacts, canvas_length: int) -> "SplitTraffic":
         """The traffic of one model."""
-        token, row = facts.kv_bytes_per_token, facts.mamba_bytes_per_request
-        return cls(token, row, canvas_length * token + row, (canvas_length + 1) * 8)
+        token, row, kept = facts.kv_bytes_per_token, facts.mamba_bytes_per_request, facts.mamba_input_bytes_per_token
+        return cls(token, row, kept, canvas_length * (token + kept), (canvas_length + 1) * 8)

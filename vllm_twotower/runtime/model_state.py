@@ -37,7 +37,7 @@ from vllm_twotower.runtime.sampler import CanvasSampler
 from vllm_twotower.runtime.stats import DiffusionStats
 from vllm_twotower.runtime.step import CanvasLayout, CanvasPlaces, Step, VerifyRows
 from vllm_twotower.runtime.trace import CanvasTrace
-from vllm_twotower.runtime.verification import ask_for_logits, keep_states_of, replay_states, verify_through
+from vllm_twotower.runtime.verification import ask_for_logits, keep_inputs_in, keep_inputs_of, replay_states
 
 logger = init_logger("vllm.twotower")
 
@@ -149,7 +149,7 @@ class TwoTowerModelState(MambaHybridModelState):
             metadata = super().prepare_attn(
                 input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, *args, **kwargs
             )
-            return metadata if step.verify is None else keep_states_of(step.verify, metadata)
+            return keep_inputs_of(step, metadata)
         assert cudagraph_mode != CUDAGraphMode.FULL, "no graph of the context tower may replay in a denoise step"
         num_reqs = input_batch.num_reqs
         seq_lens_upper_bound = input_batch.seq_lens_cpu_upper_bound
@@ -193,19 +193,37 @@ class TwoTowerModelState(MambaHybridModelState):
         if not kept:
             return None
         rows, drafts_VS = [rows[index] for index in kept], drafts_VS[kept]
+        places = self.place_kept_rows(rows, step, batch, block_tables, kv_cache_config)
+        verify = VerifyRows(draft_VS=drafts_VS, **places)
+        layout = verify.layout
+        last_V = self.last_sampled_tokens[batch.idx_mapping[verify.row_V]].view(-1)
+        canvas_VS = torch.cat([last_V[:, None], drafts_VS], dim=1)
+        batch.input_ids[verify.token_U] = canvas_VS[layout.row_T, layout.column_T].to(batch.input_ids.dtype)
+        ask_for_logits(batch, step, rows)
+        return verify
+
+    def place_kept_rows(
+        self,
+        rows: list[int],
+        step: Step,
+        batch: InputBatch,
+        block_tables: tuple[torch.Tensor, ...],
+        kv_cache_config: KVCacheConfig,
+    ) -> dict[str, Any]:
+        """The fields of ``KeptRows`` for some rows of a context step."""
         widths = [step.widths[row] for row in rows]
-        # where the states are now: a verified canvas does not cross a block of states
+        # where the states are now: vLLM has moved those that would cross a block
         ends_np = step.computed_np[rows] + np.array(widths)
         slots = self.find_mamba_slots(rows, ends_np, block_tables, kv_cache_config)
         layout = CanvasLayout.from_widths(widths, self.device, mamba_slots=slots)
         row_V = torch.tensor(rows, device=self.device)
-        token_U = batch.query_start_loc[row_V].long()[layout.row_T] + layout.column_T
-        last_V = self.last_sampled_tokens[batch.idx_mapping[row_V]].view(-1)
-        canvas_VS = torch.cat([last_V[:, None], drafts_VS], dim=1)
-        batch.input_ids[token_U] = canvas_VS[layout.row_T, layout.column_T].to(batch.input_ids.dtype)
-        ask_for_logits(batch, step, rows)
-        width_V = torch.tensor(widths, device=self.device)
-        return VerifyRows(rows=rows, row_V=row_V, layout=layout, token_U=token_U, draft_VS=drafts_VS, width_V=width_V)
+        return {
+            "rows": rows,
+            "row_V": row_V,
+            "layout": layout,
+            "token_U": batch.query_start_loc[row_V].long()[layout.row_T] + layout.column_T,
+            "width_V": torch.tensor(widths, device=self.device),
+        }
 
     def find_mamba_slots(
         self,
@@ -274,7 +292,7 @@ class TwoTowerModelState(MambaHybridModelState):
         proposals = ProposalSampler(sampler, self.mask_token_id)
         self.last_sampled_tokens = sampler.req_states.last_sampled_tokens
         for mixer in mamba_mixers(self.model.model.layers):
-            verify_through(mixer)
+            keep_inputs_in(mixer)
         self._loop = self.make_loop(
             denoiser=self.model.denoiser,
             context_layers=self.model.model.layers,

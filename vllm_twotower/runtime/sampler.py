@@ -32,7 +32,7 @@ from vllm_twotower.runtime.acceptance import accept_drafts, find_hints
 from vllm_twotower.runtime.canvas_table import CanvasTable
 from vllm_twotower.runtime.proposals import ProposalSampler
 from vllm_twotower.runtime.stats import DiffusionStats
-from vllm_twotower.runtime.step import Step
+from vllm_twotower.runtime.step import Step, VerifyRows
 from vllm_twotower.runtime.trace import CanvasTrace
 
 
@@ -89,7 +89,7 @@ class CanvasSampler:
                 output.num_nans = logits.isnan().sum(dim=-1, dtype=torch.int32)
             if step.verify is not None:
                 output = accept_drafts(output, step.verify, batch)
-                hint_VS = find_hints(logits, output, step.verify, batch, self.canvases.mask_token_id)
+                hint_VS = self.find_hints(logits, output, step.verify, batch)
                 self.canvases.keep_hints(step, hint_VS, output.num_sampled[step.verify.row_V])
                 widths = [step.widths[row] - 1 for row in step.verify.rows]
                 self.stats.count_verification(widths, output.num_sampled[step.verify.row_V] - 1)
@@ -106,6 +106,12 @@ class CanvasSampler:
     def sample_ar_rows(self, step: Step, logits: torch.Tensor, batch: InputBatch) -> SamplerOutput:
         """vLLM's own sampling."""
         return self.base(logits, batch)
+
+    def find_hints(
+        self, logits: torch.Tensor, accepted: SamplerOutput, verify: VerifyRows, batch: InputBatch
+    ) -> torch.Tensor:
+        """For the next drafts of verifying rows, see ``acceptance.find_hints``."""
+        return find_hints(logits, accepted, verify, batch, self.canvases.mask_token_id)
 
     def _count_context_step(self, step: Step, is_diffusion: list[bool]) -> None:
         prompt_len_np = self.base.req_states.prompt_len.np[step.slots]

@@ -129,6 +129,7 @@ class BlockCommitScheduler(Scheduler):
             and request.num_tokens > self._prefill_len.get(request.request_id, request.num_prompt_tokens)
             and request.request_id not in self._drafted
             and not request.use_structured_output
+            and compat.can_report_passes()  # else nobody says when a draft is done
             and self._canvas_width(request) > 1
         )
 

@@ -123,8 +123,9 @@ class CanvasRows:
 
 
 @dataclass(kw_only=True)
-class VerifyRows:
-    """The rows of a context step that verify drafts: the known token and the drafts behind it.
+class KeptRows:
+    """Rows of a context step of which is kept what the Mamba layers were fed: from it, and from the states before the
+    step, follow the states after any number of the rows' tokens.
 
     Legend: V rows, U their tokens in batch order, S widest.
     """
@@ -137,13 +138,19 @@ class VerifyRows:
     """How their tokens lie among themselves, [U], and the slots of the states that they start from, by layer."""
     token_U: torch.Tensor
     """int64 [U], where their tokens are in the batch."""
+    width_V: torch.Tensor
+    """int64 [V], tokens of each row."""
+    kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """Name of a context Mamba layer -> its raw convolution inputs [U, C] and step sizes [U, H]; filled in by the
+    forward."""
+
+
+@dataclass(kw_only=True)
+class VerifyRows(KeptRows):
+    """The rows of a context step that verify drafts: the known token and the drafts behind it."""
+
     draft_VS: torch.Tensor
     """int64 [V, S - 1], the drafts; past a row's width anything."""
-    width_V: torch.Tensor
-    """int64 [V], tokens of each row with the known one."""
-    kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """Name of a context Mamba layer -> its raw convolution inputs [V, S, C] and step sizes [V, S, H] over these
-    tokens, from which the state after any number of them follows; filled in by the forward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +203,9 @@ class Step:
     """Of a denoise step, after its forward."""
     verify: VerifyRows | None = None
     """Of a context step, its rows that verify drafts; None where there are none."""
+    carried: KeptRows | None = None
+    """With split towers of a context step, the other rows whose states the denoiser's ranks advance by themselves; None
+    where there are none."""
 
     @property
     def modes(self) -> list[Mode | None]:

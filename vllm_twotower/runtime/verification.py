@@ -24,16 +24,19 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm_twotower import compat
 from vllm_twotower.models.mamba import convolve, mamba_mixers, state_caches
 from vllm_twotower.ops import ScanInputs, seeded_scan, state_replay
-from vllm_twotower.runtime.step import Step, VerifyRows
+from vllm_twotower.runtime.step import KeptRows, Step, VerifyRows
 
 NULL_BLOCK = 0
 
 
 @dataclasses.dataclass
-class VerifyingMetadata(Mamba2AttentionMetadata):
-    """vLLM's metadata of a Mamba layer, and the rows that it must not advance."""
+class KeepingMetadata(Mamba2AttentionMetadata):
+    """vLLM's metadata of a Mamba layer, and the rows of which it has to keep its inputs."""
 
     verify: VerifyRows | None = None
+    """Those that it must not advance."""
+    carried: KeptRows | None = None
+    """Those that it advances all the same."""
 
 
 def ask_for_logits(batch: InputBatch, step: Step, rows: list[int]) -> None:
@@ -52,24 +55,31 @@ def ask_for_logits(batch: InputBatch, step: Step, rows: list[int]) -> None:
     batch.expanded_local_pos = torch.from_numpy(local_N).to(device, torch.int32)
 
 
-def keep_states_of(verify: VerifyRows, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The step's metadata, by layer name; that of Mamba layers leaves the states of verifying rows alone."""
-    made: dict[int, VerifyingMetadata] = {}
+def keep_inputs_of(step: Step, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The step's metadata, by layer name; that of Mamba layers names the rows whose inputs are kept, and leaves the
+    states of verifying rows alone."""
+    if step.verify is None and step.carried is None:
+        return metadata
+    made: dict[int, KeepingMetadata] = {}
     result = {}
     for name, one in metadata.items():
         if isinstance(one, Mamba2AttentionMetadata):
             if id(one) not in made:
-                made[id(one)] = _redirected(verify, one)
+                made[id(one)] = _make_metadata(step, one)
             one = made[id(one)]
         result[name] = one
     return result
 
 
-def _redirected(verify: VerifyRows, metadata: Mamba2AttentionMetadata) -> VerifyingMetadata:
-    assert metadata.state_indices_tensor_p is not None, "a row of several tokens runs as a prefill"
+def _make_metadata(step: Step, metadata: Mamba2AttentionMetadata) -> KeepingMetadata:
+    verify = step.verify
     fields = {f.name: getattr(metadata, f.name) for f in dataclasses.fields(metadata)}
+    fields |= {"verify": verify, "carried": step.carried}
+    if verify is None:
+        return KeepingMetadata(**fields)
+    assert metadata.state_indices_tensor_p is not None, "a row of several tokens runs as a prefill"
     if metadata.num_prefills == len(verify.rows):
-        return VerifyingMetadata(**{**fields, "num_prefills": 0, "num_prefill_tokens": 0}, verify=verify)
+        return KeepingMetadata(**{**fields, "num_prefills": 0, "num_prefill_tokens": 0})
     row_V = verify.row_V - metadata.num_decodes
     checkpoints = metadata.checkpoint_meta
     if checkpoints is not None:  # what such a row would leave behind as a state in the middle of a prompt
@@ -77,47 +87,44 @@ def _redirected(verify: VerifyRows, metadata: Mamba2AttentionMetadata) -> Verify
             checkpoints, state_indices=checkpoints.state_indices.index_fill(0, row_V, NULL_BLOCK)
         )
     fields["state_indices_tensor_p"] = metadata.state_indices_tensor_p.index_fill(0, row_V, NULL_BLOCK)
-    return VerifyingMetadata(**{**fields, "checkpoint_meta": checkpoints}, verify=verify)
+    return KeepingMetadata(**{**fields, "checkpoint_meta": checkpoints})
 
 
-def verify_through(mixer: MambaMixer2) -> None:
-    """Let a context Mamba layer compute verifying rows from states that it leaves alone."""
+def keep_inputs_in(mixer: MambaMixer2) -> None:
+    """Let a context Mamba layer keep its inputs where its metadata says so, and compute verifying rows from states that
+    it leaves alone."""
 
-    def verify(projected_states: torch.Tensor, output: torch.Tensor) -> None:
+    def keep(projected_states: torch.Tensor, output: torch.Tensor) -> None:
         metadata = get_forward_context().attn_metadata
         mine = metadata.get(mixer.prefix) if isinstance(metadata, dict) else None
-        if isinstance(mine, VerifyingMetadata) and mine.verify is not None:
-            _verify(mixer, mine.verify, projected_states, output)
+        if not isinstance(mine, KeepingMetadata):
+            return
+        sizes = [mixer.tped_intermediate_size, mixer.tped_conv_size, mixer.tped_dt_size]
+        for rows in filter(None, (mine.verify, mine.carried)):
+            _, xbc_UC, dt_UH = projected_states[rows.token_U].split(sizes, dim=-1)
+            rows.kept[mixer.prefix] = xbc_UC, dt_UH
+        if mine.verify is not None:
+            y_VSHP = seeded_scan(_read_inputs(mixer, mine.verify)[0], out_dtype=output.dtype)
+            output[mine.verify.token_U] = mine.verify.layout.unpad(y_VSHP.flatten(2))
 
-    compat.follow_mamba_scan(mixer, verify)
-
-
-def _verify(mixer: MambaMixer2, verify: VerifyRows, projected: torch.Tensor, output: torch.Tensor) -> None:
-    sizes = [mixer.tped_intermediate_size, mixer.tped_conv_size, mixer.tped_dt_size]
-    _, xbc_UC, dt_UH = projected[verify.token_U].split(sizes, dim=-1)
-    verify.kept[mixer.prefix] = verify.layout.pad(xbc_UC), verify.layout.pad(dt_UH)
-    y_VSHP = seeded_scan(_scan_inputs(mixer, verify), out_dtype=output.dtype)
-    output[verify.token_U] = verify.layout.unpad(y_VSHP.flatten(2))
-
-
-def _scan_inputs(mixer: MambaMixer2, verify: VerifyRows) -> ScanInputs:
-    slot_V = verify.layout.mamba_slots[mixer.prefix]
-    return convolve(mixer, *verify.kept[mixer.prefix], state_caches(mixer), slot_V)
+    compat.follow_mamba_scan(mixer, keep)
 
 
-def replay_states(layers: nn.ModuleList, verify: VerifyRows, num_tokens_V: torch.Tensor) -> None:
-    """Advance the states of verifying rows over their first tokens, in place; nothing is read by the host.
+def _read_inputs(mixer: MambaMixer2, rows: KeptRows) -> tuple[ScanInputs, torch.Tensor]:
+    """What the layer's scan read of some rows, and the convolution before it, [V, S, C]."""
+    raw_VSC, dt_VSH = map(rows.layout.pad, rows.kept[mixer.prefix])
+    return convolve(mixer, raw_VSC, dt_VSH, state_caches(mixer), rows.layout.mamba_slots[mixer.prefix]), raw_VSC
+
+
+def replay_states(layers: nn.ModuleList, rows: KeptRows, num_tokens_V: torch.Tensor) -> None:
+    """Advance the states of some rows over their first tokens, in place; nothing is read by the host.
 
     Args:
-        layers: the context tower's.
-        verify: with what its forward has kept.
-        num_tokens_V: int64 [V], tokens that count: the known one and the accepted drafts.
+        layers: the context tower's, or those that mirror their caches.
+        rows: with what the forward has kept.
+        num_tokens_V: int64 [V], tokens that count; of a verifying row the known one and the accepted drafts.
 
     """
     for mixer in mamba_mixers(layers):
-        state_replay(
-            _scan_inputs(mixer, verify),
-            raw_RSC=verify.kept[mixer.prefix][0],
-            conv_cache_ZKC=state_caches(mixer)[0],
-            num_tokens_R=num_tokens_V,
-        )
+        inputs, raw_VSC = _read_inputs(mixer, rows)
+        state_replay(inputs, raw_RSC=raw_VSC, conv_cache_ZKC=state_caches(mixer)[0], num_tokens_R=num_tokens_V)

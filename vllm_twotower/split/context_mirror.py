@@ -1,7 +1,8 @@
-"""The context tower's caches without its weights, for ranks that hold the denoiser only.
+"""The context tower's caches almost without its weights, for ranks that hold the denoiser only.
 
 The layers register with vLLM under the context tower's own names, so that every rank of the group asks for the same
-caches and gets the same blocks and slots. ``split/link.py`` fills them.
+caches and gets the same blocks and slots. ``split/link.py`` fills them. The few weights are those of the Mamba layers'
+recurrence: states cross once a request and are then advanced here.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 
 from vllm_twotower import compat
+from vllm_twotower.models.mamba import add_recurrence
 
 
 class MirroredAttention(nn.Module):
@@ -35,11 +37,11 @@ class MirroredAttention(nn.Module):
 
 
 class MirroredMamba(MambaMixer2):
-    """A context Mamba layer's state cache."""
+    """A context Mamba layer's state cache, and what its states are advanced with."""
 
     @classmethod
     def of(cls, config: Any, vllm_config: VllmConfig, prefix: str) -> "MirroredMamba":
-        """Make one without the base class's constructor, which would make weights."""
+        """Make one without the base class's constructor, which would make all of its weights."""
         self = cls.__new__(cls)
         compat.initialize_without_constructor(
             self,
@@ -56,6 +58,7 @@ class MirroredMamba(MambaMixer2):
             cache_config=vllm_config.cache_config,
             prefix=prefix,
         )
+        add_recurrence(self, config)
         vllm_config.compilation_config.static_forward_context[prefix] = self
         return self
 

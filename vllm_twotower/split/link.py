@@ -2,16 +2,20 @@
 
 | when | from | to | what |
 | --- | --- | --- | --- |
-| context step | each context rank | its denoiser rank | the step's keys and values; states of rows to denoise |
-| context step with AR rows | first context rank | all | their tokens and how many |
+| context step | each context rank | its denoiser rank | the step's keys and values; Mamba states at a prompt's end; \
+of later tokens what the Mamba layers were fed |
+| context step with AR rows | first context rank | all | their tokens and how many; hints for drafts |
 | denoise step | first denoiser rank | all | canvases and pass counts; log-probabilities if asked for |
 
 Both ends derive every shape from the step itself, so nothing but the data is sent: one message per context step.
 
-Legend: T tokens of a step, R rows.
+A Mamba state is large, and what a layer was fed over a canvas is a tenth of it. So a request's states cross once, when
+its prompt ends; from then on the denoiser's rank advances its copy over the tokens that the context tower has run.
+
+Legend: T tokens of a step, R rows, U tokens of carried rows, C conv channels, H heads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +25,7 @@ from vllm.forward_context import get_forward_context
 
 from vllm_twotower import compat
 from vllm_twotower.models.mamba import mamba_mixers
+from vllm_twotower.runtime.step import KeptRows
 from vllm_twotower.split.placement import TowerPlacement
 
 
@@ -34,6 +39,8 @@ class Traffic:
     """Tokens whose keys and values were sent."""
     num_states: int = 0
     """Rows whose Mamba states were sent."""
+    num_kept: int = 0
+    """Tokens of which the inputs of Mamba layers were sent."""
 
 
 class TowerLink:
@@ -65,32 +72,32 @@ class TowerLink:
     def _keep(self, layer_name: str, key: torch.Tensor, value: torch.Tensor) -> None:
         self._written[layer_name] = (key, value)
 
-    def hand_over(self, num_tokens: int, mamba_slots: Mapping[str, torch.Tensor]) -> None:
-        """Context rank: send what a context forward has just written.
-
-        Args:
-            num_tokens: T of the step, without padding.
-            mamba_slots: layer name -> int64 [R], slots of the states that the next denoise steps start from.
-
-        """
+    def hand_over(self, over: "ContextHandover") -> None:
+        """Context rank: send what a context forward has just written."""
         parts = []
         for attention in self._attention:
             key, value = self._written.pop(attention.layer_name)
-            parts += [key[:num_tokens], value[:num_tokens]]
+            parts += [key[: over.num_tokens], value[: over.num_tokens]]
         for mixer in self._mamba:
-            parts += [cache[mamba_slots[mixer.prefix]] for cache in mixer.kv_cache[:2]]
+            parts += [cache[over.mamba_slots[mixer.prefix]] for cache in mixer.kv_cache[:2]]
+            parts += [part for rows in over.kept_rows for part in rows.kept[mixer.prefix]]
         message = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
         torch.distributed.send(message, self.placement.partner, group=self.placement.group.device_group)
         self._count(message)
-        self.traffic.num_tokens += num_tokens
-        self.traffic.num_states += self._num_rows(mamba_slots)
+        self.traffic.num_tokens += over.num_tokens
+        self.traffic.num_states += over.num_states
+        self.traffic.num_kept += sum(over.num_kept)
 
-    def take_over(self, num_tokens: int, mamba_slots: Mapping[str, torch.Tensor]) -> None:
-        """Denoiser rank: receive what ``hand_over`` sends and write it into the mirrored caches."""
-        num_rows = self._num_rows(mamba_slots)
-        kv_shapes = [(num_tokens, a.num_kv_heads, a.head_size) for a in self._attention for _ in range(2)]
-        states = [cache for mixer in self._mamba for cache in mixer.kv_cache[:2]]
-        shapes = [(shape, self.dtype) for shape in kv_shapes] + [((num_rows, *c.shape[1:]), c.dtype) for c in states]
+    def take_over(self, over: "ContextHandover") -> None:
+        """Denoiser rank: receive what ``hand_over`` sends: keys, values and states into the mirrored caches, the rest
+        into the step's rows."""
+        kv_shapes = [(over.num_tokens, a.num_kv_heads, a.head_size) for a in self._attention for _ in range(2)]
+        shapes: list[tuple[tuple[int, ...], torch.dtype]] = [(shape, self.dtype) for shape in kv_shapes]
+        for mixer in self._mamba:
+            shapes += [((over.num_states, *cache.shape[1:]), cache.dtype) for cache in mixer.kv_cache[:2]]
+            for num_tokens in over.num_kept:
+                channels, heads = mixer.conv1d.weight.shape[0], mixer.A.shape[0]
+                shapes += [((num_tokens, channels), self.dtype), ((num_tokens, heads), self.dtype)]
         sizes = [torch.Size(shape).numel() * kind.itemsize for shape, kind in shapes]
         message = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
         torch.distributed.recv(message, self.placement.partner, group=self.placement.group.device_group)
@@ -102,18 +109,20 @@ class TowerLink:
         slot_mappings = get_forward_context().slot_mapping
         for index, attention in enumerate(self._attention):
             key, value = parts[2 * index : 2 * index + 2]
-            slot_T = slot_mappings[attention.layer_name][:num_tokens]
+            slot_T = slot_mappings[attention.layer_name][: over.num_tokens]
             attention.impl.do_kv_cache_update(attention, key, value, attention.kv_cache, slot_T)
         received = iter(parts[len(kv_shapes) :])
         for mixer in self._mamba:
             for cache in mixer.kv_cache[:2]:
-                cache[mamba_slots[mixer.prefix]] = next(received)
+                cache[over.mamba_slots[mixer.prefix]] = next(received)
+            for rows in over.kept_rows:
+                rows.kept[mixer.prefix] = next(received), next(received)
 
-    def share_samples(self, samples: torch.Tensor | None, num_rows: int) -> torch.Tensor:
-        """The first context rank's int64 [R, 2], token and number of tokens of each row, on every rank."""
-        return self._share(samples, (num_rows, 2), self.placement.first_context_rank)
+    def share_samples(self, samples: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+        """The first context rank's int64 tensor of this shape, on every rank."""
+        return self._share(samples, shape, self.placement.first_context_rank)
 
-    def share_canvases(self, canvases: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
+    def share_canvases(self, canvases: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
         """The first denoiser rank's int64 tensor of this shape, on every rank."""
         return self._share(canvases, shape, self.placement.first_denoiser_rank)
 
@@ -125,7 +134,7 @@ class TowerLink:
         )
         return box[0]
 
-    def _share(self, tensor: torch.Tensor | None, shape: tuple[int, int], source: int) -> torch.Tensor:
+    def _share(self, tensor: torch.Tensor | None, shape: tuple[int, ...], source: int) -> torch.Tensor:
         if tensor is None:
             tensor = torch.empty(shape, dtype=torch.int64, device=self.device)
         tensor = tensor.contiguous()
@@ -138,9 +147,6 @@ class TowerLink:
         self.traffic.num_bytes += message.numel() * message.element_size()
         self.traffic.num_messages += 1
 
-    def _num_rows(self, mamba_slots: Mapping[str, torch.Tensor]) -> int:
-        return len(next(iter(mamba_slots.values()))) if mamba_slots else 0
-
 
 @dataclass(frozen=True, kw_only=True)
 class ContextHandover:
@@ -150,12 +156,25 @@ class ContextHandover:
     num_tokens: int
     """T, without padding."""
     mamba_slots: Mapping[str, torch.Tensor]
-    """Layer name -> int64 [R], slots of the states that the next denoise steps start from."""
+    """Layer name -> int64 [rows], slots of the states that cross whole: of rows whose next step is the first that the
+    denoiser runs."""
+    kept_rows: Sequence[KeptRows]
+    """Rows that the denoiser's rank has the earlier states of."""
+
+    @property
+    def num_states(self) -> int:
+        """Rows whose states cross whole."""
+        return len(next(iter(self.mamba_slots.values()))) if self.mamba_slots else 0
+
+    @property
+    def num_kept(self) -> list[int]:
+        """U of each of ``kept_rows``."""
+        return [len(rows.token_U) for rows in self.kept_rows]
 
     def send(self) -> None:
         """On the context tower's rank, after its forward."""
-        self.link.hand_over(self.num_tokens, self.mamba_slots)
+        self.link.hand_over(self)
 
     def receive(self) -> None:
         """On the denoiser's rank, instead of a forward."""
-        self.link.take_over(self.num_tokens, self.mamba_slots)
+        self.link.take_over(self)

@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_twotower.runtime.sampler import CanvasSampler
-from vllm_twotower.runtime.step import Step
+from vllm_twotower.runtime.step import Step, VerifyRows
 from vllm_twotower.split.link import TowerLink
 
 
@@ -24,14 +24,24 @@ class SplitCanvasSampler(CanvasSampler):
         """The context tower's tokens, on every rank."""
         if not step.is_real:
             return super().sample_ar_rows(step, logits, batch)
+        num_logits = int(batch.cu_num_logits_np[batch.num_reqs])
+        shape = (num_logits + batch.num_reqs,)
         if self.link.placement.has_context:
             output = super().sample_ar_rows(step, logits, batch)
-            samples = torch.stack([output.sampled_token_ids[:, 0], output.num_sampled.to(torch.int64)], dim=1)
-            self.link.share_samples(samples, batch.num_reqs)
+            samples = torch.cat([output.sampled_token_ids[:, 0], output.num_sampled.to(torch.int64)])
+            self.link.share_samples(samples, shape)
             return output
-        samples = self.link.share_samples(None, batch.num_reqs)
-        num_sampled = samples[:, 1].to(torch.int32)
-        return SamplerOutput(samples[:, :1], None, None, num_sampled, torch.zeros_like(num_sampled))
+        token_N, num_sampled_R = self.link.share_samples(None, shape).split([num_logits, batch.num_reqs])
+        num_sampled = num_sampled_R.to(torch.int32)
+        return SamplerOutput(token_N[:, None], None, None, num_sampled, torch.zeros_like(num_sampled))
+
+    def find_hints(
+        self, logits: torch.Tensor, accepted: SamplerOutput, verify: VerifyRows, batch: InputBatch
+    ) -> torch.Tensor:
+        """Found on the context tower's ranks, on every rank."""
+        hint_VS = super().find_hints(logits, accepted, verify, batch) if self.link.placement.has_context else None
+        num_rows, num_drafts = verify.draft_VS.shape
+        return self.link.share_samples(hint_VS, (num_rows, num_drafts + 1))
 
     def take_logprobs(self, step: Step, emitted: list[int]) -> LogprobsTensors | None:
         """The denoiser's, on every rank."""
