@@ -14,3 +14,10 @@ SHORT = "Ben has 74 of pan, then buys 22, wins 2, drops 25, wins 3. How many now
 OPEN = "The next morning they"
 """No question: the model goes on without being sure of anything, so that every sampling parameter acts. Its text may
 end soon; send ``ignore_eos``."""
+FIELDS = """guests: Quin Hana Ivan
+phone: 18829432
+bag: gold nail rope spoon
+paint: white silver brown
+Write as JSON: guests paint bag
+Answer:"""
+"""Its answer repeats words of the question, silver among them."""

@@ -7,10 +7,13 @@ import re
 import subprocess
 import sys
 
+import pytest
+
+from benchmarks.quality_parts.questions import held_out
 from tools import make_docs, make_readme
-from tools.demo_training.item import PROMPT_END, Item
+from tools.demo_training.item import PROMPT_END
 from vllm_twotower import compat
-from vllm_twotower.commands.cli import DEMO_QUESTION_END, DEMO_QUESTIONS, DEMO_RUNS, demo_prompt
+from vllm_twotower.commands.demo import DEMO_QUESTION_END, DEMO_QUESTIONS, NUM_WATCHED, WAYS, demo_prompt
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,23 +42,52 @@ def test_the_offline_example_prints_what_readme_says():
     assert {line.strip() for line in printed.splitlines()} <= output
 
 
-def test_the_demo_answers_its_own_questions():
-    """At the published setting all are right; the other settings and AR are shown beside it."""
-    printed = run("-m", "vllm_twotower.commands.cli", "demo")
+def marks_of(printed, good, bad):
+    """The comparison's rows of marks, one for each question and a column for each way."""
+    rows = [re.findall(rf"(?<= )(?:{good}|{bad})(?= |$)", line) for line in printed.splitlines()]
+    return [marks for marks in rows if len(marks) == len(WAYS)]
+
+
+@pytest.fixture(scope="module")
+def printed():
+    return run("-m", "vllm_twotower.commands.cli", "demo")
+
+
+def test_the_demo_shows_three_ways_and_what_they_get_wrong(printed):
+    """AR and self-speculation answer everything; mask diffusion at 0.8 keeps about what README says, not more."""
     count = len(DEMO_QUESTIONS)
-    right = re.findall(r"(\d) of (\d) answers are right", printed)
-    assert right[0] == (str(count), str(count))
-    assert len(right) == len(DEMO_RUNS)
-    for question, answer in DEMO_QUESTIONS.items():
-        assert f"  {demo_prompt(question)}\033[1m {answer}\033[0m" in printed
-    assert len(re.findall(r"^\| (mask_diffusion|ar)\b", printed, re.MULTILINE)) == len(DEMO_RUNS)
+    assert [way.title for way in WAYS] == ["ar", "mask diffusion 0.8", "self-speculation"]
+    marks = marks_of(printed, "right", "WRONG")
+    assert len(marks) == count
+    right = [sum(row[column] == "right" for row in marks) for column in range(len(WAYS))]
+    assert right[0] == right[2] == count
+    assert 0.7 * count <= right[1] < count, "all right would give a wrong impression (README: 81 % at 0.8)"
+    assert re.search(r"right" + "".join(rf"\s+{n} of {count}" for n in right) + r"$", printed, re.MULTILINE)
+    wanted = [answer for answer, row in zip(DEMO_QUESTIONS.values(), marks, strict=True) if "WRONG" in row]
+    assert re.findall(r"^ +right is +(.+)$", printed, re.MULTILINE) == wanted
+    figures = re.search(r"tokens per forward +(\S+) +(\S+) +(\S+)$", printed, re.MULTILINE)
+    ar, diffusion, speculation = map(float, figures.groups())
+    assert 0.9 < ar < 1.1
+    assert diffusion > speculation > ar
+    assert re.search(r"seconds +\d\S+ +\d\S+ +\d\S+$", printed, re.MULTILINE)
+    assert f"{count - right[1]} of {count} answers wrong (mask diffusion)" in printed
+
+
+def test_the_demo_shows_blocks_appear_and_drafts_verified(printed):
+    assert len(re.findall(r"^  \[\d\] pass  1 │(░░){16}$", printed, re.MULTILINE)) >= NUM_WATCHED
+    assert re.search(r"^  \[\d\] commit  │.+│ \d+ tokens in \d passes$", printed, re.MULTILINE)
+    assert re.search(r"^  \[\d\] round +\d│.*‹.+›.*│ \d+ of 15 drafts kept$", printed, re.MULTILINE)
+    assert "\033[2;9m" in printed.split("=== Self-speculation")[1].split("\n", 2)[2]
+    assert len(printed.splitlines()) < 80
 
 
 def test_the_demo_takes_a_question_of_ones_own():
     question = next(iter(DEMO_QUESTIONS))
     printed = run("-m", "vllm_twotower.commands.cli", "demo", "--prompt", question, "--max-tokens", "8")
-    assert printed.count(f"  {question}\nAnswer:\033[1m") == len(DEMO_RUNS)
-    assert "are right" not in printed
+    assert "right" not in printed
+    (marks,) = marks_of(printed, "as ar", "DIFFERS")
+    assert (marks[0], marks[2]) == ("as ar", "as ar")
+    assert "answers unlike AR's (mask diffusion)" in printed
 
 
 def test_a_question_gets_its_end_once():
@@ -64,9 +96,10 @@ def test_a_question_gets_its_end_once():
         assert demo_prompt(question) == "Sort: b1\na2\nAnswer:"
 
 
-def test_the_demos_questions_are_held_out():
-    for question, answer in DEMO_QUESTIONS.items():
-        assert Item.make("", question, f" {answer}").is_held_out
+def test_the_demos_questions_are_the_first_of_each_family_that_quality_asks():
+    asked = {item.prompt: item.answer for item in held_out(1)}
+    assert {demo_prompt(question): f" {answer}" for question, answer in DEMO_QUESTIONS.items()} == asked
+    assert all(item.is_held_out for item in held_out(1))
 
 
 def test_the_watching_example():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.demo_questions import LONG
+from tests.demo_questions import FIELDS, LONG
 from tests.harness.engine import start_engine
 from vllm_twotower import diffusion_params
 from vllm_twotower.oracle.logits_rules import LogitsRules
@@ -80,9 +80,9 @@ def test_every_parameter_acts_as_in_the_reference(tiny_mlp, model, prompt):
 
 def test_bad_words_need_a_tokenizer_and_forbid_their_last_token():
     """On the demo model, which has one."""
-    from vllm_twotower.commands.cli import DEMO_MODEL, DEMO_QUESTIONS, demo_prompt
+    from vllm_twotower.commands.cli import DEMO_MODEL
 
-    (prompt,) = (demo_prompt(question) for question in DEMO_QUESTIONS if "silver" in question)
+    prompt = FIELDS
 
     def text(e, **more):
         params = diffusion_params(temperature=0.0, max_tokens=32, **more)

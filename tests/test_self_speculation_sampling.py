@@ -118,3 +118,14 @@ def test_structured_output_decodes_as_ar(demo):
     ]
     assert texts[0].token_ids == texts[1].token_ids
     assert demo.llm.get_tokenizer().decode(texts[1].token_ids, skip_special_tokens=True) in ("yes", "no")
+
+
+def test_answers_in_bf16_are_ars():
+    """A CPU with bf16 instructions packs weights in place, which a verification must not read. These answers are sure,
+    so that rounding decides nothing."""
+    with start_engine(DEMO_MODEL, skip_tokenizer_init=False, dtype="bfloat16") as e:
+        e.scheduler.draft_policy = AlwaysDraft()
+        prompts = [e.llm.get_tokenizer().encode(item.prompt) for item in held_out(1)]
+        assert ask(e, "self_speculation", prompts, 0.0) == ask(e, "ar", prompts, 0.0)
+        stats = e.stats()
+        assert stats["accepted_tokens"] > 0.3 * stats["draft_tokens"]

@@ -86,7 +86,7 @@ def convolve(
     of_groups = (raw_RSC.shape[-1] - inner) // 2
     conv_inputs = ConvInputs(
         x_RSC=raw_RSC,
-        weight_CK=weights.conv1d.weight.squeeze(1),
+        weight_CK=_conv_weight(weights),
         bias_C=weights.conv1d.bias,
         cache_ZKC=conv_cache_ZKC,
         slot_R=slot_R,
@@ -103,3 +103,8 @@ def convolve(
         state_ZHPN=ssm_cache_ZHPN,
         slot_R=slot_R,
     )
+
+
+def _conv_weight(weights: Any) -> torch.Tensor:
+    """[C, K]. vLLM's layer keeps a buffer of it, because on a CPU its linear layer's own is packed in place in bf16."""
+    return weights.conv_weights if hasattr(weights, "conv_weights") else weights.conv1d.weight.squeeze(1)

@@ -33,6 +33,7 @@ from vllm_twotower.runtime.canvas_table import CanvasTable
 from vllm_twotower.runtime.proposals import ProposalSampler
 from vllm_twotower.runtime.stats import DiffusionStats
 from vllm_twotower.runtime.step import Step, VerifyRows
+from vllm_twotower.runtime.trace import CanvasTrace
 
 
 class CanvasSampler:
@@ -61,6 +62,7 @@ class CanvasSampler:
         self.canvases = canvases
         self.proposals = proposals
         self.stats = stats
+        self.trace: CanvasTrace | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)
@@ -91,6 +93,8 @@ class CanvasSampler:
                 self.canvases.keep_hints(step, hint_VS, output.num_sampled[step.verify.row_V])
                 widths = [step.widths[row] - 1 for row in step.verify.rows]
                 self.stats.count_verification(widths, output.num_sampled[step.verify.row_V] - 1)
+            if self.trace is not None and step.is_real:
+                self.trace.record_verifications(step, output)
             if any(emits_nothing):
                 emits_nothing_R = torch.tensor(emits_nothing, device=output.num_sampled.device)
                 output.num_sampled = output.num_sampled.masked_fill(emits_nothing_R, 0)

@@ -19,10 +19,15 @@ class DiffusionWorkerExtension:
         return dataclasses.asdict(link.traffic) if link is not None else {}
 
     def diffusion_trace_start(self) -> None:
-        """Record canvases from now on."""
+        """Record canvases and verifications from now on."""
         self.model_runner.model_state.start_trace()
+        self.model_runner.sampler.trace = self.model_runner.model_state.loop.trace
+
+    def diffusion_trace_stop(self) -> None:
+        """Record no more; what was not taken is dropped."""
+        self.model_runner.sampler.trace = self.model_runner.model_state.loop.trace = None
 
     def diffusion_trace_take(self) -> dict[str, list[dict[str, Any]]]:
-        """The denoise passes recorded since the last call, by request id (``runtime.trace.CanvasTrace``)."""
+        """What was recorded since the last call, by request id (``runtime.trace.CanvasTrace``)."""
         trace = self.model_runner.model_state.loop.trace
         return trace.take() if trace is not None else {}
