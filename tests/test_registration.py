@@ -86,7 +86,6 @@ REFUSALS = [
 ]
 REFUSED_ELSEWHERE = {
     "`VLLM_USE_BREAKABLE_CUDAGRAPH`",
-    "`mode` `self_speculation` with the towers split",
     "vLLM's deprecated model runner (V1)",
 }
 
@@ -106,15 +105,6 @@ def test_start_up_refuses(make_config, rule, change, message):
 def test_every_rule_is_tested():
     tested = {r.refuses for r in STARTUP_RULES if r.refuses.startswith(tuple(rule for rule, _, _ in REFUSALS))}
     assert tested | REFUSED_ELSEWHERE == {r.refuses for r in STARTUP_RULES}
-
-
-def test_split_towers_cannot_be_set_to_self_speculation(make_config):
-    config = make_config()
-    options = EngineOptions(mode="self_speculation", tower_placement="split")
-    config.parallel_config.tensor_parallel_size = 2
-    check_settings(config, EngineOptions(mode="self_speculation", tower_placement="colocated"))
-    with pytest.raises(ValueError, match=r"mode=self_speculation with tower_placement=split.*colocated"):
-        check_settings(config, options)
 
 
 def test_one_device_cannot_be_split(make_config):

@@ -30,6 +30,7 @@ ScanStruct = _struct(
     "x* dt* b* c* x_row x_position dt_row dt_position b_row b_position c_row c_position "
     "a* skip* dt_bias* state* state_slot slot*",
 )
+RevealStruct = _struct("RevealInputs", "token* proposal* confidence* masked* pass* width* threshold* max_steps*")
 
 
 class RouterStruct(ctypes.Structure):
@@ -50,9 +51,10 @@ SIGNATURES: dict[str, list[Any]] = {
     "greedy_sample": [_Pointer] * 4 + [_Count] * 3,
     "seeded_conv": [_Pointer, ctypes.POINTER(ConvStruct)] + [_Count] * 4,
     "seeded_scan": [_Pointer, ctypes.POINTER(ScanStruct)] + [_Count] * 6,
+    "reveal": [_Pointer] * 4 + [ctypes.POINTER(RevealStruct)] + [_Count] * 2,
     "mixture_of_experts": [_Pointer] * 2 + [ctypes.POINTER(RouterStruct)] + [_Pointer] * 2 + [_Count] * 4,
 }
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 
 
 @functools.cache

@@ -28,6 +28,7 @@ def running_on_cpu(model: Any, needed: bool) -> Iterator[None]:
     use_cpp_ops()
     use_torch_for_top_k_top_p()
     use_torch_for_runner_kernels()
+    use_torch_for_sampler_kernels()
     with portable_moe_layers():
         yield
     disable_prefill_checkpoints(model.model.layers)
@@ -119,9 +120,7 @@ def use_torch_for_runner_kernels() -> None:
         vllm.v1.worker.gpu.block_table.BlockTables.compute_slot_mappings,
         vllm.v1.worker.gpu.buffer_utils.StagedWriteTensor.apply_write,
         vllm.v1.worker.gpu.buffer_utils.FusedStagedWriter.apply,
-        vllm.v1.worker.utils.KVBlockZeroer.zero_block_ids, vllm.v1.worker.gpu.sample.gumbel.apply_temperature,
-        vllm.v1.worker.gpu.sample.gumbel.gumbel_sample, vllm.v1.worker.gpu.sample.penalties.apply_penalties,
-        vllm.v1.worker.gpu.sample.penalties.bincount,
+        vllm.v1.worker.utils.KVBlockZeroer.zero_block_ids,
         vllm.v1.worker.mamba_utils.MambaSpecDecodeGPUContext.run_fused_precopy,
         vllm.v1.worker.mamba_utils.MambaSpecDecodeGPUContext.run_fused_postprocess_align,
         vllm.v1.worker.gpu.model_states.mamba_hybrid.preprocess_mamba_align_fused_kernel,
@@ -131,9 +130,7 @@ def use_torch_for_runner_kernels() -> None:
     """
     import vllm.v1.worker.gpu.model_runner as model_runner
     import vllm.v1.worker.gpu.model_states.mamba_hybrid as mamba_hybrid
-    import vllm.v1.worker.gpu.sample.penalties as penalties
     import vllm.v1.worker.gpu.sample.sampler as sampler
-    import vllm.v1.worker.gpu.sample.states as states
     from vllm.v1.worker.gpu.block_table import BlockTables
     from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter, StagedWriteTensor
     from vllm.v1.worker.mamba_utils import MambaSpecDecodeGPUContext
@@ -154,11 +151,7 @@ def use_torch_for_runner_kernels() -> None:
         (StagedWriteTensor, "apply_write", plain.apply_write),
         (FusedStagedWriter, "apply", plain.apply_all_writes),
         (KVBlockZeroer, "zero_block_ids", plain.zero_block_ids),
-        (states, "apply_temperature", plain.apply_temperature),
         (sampler, "get_num_sampled_and_rejected", plain.get_num_sampled_and_rejected),
-        (sampler, "gumbel_sample", plain.gumbel_sample),
-        (penalties, "apply_penalties", plain.apply_penalties),
-        (penalties, "bincount", plain.count_tokens),
         (context, "run_fused_precopy", plain.copying_before_by(context.run_fused_precopy)),
         (context, "run_fused_postprocess_align", plain.copying_after_by(context.run_fused_postprocess_align)),
         (mamba_hybrid, "preprocess_mamba_align_fused_kernel", plain.advance_mamba_blocks),
@@ -168,3 +161,30 @@ def use_torch_for_runner_kernels() -> None:
         stand_in: Callable[..., Any] = plain.Launcher if owner is mamba_hybrid else plain.without_later_keywords
         setattr(owner, name, functools.wraps(getattr(owner, name))(stand_in(function)))
     BlockTables._twotower_plain = True
+
+
+def use_torch_for_sampler_kernels() -> None:
+    """Let temperature, draws and penalties be plain torch (``runner_kernels.py``); idempotent.
+
+    Symptom: interpreted, each of them takes 30 ms per row of every step.
+    Upstream: vllm.v1.worker.gpu.sample.gumbel.apply_temperature, vllm.v1.worker.gpu.sample.gumbel.gumbel_sample,
+        vllm.v1.worker.gpu.sample.penalties.apply_penalties, vllm.v1.worker.gpu.sample.penalties.bincount
+    Removed when: Triton compiles for CPUs.
+    Test: tests/test_runner_kernels.py::test_penalties
+    """
+    import vllm.v1.worker.gpu.sample.penalties as penalties
+    import vllm.v1.worker.gpu.sample.sampler as sampler
+    import vllm.v1.worker.gpu.sample.states as states
+
+    from vllm_twotower.cpu import runner_kernels as plain
+
+    if hasattr(sampler.gumbel_sample, "__wrapped__"):
+        return
+    stand_ins: list[tuple[Any, str, Callable[..., Any]]] = [
+        (states, "apply_temperature", plain.apply_temperature),
+        (sampler, "gumbel_sample", plain.gumbel_sample),
+        (penalties, "apply_penalties", plain.apply_penalties),
+        (penalties, "bincount", plain.count_tokens),
+    ]
+    for owner, name, function in stand_ins:
+        setattr(owner, name, functools.wraps(getattr(owner, name))(plain.without_later_keywords(function)))

@@ -14,7 +14,7 @@ logits, a trace) every pass reads what is still masked, computes no more than th
 Legend: R rows (requests), S widest canvas, T tokens in batch order, D hidden, N masked positions, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ class DenoiseLoop:
         context_layers: the context tower's layers, whose caches the denoiser reads.
         proposals: turns logits into proposals.
         passes_per_step: passes of a step at most.
+        find_trace: who records, if anybody does now.
         reads_are_free: whether reading a result costs nothing, so that every pass may be looked at, see above.
 
     """
@@ -50,13 +51,19 @@ class DenoiseLoop:
         proposals: ProposalSampler,
         passes_per_step: int,
         reads_are_free: bool,
+        find_trace: Callable[[], CanvasTrace | None],
     ) -> None:
         self.denoiser = denoiser
         self.context_layers = context_layers
         self.proposals = proposals
         self.passes_per_step = passes_per_step
         self.reads_are_free = reads_are_free
-        self.trace: CanvasTrace | None = None
+        self.find_trace = find_trace
+
+    @property
+    def trace(self) -> CanvasTrace | None:
+        """Who records, if anybody does now."""
+        return self.find_trace()
 
     def run(self, step: Step, graphs: DenoiseGraphs | None) -> DenoiseOutcome:
         """Run a step's passes, within vLLM's forward context.

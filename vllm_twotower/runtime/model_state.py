@@ -55,6 +55,8 @@ class TwoTowerModelState(MambaHybridModelState):
         self.request_options: dict[str, RequestOptions] = {}
         self.stats = DiffusionStats()
         self.graphs: DenoiseGraphs | None = None
+        self.trace: CanvasTrace | None = None
+        """Records passes and verifications while it is there."""
         self.make_loop: Callable[..., DenoiseLoop] = DenoiseLoop
         self.make_sampler: Callable[..., CanvasSampler] = CanvasSampler
         self._loop: DenoiseLoop | None = None
@@ -299,15 +301,17 @@ class TwoTowerModelState(MambaHybridModelState):
             proposals=proposals,
             passes_per_step=self.options.passes_per_step,
             reads_are_free=self.device.type == "cpu",
+            find_trace=lambda: self.trace,
         )
         canvas_sampler = self.make_sampler(
-            sampler, step_of=self.step_of, canvases=self.canvases, proposals=proposals, stats=self.stats
+            sampler,
+            step_of=self.step_of,
+            canvases=self.canvases,
+            proposals=proposals,
+            stats=self.stats,
+            find_trace=lambda: self.trace,
         )
         return canvas_sampler, None
-
-    def start_trace(self) -> None:
-        """Record denoise passes from now on."""
-        self.loop.trace = CanvasTrace(self.mask_token_id)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """vLLM has set up caches, for its memory measurement or to stay: graphs of passes over earlier ones go."""

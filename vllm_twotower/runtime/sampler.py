@@ -45,6 +45,7 @@ class CanvasSampler:
         canvases: where unfinished canvases are kept.
         proposals: has the log-probabilities of what is revealed.
         stats: counts steps.
+        find_trace: who records, if anybody does now.
 
     """
 
@@ -56,13 +57,14 @@ class CanvasSampler:
         canvases: CanvasTable,
         proposals: ProposalSampler,
         stats: DiffusionStats,
+        find_trace: Callable[[], CanvasTrace | None],
     ) -> None:
         self.base = base
         self.step_of = step_of
         self.canvases = canvases
         self.proposals = proposals
         self.stats = stats
-        self.trace: CanvasTrace | None = None
+        self.find_trace = find_trace
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)
@@ -93,8 +95,8 @@ class CanvasSampler:
                 self.canvases.keep_hints(step, hint_VS, output.num_sampled[step.verify.row_V])
                 widths = [step.widths[row] - 1 for row in step.verify.rows]
                 self.stats.count_verification(widths, output.num_sampled[step.verify.row_V] - 1)
-            if self.trace is not None and step.is_real:
-                self.trace.record_verifications(step, output)
+            if (trace := self.find_trace()) is not None and step.is_real:
+                trace.record_verifications(step, output)
             if any(emits_nothing):
                 emits_nothing_R = torch.tensor(emits_nothing, device=output.num_sampled.device)
                 output.num_sampled = output.num_sampled.masked_fill(emits_nothing_R, 0)

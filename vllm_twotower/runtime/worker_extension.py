@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from vllm_twotower.runtime.trace import CanvasTrace
+
 
 class DiffusionWorkerExtension:
     """vLLM mixes this class into its worker (``worker_extension_cls``)."""
@@ -20,14 +22,14 @@ class DiffusionWorkerExtension:
 
     def diffusion_trace_start(self) -> None:
         """Record canvases and verifications from now on."""
-        self.model_runner.model_state.start_trace()
-        self.model_runner.sampler.trace = self.model_runner.model_state.loop.trace
+        state = self.model_runner.model_state
+        state.trace = CanvasTrace(state.mask_token_id)
 
     def diffusion_trace_stop(self) -> None:
         """Record no more; what was not taken is dropped."""
-        self.model_runner.sampler.trace = self.model_runner.model_state.loop.trace = None
+        self.model_runner.model_state.trace = None
 
     def diffusion_trace_take(self) -> dict[str, list[dict[str, Any]]]:
         """What was recorded since the last call, by request id (``runtime.trace.CanvasTrace``)."""
-        trace = self.model_runner.model_state.loop.trace
+        trace = self.model_runner.model_state.trace
         return trace.take() if trace is not None else {}
