@@ -34,10 +34,10 @@ def test_choices_on_a_cpu_under_the_interpreter(choice, expected, monkeypatch):
 @pytest.mark.parametrize("op", [name for name in ops.__all__ if name.islower()])
 @pytest.mark.parametrize("choice", ["auto", "reference", "triton"])
 def test_every_op_has_an_implementation_for_every_choice(op, choice, monkeypatch):
-    """A kernel, a reference, or in C++; experts have no kernel, reveals and replays nothing in C++: references run."""
+    """A kernel, a reference, or in C++; experts have no kernel, replays nothing in C++: references run."""
     monkeypatch.setenv(KERNELS_VARIABLE, choice)
     rooms = {"reference": "ops", "triton": "ops", "auto": "cpu" if ON_A_CPU is OpBackend.CPP else "ops"}
-    lacking = (choice, op) in (("triton", "mixture_of_experts"), ("auto", "reveal"), ("auto", "state_replay"))
+    lacking = (choice, op) in (("triton", "mixture_of_experts"), ("auto", "state_replay"))
     found = implementation(op, LOGITS)
     assert found.__name__ == op
     assert found.__module__.startswith(f"vllm_twotower.{'ops' if lacking else rooms[choice]}.")

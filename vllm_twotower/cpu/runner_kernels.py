@@ -1,4 +1,4 @@
-"""What vLLM's model runner does in Triton kernels around every forward, in plain torch: for a CPU.
+"""What vLLM's model runner does in Triton kernels around every forward, in plain torch and numpy: for a CPU.
 
 There Triton only interprets, at a millisecond per program: most of an engine step. Each function has the parameters of
 the vLLM function it stands in for (named in its docstring) and writes exactly the elements that one writes;
@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 PAD_SLOT = -1
@@ -24,12 +25,11 @@ _LOW_32 = 0xFFFFFFFF
 _BELOW_1 = 1 - 2.0**-24  # the largest uniforms round to 1
 
 
-def rows_of_tokens(query_start_loc: torch.Tensor, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rows_of_tokens(query_start_loc: torch.Tensor, num_reqs: int) -> tuple[np.ndarray, np.ndarray]:
     """The row of each scheduled token, int64 [T], and its offset in that row, int64 [T]."""
-    starts = query_start_loc[: num_reqs + 1].long()
-    lengths = starts.diff()
-    row = torch.arange(num_reqs).repeat_interleave(lengths)
-    return row, torch.arange(row.numel()) - starts[row]
+    starts = query_start_loc[: num_reqs + 1].numpy()
+    row = np.arange(num_reqs).repeat(np.diff(starts))
+    return row, np.arange(len(row)) - starts[row]
 
 
 def prepare_prefill_inputs(
@@ -63,11 +63,12 @@ def prepare_pos_seq_lens(
 ) -> None:
     """Positions of tokens and lengths of sequences (``input_batch.prepare_pos_seq_lens``)."""
     num_reqs = idx_mapping.shape[0]
-    computed = num_computed_tokens[idx_mapping]
+    computed = num_computed_tokens.numpy()[idx_mapping.numpy()]
     row, offset = rows_of_tokens(query_start_loc, num_reqs)
-    pos[: row.numel()] = computed[row] + offset
-    seq_lens[:num_reqs] = computed + query_start_loc[: num_reqs + 1].diff()
-    seq_lens[num_reqs:] = 0
+    pos.numpy()[: len(row)] = computed[row] + offset
+    lengths = seq_lens.numpy()
+    lengths[:num_reqs] = computed + np.diff(query_start_loc[: num_reqs + 1].numpy())
+    lengths[num_reqs:] = 0
 
 
 def combine_sampled_and_draft_tokens(
@@ -85,20 +86,20 @@ def combine_sampled_and_draft_tokens(
     """Where logits are wanted, int64 [num_logits]; the last sampled token and the drafts of decoding rows into
     ``input_ids`` (``input_batch.combine_sampled_and_draft_tokens``).
     """
-    num_reqs = idx_mapping.shape[0]
+    num_reqs, slot = idx_mapping.shape[0], idx_mapping.numpy()
     row, offset = rows_of_tokens(cu_num_logits, num_reqs)
-    wanted = cu_num_logits[: num_reqs + 1].diff()
-    first = query_start_loc[1 : num_reqs + 1] - wanted
+    wanted, start = np.diff(cu_num_logits[: num_reqs + 1].numpy()), query_start_loc.numpy()
+    first = start[1 : num_reqs + 1] - wanted
     logits_indices = torch.empty(num_logits, dtype=torch.int64)
-    logits_indices[: row.numel()] = first[row] + offset
-    length, known = seq_lens[:num_reqs], prefill_len[idx_mapping]
+    logits_indices.numpy()[: len(row)] = first[row] + offset
+    length, known = seq_lens[:num_reqs].numpy(), prefill_len.numpy()[slot]
     if num_new_sampled_tokens:
         decoding = (length > known) & (length - wanted >= known)
-        input_ids[first[decoding]] = last_sampled_tokens.view(-1)[idx_mapping[decoding]].to(input_ids.dtype)
+        input_ids.numpy()[first[decoding]] = last_sampled_tokens.view(-1).numpy()[slot[decoding]]
     drafts = wanted - num_new_sampled_tokens
-    for index in ((length > known) & (drafts > 0)).nonzero().flatten().tolist():
-        end, count = int(query_start_loc[index + 1]), int(drafts[index])
-        input_ids[end - count : end] = draft_tokens[idx_mapping[index], :count]
+    for index in np.flatnonzero((length > known) & (drafts > 0)):
+        end, count = start[index + 1], drafts[index]
+        input_ids[end - count : end] = draft_tokens[slot[index], :count]
     return logits_indices
 
 
@@ -117,29 +118,26 @@ def post_update(
     draft_tokens_out: torch.Tensor | None = None,
 ) -> None:
     """Sampled tokens into the requests' states, and from 0.33 on a drafter's (``input_batch.post_update``)."""
-    real = (idx_mapping >= 0).nonzero().flatten()
-    slot = idx_mapping[real].long()
+    real = np.flatnonzero(idx_mapping.numpy() >= 0)
+    slot = idx_mapping.numpy()[real]
     if draft_tokens is not None:
         assert draft_tokens_out is not None
-        draft_tokens_out[slot] = draft_tokens[real]
-    advance = -num_rejected[real]
+        draft_tokens_out.numpy()[slot] = draft_tokens.numpy()[real]
+    advance = -num_rejected.numpy()[real]
     if query_start_loc is not None:
-        advance = advance + query_start_loc[: idx_mapping.shape[0] + 1].diff()[real]
-    num_computed_tokens[slot] += advance.to(num_computed_tokens.dtype)
-    count = num_sampled[real].long()
-    if not count.any():
-        return
+        advance = advance + np.diff(query_start_loc[: idx_mapping.shape[0] + 1].numpy())[real]
+    num_computed_tokens.numpy()[slot] += advance
+    count, sampled = num_sampled.numpy()[real], sampled_tokens.numpy()
     writing = count > 0
-    last = sampled_tokens[real[writing], count[writing] - 1]
-    last_sampled_tokens.view(-1)[slot[writing]] = last.to(last_sampled_tokens.dtype)
-    column = torch.arange(sampled_tokens.shape[1])
-    row, column = (column < count[:, None]).nonzero(as_tuple=True)
-    token, owner = sampled_tokens[real[row], column], slot[row]
-    all_token_ids[owner, total_len[owner] + column] = token.to(all_token_ids.dtype)
+    if not writing.any():
+        return
+    last_sampled_tokens.view(-1).numpy()[slot[writing]] = sampled[real[writing], count[writing] - 1]
+    row, column = (np.arange(sampled.shape[1]) < count[:, None]).nonzero()
+    token, owner = sampled[real[row], column], slot[row]
+    all_token_ids.numpy()[owner, total_len.numpy()[owner] + column] = token
     if output_bin_counts is not None:
-        one = torch.ones((), dtype=output_bin_counts.dtype)
-        output_bin_counts.index_put_((owner, token.long()), one, accumulate=True)
-    total_len[slot] += count.to(total_len.dtype)
+        np.add.at(output_bin_counts.numpy(), (owner, token), 1)
+    total_len.numpy()[slot] += count
 
 
 def gather_block_tables(
@@ -151,14 +149,12 @@ def gather_block_tables(
 ) -> tuple[torch.Tensor, ...]:
     """The batch's block tables, int32 [num_reqs_padded, blocks] a group (``BlockTables.gather_block_tables``)."""
     tables = tuple(self.input_block_tables) if out is None else out
-    num_reqs = idx_mapping.shape[0]
-    for table, source, num_blocks in zip(tables, self.block_tables, self.num_blocks.gpu, strict=True):
-        used = num_blocks[idx_mapping]
-        widest = int(used.max()) if num_reqs else 0
-        target = table[:num_reqs, :widest]
-        written = torch.arange(widest) < used[:, None]
-        target.copy_(torch.where(written, source.gpu[idx_mapping, :widest], target))
-        table[num_reqs:num_reqs_padded] = 0
+    num_reqs, slot = idx_mapping.shape[0], idx_mapping.numpy()
+    for table, source, num_blocks in zip(tables, self.block_tables, self.num_blocks.gpu.numpy(), strict=True):
+        used, target = num_blocks[slot], table.numpy()
+        for row in range(num_reqs):
+            target[row, : used[row]] = source.gpu.numpy()[slot[row], : used[row]]
+        target[num_reqs:num_reqs_padded] = 0
     return tuple(table[:num_reqs_padded] for table in tables)
 
 
@@ -177,15 +173,15 @@ def compute_slot_mappings(
     assert self.cp_size == 1, self.cp_size
     slots = self.slot_mappings if out is None else out
     row, _ = rows_of_tokens(query_start_loc, idx_mapping.shape[0])
-    num_tokens = row.numel()
-    request, position = idx_mapping[row], positions[:num_tokens]
-    slots[:, num_tokens:] = PAD_SLOT
+    num_tokens, written = len(row), slots.numpy()
+    request, position = idx_mapping.numpy()[row], positions.numpy()[: len(row)]
+    written[:, num_tokens:] = PAD_SLOT
     for group, (table, size) in enumerate(zip(self.block_tables, self.block_sizes, strict=True)):
         if not self._slot_mapping_enabled[group]:
-            slots[group, :num_tokens] = PAD_SLOT
+            written[group, :num_tokens] = PAD_SLOT
             continue
-        block = table.gpu[request.clamp(min=0), position // size].long()
-        slots[group, :num_tokens] = torch.where(request < 0, PAD_SLOT, block * size + position % size)
+        block = table.gpu.numpy()[request.clip(min=0), position // size].astype(np.int64)
+        written[group, :num_tokens] = np.where(request < 0, PAD_SLOT, block * size + position % size)
     return slots[:, :num_tokens_padded]
 
 

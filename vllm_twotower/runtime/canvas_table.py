@@ -99,12 +99,8 @@ class CanvasTable:
         token_RS, pass_index_R = self.token_BS[slot_R], self.pass_index_B[slot_R]
         starts = [not self._started[slot] for slot in slots]
         if any(starts):
+            empty_RS = self._start_canvases(slot_R, width_R, first_position_R, last_token_R is not None)
             starts_R = torch.tensor(starts, device=self.device)
-            empty_RS = torch.where(self._column_S < width_R[:, None], self.mask_token_id, 0)
-            if last_token_R is not None:
-                hinted_R = self.hint_position_B[slot_R] == first_position_R
-                is_hinted_RS = hinted_R[:, None] & (empty_RS == self.mask_token_id)
-                empty_RS = torch.where(is_hinted_RS, self.hint_BS[slot_R], empty_RS)
             token_RS = torch.where(starts_R[:, None], empty_RS, token_RS)
             pass_index_R = pass_index_R.masked_fill(starts_R, 0)
             for slot, width, is_new in zip(slots, step.widths, starts, strict=True):
@@ -140,6 +136,17 @@ class CanvasTable:
             undecided=undecided,
             passes_before=[self._pass_index[slot] for slot in slots],
         )
+
+    def _start_canvases(
+        self, slot_R: torch.Tensor, width_R: torch.Tensor, first_position_R: torch.Tensor, may_have_hints: bool
+    ) -> torch.Tensor:
+        """Canvases before their first pass: masks, and hints; int64 [R, S]."""
+        empty_RS = torch.where(self._column_S < width_R[:, None], self.mask_token_id, 0)
+        if not may_have_hints:
+            return empty_RS
+        hinted_R = self.hint_position_B[slot_R] == first_position_R
+        is_hinted_RS = hinted_R[:, None] & (empty_RS == self.mask_token_id)
+        return torch.where(is_hinted_RS, self.hint_BS[slot_R], empty_RS)
 
     def scatter(self, step: Step, rows: CanvasRows, outcome: DenoiseOutcome) -> None:
         """Keep the rows as a step left them; the canvas of a finished one starts from masks next time."""

@@ -190,6 +190,8 @@ class TwoTowerModelState(MambaHybridModelState):
             for row, mode in enumerate(step.modes)
             if mode is Mode.SELF_SPECULATION and self.canvases.has_draft(step.slots[row])
         ]
+        if not rows:
+            return None
         drafts_VS = self.canvases.take_drafts([step.slots[row] for row in rows])
         kept = [index for index, row in enumerate(rows) if step.widths[row] > 1]
         if not kept:
