@@ -28,6 +28,9 @@ test: setup
 
 # the engine's tests on the newest supported vLLM's Python; half a gigabyte is fetched the first time
 NEXT := .venv-next
+NEXT_TESTS ?= $(addprefix tests/test_,engine_goldens.py engine_modes.py engine_scheduling.py engine_requests.py \
+	engine_sampling.py engine_edges.py self_speculation.py self_speculation_sampling.py cache_pressure.py \
+	scheduler_steps.py compat.py runner_kernels.py registration.py admission.py metrics.py server.py)
 $(NEXT)/bin/vllm: tools/setup_next_vllm.py $(STAMP)
 	$(BIN)/python -m tools.setup_next_vllm
 test-next: $(NEXT)/bin/vllm

@@ -19,7 +19,7 @@ def environment() -> dict[str, Any]:
         "commit": output_of("git", "rev-parse", "--short", "HEAD"),
         "uncommitted_changes": bool(output_of("git", "status", "--porcelain")),
         **{package: version_of(package) for package in ("vllm", "torch", "triton")},
-        "python": platform.pythonversion_of(),
+        "python": platform.python_version(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,

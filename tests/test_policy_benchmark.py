@@ -7,6 +7,7 @@ import json
 import pytest
 
 from benchmarks import draft_policy, policy
+from benchmarks.machine import described, environment
 from benchmarks.roofline_parts.canvas_passes import CanvasPasses
 from benchmarks.roofline_parts.self_speculation import ContextRows
 from benchmarks.scripted_worker import DraftingRun, make_scheduler
@@ -142,3 +143,9 @@ def test_the_committed_draft_policy_is_never_slower_than_ar():
     assert {row["load"] for row in rows} == {load.name for load in draft_policy.LOADS}
     assert {row["batch"] for row in rows} == set(draft_policy.BATCHES)
     assert min(row["policy"] for row in rows) >= draft_policy.TARGET
+
+
+def test_what_figures_belong_to_can_be_said():
+    found = environment()
+    assert found["vllm"]
+    assert f"vllm {found['vllm']}" in described(found)

@@ -1,5 +1,8 @@
 """The plain-torch stand-ins for the runner's kernels write what vLLM's kernels write, element for element."""
 
+import ast
+import inspect
+import pathlib
 import types
 
 import pytest
@@ -316,6 +319,43 @@ def test_block_tables_and_slots(seed):
         written.append([*out, *tables.input_block_tables, slots(tables, rows, b.query_start_loc, positions, 50)])
         written[-1].append(tables.slot_mappings)
     assert all(torch.equal(x, y) for x, y in zip(*written, strict=True))
+
+
+STAND_INS = {
+    "bincount": plain.count_tokens,
+    **{
+        function.__name__: function
+        for function in (
+            plain.prepare_prefill_inputs,
+            plain.prepare_pos_seq_lens,
+            plain.combine_sampled_and_draft_tokens,
+            plain.post_update,
+            plain.gather_block_tables,
+            plain.compute_slot_mappings,
+            plain.get_num_sampled_and_rejected,
+            plain.apply_temperature,
+            plain.gumbel_sample,
+            plain.apply_penalties,
+        )
+    },
+}
+
+
+def test_vllms_own_callers_pass_no_more_than_the_stand_ins_take():
+    """By position: keywords that a later vLLM adds are passed over (next test), one argument more ends the engine."""
+    found = dict.fromkeys(STAND_INS, 0)
+    for file in pathlib.Path(input_batch.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            if name not in STAND_INS:
+                continue
+            parameters = inspect.signature(STAND_INS[name]).parameters
+            is_method = "self" in parameters and isinstance(node.func, ast.Attribute)
+            assert len(node.args) + is_method <= len(parameters), f"{file.name}:{node.lineno}"
+            found[name] += 1
+    assert all(found.values()), found
 
 
 def test_keywords_of_a_later_vllm_are_passed_over():

@@ -94,6 +94,32 @@ def test_drafts_by_an_oracle_around_every_boundary(tiny_moe, prefix_caching):
         assert e.stats()["accepted_tokens"] == 0
 
 
+def cached_hashes(e):
+    return set(e.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block._cache)
+
+
+def test_the_prefix_cache_never_holds_a_draft(tiny_moe):
+    """Blocks that were filled while drafts were rejected in them have the hashes that AR's have, and are read again."""
+    longest = max((c["prompt"] for c in tiny_moe.ar), key=len)
+    prompts = [longest[-n:] for n in (113, 120, 126)]
+    hashes, outputs = {}, {}
+    for mode in ("ar", "self_speculation"):
+        with start_engine(tiny_moe.path) as e:
+            outputs[mode] = speculating(e).tokens(prompts, params(mode, max_tokens=150), 2000)
+            hashes[mode] = cached_hashes(e)
+            stats = e.stats()
+            if mode == "self_speculation":
+                assert stats["draft_tokens"] - stats["accepted_tokens"] > 1000, "rejected drafts"
+                # a second request over that prefix equals a cold run
+                longer = [p + tokens[:140] for p, tokens in zip(prompts, outputs["ar"], strict=True)]
+                again = e.generate(longer, params("ar", max_tokens=10))
+                assert all(o.num_cached_tokens >= 128 for o in again)
+                assert [list(o.outputs[0].token_ids) for o in again] == [tokens[140:] for tokens in outputs["ar"]]
+    assert outputs["self_speculation"] == outputs["ar"]
+    assert hashes["self_speculation"] <= hashes["ar"]
+    assert len(hashes["self_speculation"]) >= len(prompts)
+
+
 def test_all_modes_in_one_batch(tiny_moe):
     diffusion, ar, mock_ar = tiny_moe.cases(16)[5:8], tiny_moe.ar[4:10], tiny_moe.mock_ar[5:7]
     cases = [*diffusion, *ar, *mock_ar]
