@@ -110,7 +110,8 @@ no longer fit, without installing it.
 
 VERSIONS = {
     "0.32 (CPU wheel)": "All tests, on a CPU; no GPU.",
-    "0.33": "No test; its wheel was read by `tools/check_vllm_names.py`, which finds nothing missing.",
+    "0.33": "On a CPU, its Python over 0.32's compiled libraries: the engine's tests (`make test-next`, 2026-11-24). "
+    "`tools/check_vllm_names.py` finds nothing missing in its wheel.",
 }
 
 RELEASES = [
@@ -127,6 +128,13 @@ RELEASES = [
         "`apply_top_k_top_p` in `sample.sampler`, `sample.states`",
         "new keywords",
         "a CPU's stand-in that does not take them ends the engine at every `ar` request",
+    ),
+    (
+        "0.32",
+        "0.33",
+        "`input_batch.post_update`",
+        "two more positional arguments: a drafter's tokens, and where they go",
+        "a CPU's stand-in that does not take them ends the engine at the first token",
     ),
     (
         "0.32",
