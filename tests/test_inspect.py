@@ -39,7 +39,7 @@ def test_the_real_config_as_a_page(real_config, capsys):
         "48.2 SSM",
         "1 x H100 (80 GB)",
         "auto is colocated",
-        "49,180,672 B to the denoiser",
+        "4,667,392 B to the denoiser",
         "`python -m benchmarks.roofline`",
     ):
         assert expected in page
