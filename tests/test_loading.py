@@ -248,7 +248,10 @@ def test_a_folder_laid_out_like_the_hubs(hub_folder):
 RELEASED = "nvidia/Nemotron-Labs-TwoTower-30B-A3B-Base-BF16"
 
 
-@pytest.mark.parametrize("diffusion", [[], ["--diffusion"]], ids=["AR", "all modes"])
+@pytest.mark.parametrize(
+    "diffusion",
+    [pytest.param([], id="AR", marks=pytest.mark.slow), pytest.param(["--diffusion"], id="all modes")],
+)
 def test_the_command_on_the_models_page(hub_folder, tmp_path_factory, monkeypatch, diffusion):
     """The model by its name on the hub, from a cache as ``huggingface_hub`` lays it out, and little else."""
     cache = tmp_path_factory.mktemp("hub")

@@ -70,7 +70,10 @@ class OracleDrafts:
         return drafts
 
 
-@pytest.mark.parametrize("prefix_caching", [True, False], ids=["prefix caching", "no prefix caching"])
+@pytest.mark.parametrize(
+    "prefix_caching",
+    [pytest.param(True, id="prefix caching"), pytest.param(False, id="none", marks=pytest.mark.slow)],
+)
 def test_drafts_by_an_oracle_around_every_boundary(tiny_moe, prefix_caching):
     """Canvases that begin at every place of a block, accepted whole, or but for the last token or the first."""
     longest = max((c["prompt"] for c in tiny_moe.ar), key=len)
