@@ -14,7 +14,7 @@ os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `apply_model` sends a f
 
 import tests.conftest  # noqa: F401 - sets the environment
 from benchmarks.quality_parts.questions import held_out
-from tests.harness.engine import AlwaysDraft, start_llm
+from tests.harness.engine import AlwaysDraft, find_scheduler, start_llm
 from tests.harness.goldens import Golden, golden_params
 
 
@@ -57,7 +57,7 @@ def run_questions(job, settings):
         return diffusion_params(mode=mode, temperature=job["temperature"], seed=seed, max_tokens=64, detokenize=False)
 
     with start_llm(DEMO_MODEL, **{**settings, "skip_tokenizer_init": False}) as llm:
-        llm.llm_engine.engine_core.engine_core.scheduler.draft_policy = AlwaysDraft()
+        find_scheduler(llm).draft_policy = AlwaysDraft()
         prompts = [item.prompt for item in held_out(job["questions_per_family"])]
         answers = {}
         for mode in ("ar", "self_speculation"):
@@ -82,7 +82,7 @@ def main() -> None:
     golden = Golden(sys.argv[1])
     prompts, params = requests_of(golden, job["cases"])
     with start_llm(golden.path, **settings) as llm:
-        llm.llm_engine.engine_core.engine_core.scheduler.draft_policy = AlwaysDraft()
+        find_scheduler(llm).draft_policy = AlwaysDraft()
         answers = llm.generate(prompts, params, use_tqdm=False)
         outputs = [o.outputs[0] for o in answers]
         result = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from benchmarks.quality_parts.questions import MAX_TOKENS, Item, Outcome, shares
-from tests.harness.engine import AlwaysDraft, start_llm
+from tests.harness.engine import AlwaysDraft, find_scheduler, start_llm
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -29,7 +29,7 @@ def started(model: pathlib.Path) -> Iterator["LLM"]:
         enforce_eager=True,
         kv_cache_memory_bytes=128 << 20,
     ) as llm:
-        llm.llm_engine.engine_core.engine_core.scheduler.draft_policy = AlwaysDraft()
+        find_scheduler(llm).draft_policy = AlwaysDraft()
         yield llm
 
 

@@ -9,17 +9,8 @@ from dataclasses import dataclass
 
 from benchmarks.roofline_parts.forward_cost import Forward
 from benchmarks.roofline_parts.throughput import StepTimes
-from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.placement import Placement
 from vllm_twotower.planning.tower_sizes import Tower
-
-BYTES_OF_DT = 4
-"""Step sizes of the scan are kept in float32."""
-
-
-def kept_bytes_per_token(facts: ModelFacts) -> int:
-    """Scan inputs that a verification keeps for its replay: each Mamba layer's raw convolution inputs and dt."""
-    return facts.layers("M") * (facts.mamba_channels * facts.dtype_bytes + facts.mamba_num_heads * BYTES_OF_DT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +64,7 @@ class RoundPrices:
     def _replay_s(self, rows: int) -> float:
         """States read and written; the kept inputs written by the forward and read again."""
         load, machine, facts = self.times.workload, self.times.machine, self.times.towers[Tower.CONTEXT].facts
-        kept = load.canvas_length * kept_bytes_per_token(facts)
+        kept = load.canvas_length * facts.mamba_input_bytes_per_token
         num_bytes = rows * 2 * (facts.mamba_bytes_per_request + kept) / machine.num_gpus
         return num_bytes / (machine.gpu.bandwidth_Bps * machine.assumed.memory_fraction)
 

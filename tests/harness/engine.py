@@ -37,6 +37,11 @@ def find_runner(llm: "LLM") -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
+def find_scheduler(llm: "LLM") -> Any:
+    """The scheduler of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
 def list_backends(llm: "LLM") -> list[str]:
     """Attention backends that the engine chose."""
     groups = [group for groups in find_runner(llm).attn_groups for group in groups]
@@ -63,7 +68,7 @@ class Engine:
 
     def __init__(self, llm: "LLM") -> None:
         self.llm = llm
-        self.scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        self.scheduler = find_scheduler(llm)
         self.runner = find_runner(llm)
         self.model = self.runner.model
         self.towers_of_steps: list[list[str]] = []

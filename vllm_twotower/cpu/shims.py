@@ -105,8 +105,14 @@ def use_torch_for_top_k_top_p() -> None:
     sampler.apply_top_k_top_p = states.apply_top_k_top_p = apply_top_k_top_p
 
 
+def _replace(owner: Any, name: str, stand_in: Callable[..., Any]) -> None:
+    """Put a stand-in in a function's place, which it keeps as ``__wrapped__``."""
+    setattr(owner, name, functools.wraps(getattr(owner, name))(stand_in))
+
+
+@functools.cache
 def use_torch_for_runner_kernels() -> None:
-    """Let the model runner's small kernels be plain torch (``runner_kernels.py``); idempotent.
+    """Let the model runner's small kernels be plain torch (``runner_kernels.py``).
 
     The functions that launch them are replaced where the runner finds them, and kept as ``__wrapped__``; copies of
     Mamba states keep their kernel, which is launched only for rows that copy.
@@ -138,8 +144,6 @@ def use_torch_for_runner_kernels() -> None:
 
     from vllm_twotower.cpu import runner_kernels as plain
 
-    if getattr(BlockTables, "_twotower_plain", False):
-        return
     context = MambaSpecDecodeGPUContext
     stand_ins: list[tuple[Any, str, Callable[..., Any]]] = [
         (model_runner, "prepare_prefill_inputs", plain.prepare_prefill_inputs),
@@ -158,13 +162,13 @@ def use_torch_for_runner_kernels() -> None:
         (mamba_hybrid, "_scatter_num_accepted_kernel", plain.scatter_num_accepted),
     ]
     for owner, name, function in stand_ins:
-        stand_in: Callable[..., Any] = plain.Launcher if owner is mamba_hybrid else plain.without_later_keywords
-        setattr(owner, name, functools.wraps(getattr(owner, name))(stand_in(function)))
-    BlockTables._twotower_plain = True
+        make: Callable[..., Any] = plain.Launcher if owner is mamba_hybrid else plain.without_later_keywords
+        _replace(owner, name, make(function))
 
 
+@functools.cache
 def use_torch_for_sampler_kernels() -> None:
-    """Let temperature, draws and penalties be plain torch (``runner_kernels.py``); idempotent.
+    """Let temperature, draws and penalties be plain torch (``runner_kernels.py``).
 
     Symptom: interpreted, each of them takes 30 ms per row of every step.
     Upstream: vllm.v1.worker.gpu.sample.gumbel.apply_temperature, vllm.v1.worker.gpu.sample.gumbel.gumbel_sample,
@@ -178,8 +182,6 @@ def use_torch_for_sampler_kernels() -> None:
 
     from vllm_twotower.cpu import runner_kernels as plain
 
-    if hasattr(sampler.gumbel_sample, "__wrapped__"):
-        return
     stand_ins: list[tuple[Any, str, Callable[..., Any]]] = [
         (states, "apply_temperature", plain.apply_temperature),
         (sampler, "gumbel_sample", plain.gumbel_sample),
@@ -187,4 +189,4 @@ def use_torch_for_sampler_kernels() -> None:
         (penalties, "bincount", plain.count_tokens),
     ]
     for owner, name, function in stand_ins:
-        setattr(owner, name, functools.wraps(getattr(owner, name))(plain.without_later_keywords(function)))
+        _replace(owner, name, plain.without_later_keywords(function))

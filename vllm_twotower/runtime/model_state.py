@@ -35,7 +35,7 @@ from vllm_twotower.runtime.denoise_loop import DenoiseLoop
 from vllm_twotower.runtime.proposals import ProposalSampler
 from vllm_twotower.runtime.sampler import CanvasSampler
 from vllm_twotower.runtime.stats import DiffusionStats
-from vllm_twotower.runtime.step import CanvasLayout, CanvasPlaces, Step, VerifyRows
+from vllm_twotower.runtime.step import CanvasLayout, CanvasPlaces, KeptRows, Step, VerifyRows
 from vllm_twotower.runtime.trace import CanvasTrace
 from vllm_twotower.runtime.verification import ask_for_logits, keep_inputs_in, keep_inputs_of, replay_states
 
@@ -197,8 +197,8 @@ class TwoTowerModelState(MambaHybridModelState):
         if not kept:
             return None
         rows, drafts_VS = [rows[index] for index in kept], drafts_VS[kept]
-        places = self.place_kept_rows(rows, step, batch, block_tables, kv_cache_config)
-        verify = VerifyRows(draft_VS=drafts_VS, **places)
+        kept_rows = self.place_kept_rows(rows, step, batch, block_tables, kv_cache_config)
+        verify = VerifyRows(**vars(kept_rows), draft_VS=drafts_VS)
         layout = verify.layout
         last_V = self.last_sampled_tokens[batch.idx_mapping[verify.row_V]].view(-1)
         canvas_VS = torch.cat([last_V[:, None], drafts_VS], dim=1)
@@ -213,21 +213,21 @@ class TwoTowerModelState(MambaHybridModelState):
         batch: InputBatch,
         block_tables: tuple[torch.Tensor, ...],
         kv_cache_config: KVCacheConfig,
-    ) -> dict[str, Any]:
-        """The fields of ``KeptRows`` for some rows of a context step."""
+    ) -> KeptRows:
+        """Some rows of a context step, of which nothing is kept yet."""
         widths = [step.widths[row] for row in rows]
         # where the states are now: vLLM has moved those that would cross a block
         ends_np = step.computed_np[rows] + np.array(widths)
         slots = self.find_mamba_slots(rows, ends_np, block_tables, kv_cache_config)
         layout = CanvasLayout.from_widths(widths, self.device, mamba_slots=slots)
         row_V = torch.tensor(rows, device=self.device)
-        return {
-            "rows": rows,
-            "row_V": row_V,
-            "layout": layout,
-            "token_U": batch.query_start_loc[row_V].long()[layout.row_T] + layout.column_T,
-            "width_V": torch.tensor(widths, device=self.device),
-        }
+        return KeptRows(
+            rows=rows,
+            row_V=row_V,
+            layout=layout,
+            token_U=batch.query_start_loc[row_V].long()[layout.row_T] + layout.column_T,
+            width_V=torch.tensor(widths, device=self.device),
+        )
 
     def find_mamba_slots(
         self,

@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_twotower.core import Mode, StepKind
 from vllm_twotower.runtime.model_state import TwoTowerModelState
-from vllm_twotower.runtime.step import KeptRows, Step
+from vllm_twotower.runtime.step import Step
 from vllm_twotower.runtime.verification import replay_states
 from vllm_twotower.split.denoise_loop import SplitDenoiseLoop
 from vllm_twotower.split.link import ContextHandover, TowerLink
@@ -50,8 +50,7 @@ class SplitModelState(TwoTowerModelState):
             verifying = step.verify.rows if step.verify is not None else []
             mirrored = [row for row, slot in enumerate(step.slots) if slot in self._mirrored]
             if rows := [row for row in mirrored if row not in verifying]:
-                places = self.place_kept_rows(rows, step, input_batch, block_tables, kv_cache_config)
-                step.carried = KeptRows(**places)
+                step.carried = self.place_kept_rows(rows, step, input_batch, block_tables, kv_cache_config)
 
     def find_seeds(self, step: Step, batch: InputBatch) -> tuple[Sequence[int], np.ndarray] | None:
         """As the base class's; of a context step those states that cross whole."""
