@@ -94,8 +94,8 @@ def main() -> None:
         "# Self-speculation on the demo model",
         "",
         "`python -m benchmarks.self_speculation`: `oracle/self_speculation.py` over plain towers in fp32. A round is",
-        "one draft and its verification; a forward is a pass of either tower. Hints and early stop are the oracle's;",
-        "the engine has neither. Prose is beginnings from Python's reference, on which the demo model is seldom sure:",
+        "one draft and its verification; a forward is a pass of either tower. The engine has hints above 0.95",
+        "and no early stop. Prose is beginnings from Python's reference, on which the demo model is seldom sure:",
         "there AR is the faster one, and the engine's scheduler would not draft.",
         "",
     ]
