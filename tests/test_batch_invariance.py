@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.harness.engine import AlwaysDraft, start_engine
+from tests.harness.engine import start_engine
 from tests.near_ties import can_replay, check_same, replay
 from tests.request_mixes import alone, draw_mix, longest_queue_allowed, longest_wait_allowed, play, set_timing
 from vllm_twotower.core import Mode
 from vllm_twotower.oracle.plain_towers import PlainTwoTower
+from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 QUORUMS = (0, 0.4, 1)
 PASSES_PER_STEP = (1, 4)

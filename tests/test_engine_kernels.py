@@ -3,10 +3,11 @@
 import pytest
 
 import vllm_twotower.ops.launch as launch_module
-from tests.harness.engine import AlwaysDraft, start_engine
+from tests.harness.engine import start_engine
 from tests.harness.goldens import golden_params
 from vllm_twotower import diffusion_params, diffusion_stats
 from vllm_twotower.core import KERNELS_VARIABLE
+from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 KERNELS = {
     "_read_piece",

@@ -3,11 +3,12 @@
 import logging
 
 from tests.demo_questions import SHORT
-from tests.harness.engine import AlwaysDraft, start_engine
+from tests.harness.engine import start_engine
 from tests.harness.goldens import golden_params
 from tests.test_self_speculation import params
 from vllm_twotower import diffusion_params
 from vllm_twotower.commands.cli import DEMO_MODEL
+from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 
 def test_prometheus_and_the_log_line_agree_with_diffusion_stats(tiny_moe, caplog):

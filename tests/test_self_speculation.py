@@ -4,9 +4,10 @@ import pytest
 import torch
 import vllm.envs
 
-from tests.harness.engine import AlwaysDraft, start_engine
+from tests.harness.engine import start_engine
 from tests.harness.goldens import golden_params
 from vllm_twotower import diffusion_params
+from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 
 def speculating(e):

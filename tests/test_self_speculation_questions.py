@@ -3,13 +3,14 @@
 import pytest
 
 from benchmarks.quality_parts.questions import held_out
-from tests.harness.engine import AlwaysDraft, start_engine
+from tests.harness.engine import start_engine
 from tests.test_self_speculation import params
 from tests.test_self_speculation_sampling import ask
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.decoding.drafts import HINT_THRESHOLD
 from vllm_twotower.oracle.plain_towers import PlainTwoTower
 from vllm_twotower.oracle.self_speculation import SelfSpeculation
+from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 
 def test_rounds_are_the_oracles():

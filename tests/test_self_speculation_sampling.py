@@ -5,9 +5,10 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from benchmarks.quality_parts.questions import held_out
 from tests.demo_questions import LONG, OPEN, SHORT
-from tests.harness.engine import AlwaysDraft, start_engine
+from tests.harness.engine import start_engine
 from tests.test_self_speculation import params
 from vllm_twotower.commands.cli import DEMO_MODEL
+from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 QUESTIONS = [LONG, SHORT, OPEN, "It is Monday. Move by days: -2 +3 +3 +5 -6 -1 -8\nAnswer:"]
 SAMPLING = {

@@ -10,12 +10,13 @@ import subprocess
 import pytest
 
 from benchmarks.quality_parts.questions import held_out
-from tests.harness.engine import AlwaysDraft, start_engine
+from tests.harness.engine import start_engine
 from tests.harness.goldens import golden_params
 from tests.test_self_speculation import params
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.commands.live import Recording
 from vllm_twotower.commands.trace_page import canvases_of, render_page
+from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 # Drives the page as a person would, and leaves what it saw in the document's title.
 CLICKS = """

@@ -14,8 +14,9 @@ os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `apply_model` sends a f
 
 import tests.conftest  # noqa: F401 - sets the environment
 from benchmarks.quality_parts.questions import held_out
-from tests.harness.engine import AlwaysDraft, find_scheduler, start_llm
+from tests.harness.engine import find_scheduler, start_llm
 from tests.harness.goldens import Golden, golden_params
+from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 
 def weight_bytes(model) -> int:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from benchmarks.quality_parts.questions import MAX_TOKENS, Item, Outcome, shares
-from tests.harness.engine import AlwaysDraft, find_scheduler, start_llm
+from tests.harness.engine import find_scheduler, start_llm
+from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 if TYPE_CHECKING:
     from vllm import LLM

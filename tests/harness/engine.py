@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_twotower import diffusion_stats
-from vllm_twotower.runtime.draft_policy import DraftPolicy
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -135,13 +134,6 @@ class Engine:
     def assert_one_tower_per_step(self) -> None:
         assert self.towers_of_steps, "no step ran"
         assert all(len(towers) == 1 for towers in self.towers_of_steps), self.towers_of_steps
-
-
-class AlwaysDraft(DraftPolicy):
-    """Drafts wherever it can, for tests of something else than when to."""
-
-    def choose(self, candidates: Sequence[str], num_passes: int, num_others: int) -> frozenset[str]:
-        return frozenset(candidates)
 
 
 @contextlib.contextmanager

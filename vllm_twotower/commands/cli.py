@@ -75,7 +75,7 @@ def _prepare_environment() -> None:
     if which("nvidia-smi") is None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 

@@ -252,6 +252,14 @@ class DraftPolicy:
         self._tokens.pop(req_id, None)
 
 
+class AlwaysDraft(DraftPolicy):
+    """Everybody who can drafts, whatever steps cost: to show or to count what drafts bring."""
+
+    def choose(self, candidates: Sequence[str], num_passes: int, num_others: int) -> frozenset[str]:
+        """All of the candidates."""
+        return frozenset(candidates)
+
+
 class StepTimer:
     """Times the steps of an engine that schedules one after the other, from schedule to result.
 
