@@ -78,7 +78,9 @@ def test_the_demo_shows_blocks_appear_and_drafts_verified(printed):
     assert re.search(r"^  \[\d\] commit  │.+│ \d+ tokens in \d passes$", printed, re.MULTILINE)
     assert re.search(r"^  \[\d\] round +\d│.*‹.+›.*│ \d+ of 15 drafts kept$", printed, re.MULTILINE)
     assert "\033[2;9m" in printed.split("=== Self-speculation")[1].split("\n", 2)[2]
-    assert len(printed.splitlines()) < 80
+    # vLLM's own warnings, more or fewer by the machine, stand before
+    shown = printed[printed.index("=== Mask diffusion") :]
+    assert len(shown.splitlines()) < 75
 
 
 def test_the_demo_takes_a_question_of_ones_own():
