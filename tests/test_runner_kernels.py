@@ -415,24 +415,70 @@ def test_zeroed_blocks():
     assert (results[0] == 0).sum() == 3 * 13
 
 
-@few
+class MambaCaches:
+    """Two groups of layers with caches of convolution windows and scan states, filled at random, blocks apart as pages
+    are, and what ``MambaSpecDecodeGPUContext`` notes about them.
+    """
+
+    WIDTH, BLOCK_SIZE, COLUMNS = 5, 8, 6
+
+    def __init__(self, seed: int) -> None:
+        g = torch.Generator().manual_seed(seed)
+        blocks = SLOTS * self.COLUMNS
+        self.pages = [torch.randn(blocks, 40, generator=g) for _ in range(3)]
+        windows = [page[:, : self.WIDTH * 3].view(blocks, self.WIDTH, 3) for page in self.pages]
+        scans = [page[:, 20:37] for page in self.pages]
+        self.tables = [torch.randperm(blocks, generator=g).to(torch.int32).view(SLOTS, -1) for _ in range(2)]
+        states = [*windows, *scans]
+        count = len(states)
+        self.context = types.SimpleNamespace(
+            is_initialized=True,
+            block_size=self.BLOCK_SIZE,
+            num_states=count,
+            state_base_addrs=torch.tensor([state.data_ptr() for state in states]),
+            state_block_strides=torch.tensor([4 * state.stride(0) for state in states]),
+            state_elem_sizes=torch.full((count,), 4, dtype=torch.int32),
+            state_inner_sizes=torch.tensor([3] * 3 + [17] * 3),
+            state_conv_widths=torch.tensor([self.WIDTH] * 3 + [0] * 3, dtype=torch.int32),
+            state_group_indices=torch.tensor([0, 0, 1] * 2, dtype=torch.int32),
+            state_dim_row_count=torch.zeros(count, dtype=torch.int32),
+            state_dim_row_stride=torch.zeros(count, dtype=torch.int64),
+            block_table_ptrs=torch.tensor([table.data_ptr() for table in self.tables]),
+            block_table_stride_req=self.COLUMNS,
+            num_accepted_tokens_out=torch.zeros(SLOTS, dtype=torch.int32),
+        )
+
+
+def mamba_rows(generator: torch.Generator) -> torch.Tensor:
+    return torch.cat([torch.randperm(SLOTS, generator=generator)[:4], torch.tensor([-1])]).to(torch.int32)
+
+
+@settings(max_examples=4, deadline=None)
 @given(seeds)
-def test_mamba_rows_left_out_copy_nothing(seed):
-    """The rule by which rows are left out, against the decision in vLLM's kernels written out row by row."""
-    g, block = torch.Generator().manual_seed(seed), 8
-    rows = torch.cat([torch.randperm(SLOTS, generator=g)[:4], torch.tensor([-1])]).to(torch.int32)
-    src, now = integers(g, -1, 3, SLOTS), integers(g, 0, 3, SLOTS)
-    changed = plain.rows_that_change_block(now, src, rows).tolist()
-    assert changed == [r for r in rows.tolist() if r >= 0 and src[r] >= 0 and src[r] != now[r]]
-    accepted, computed = integers(g, 1, 4, SLOTS), integers(g, 1, 25, SLOTS)
-    before = accepted.clone()
-    copied = plain.rows_that_end_off_a_boundary(accepted, now, computed, rows, block).tolist()
-    for row in rows.tolist():
-        if row < 0:
-            continue
-        running = int(computed[row] - before[row]) + 1
-        aligned = int(computed[row]) // block * block
-        reaches, same = aligned >= running, int(now[row]) == aligned // block - 1
-        assert (row in copied) == (reaches and not (same and aligned == running))
-        if row not in copied:
-            assert int(accepted[row]) == (1 if reaches else int(before[row]))
+def test_mamba_states_copied_before_a_step(seed):
+    g, results = torch.Generator().manual_seed(seed), []
+    rows, source, target = mamba_rows(g), integers(g, -1, 3, SLOTS), integers(g, 0, 3, SLOTS)
+    bias = integers(g, 0, 4, SLOTS)
+    for form in kernels_of(mamba_utils.MambaSpecDecodeGPUContext, "run_fused_precopy"):
+        caches = MambaCaches(seed)
+        form(caches.context, len(rows), target, source, bias, rows)
+        results.append(torch.stack(caches.pages))
+    assert torch.equal(*results)
+    moved = [r for r in rows.tolist() if r >= 0 and source[r] >= 0 and source[r] != target[r]]
+    assert torch.equal(results[0], torch.stack(MambaCaches(seed).pages)) == (not moved)
+
+
+@settings(max_examples=4, deadline=None)
+@given(seeds)
+def test_mamba_states_copied_after_a_step(seed):
+    g, results = torch.Generator().manual_seed(seed), []
+    rows, accepted = mamba_rows(g), integers(g, 1, 5, SLOTS)
+    computed = integers(g, MambaCaches.BLOCK_SIZE, 3 * MambaCaches.BLOCK_SIZE, SLOTS)
+    # the block that the step wrote to, before it was known what is kept
+    running = (computed - accepted) // MambaCaches.BLOCK_SIZE
+    for form in kernels_of(mamba_utils.MambaSpecDecodeGPUContext, "run_fused_postprocess_align"):
+        caches, kept = MambaCaches(seed), accepted.clone()
+        form(caches.context, len(rows), kept, running, computed, rows)
+        results.append((torch.stack(caches.pages), kept))
+    for kernel, ours in zip(*results, strict=True):
+        assert torch.equal(kernel, ours)

@@ -390,43 +390,89 @@ def rows_that_change_block(state_idx: torch.Tensor, src_col: torch.Tensor, idx_m
     return idx_mapping[(idx_mapping >= 0) & (src_col[slot] >= 0) & (src_col[slot] != state_idx[slot])]
 
 
-def rows_that_end_off_a_boundary(
-    num_accepted: torch.Tensor,
-    state_idx: torch.Tensor,
-    new_num_computed: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    block_size: int,
+def rows_that_pass_a_boundary(
+    num_accepted: torch.Tensor, new_num_computed: torch.Tensor, idx_mapping: torch.Tensor, block_size: int
 ) -> torch.Tensor:
-    """The rows whose state ``MambaSpecDecodeGPUContext.run_fused_postprocess_align`` copies: entries of
-    ``idx_mapping``. Rows that end on a block's boundary need no copy, only one accepted token: done here.
+    """The rows whose state ``MambaSpecDecodeGPUContext.run_fused_postprocess_align`` moves to the end of a block:
+    entries of ``idx_mapping``.
     """
     slot = idx_mapping.clamp(min=0).long()
     running = new_num_computed[slot] - num_accepted[slot] + 1
     aligned = new_num_computed[slot] // block_size * block_size
-    passes_boundary = (idx_mapping >= 0) & (aligned >= running)
-    stays = passes_boundary & (state_idx[slot] == aligned // block_size - 1) & (aligned == running)
-    num_accepted[slot[stays]] = 1
-    return idx_mapping[passes_boundary & ~stays]
+    return idx_mapping[(idx_mapping >= 0) & (aligned >= running)]
 
 
-def copying_before_by(copy: Callable[..., None]) -> Callable[..., None]:
-    """``MambaSpecDecodeGPUContext.run_fused_precopy``, launched for the rows that copy."""
+def copy_mamba_states(
+    context: Any, slots: list[int], sources: list[int], targets: list[int], biases: list[int]
+) -> None:
+    """One block's states to another for each request slot: ``mamba_utils._copy_mamba_state_block``.
 
-    def run_fused_precopy(self: Any, num_reqs: int, state_idx: Any, src_col: Any, bias: Any, rows: Any) -> None:
-        rows = rows_that_change_block(state_idx, src_col, rows[:num_reqs])
-        copy(self, len(rows), state_idx, src_col, bias, rows)
+    Convolution windows move ``bias`` tokens to the left on the way; the scan's state is taken ``bias`` columns of the
+    block table further on.
 
-    return run_fused_precopy
+    Args:
+        context: a ``MambaSpecDecodeGPUContext`` with convolution states that have their tokens first, as on a CPU.
+        slots: of requests, to which the three other lists belong.
+        sources, targets: columns of the block table.
+        biases: tokens.
+
+    """
+    states = zip(
+        context.state_base_addrs.tolist(),
+        context.state_block_strides.tolist(),
+        (context.state_elem_sizes * context.state_inner_sizes).tolist(),
+        context.state_conv_widths.tolist(),
+        context.block_table_ptrs[context.state_group_indices.long()].tolist(),
+        strict=True,
+    )
+    row_bytes = 4 * context.block_table_stride_req
+    for address, block_bytes, unit_bytes, width, table in states:
+        for slot, source, target, bias in zip(slots, sources, targets, biases, strict=True):
+            is_window = width > 0
+            column = source if is_window else source + bias
+            from_block, to_block = (
+                ctypes.c_int32.from_address(table + slot * row_bytes + 4 * c).value for c in (column, target)
+            )
+            skipped = bias if is_window else 0
+            ctypes.memmove(
+                address + to_block * block_bytes,
+                address + from_block * block_bytes + skipped * unit_bytes,
+                (max(width, 1) - skipped) * unit_bytes,
+            )
 
 
-def copying_after_by(copy: Callable[..., None]) -> Callable[..., None]:
-    """``MambaSpecDecodeGPUContext.run_fused_postprocess_align``, launched for the rows that copy."""
+def copy_states_before_step(
+    self: Any,
+    num_reqs: int,
+    state_idx_gpu: torch.Tensor,
+    src_col_gpu: torch.Tensor,
+    token_bias_gpu: torch.Tensor,
+    idx_mapping: torch.Tensor,
+) -> None:
+    """``MambaSpecDecodeGPUContext.run_fused_precopy``."""
+    if not self.is_initialized:
+        return
+    slots = rows_that_change_block(state_idx_gpu, src_col_gpu, idx_mapping[:num_reqs]).long()
+    columns = (values[slots].tolist() for values in (src_col_gpu, state_idx_gpu, token_bias_gpu))
+    copy_mamba_states(self, slots.tolist(), *columns)
 
-    def run_fused_postprocess_align(
-        self: Any, num_reqs: int, accepted: Any, state_idx: Any, computed: Any, rows: Any
-    ) -> None:
-        if self.is_initialized:
-            rows = rows_that_end_off_a_boundary(accepted, state_idx, computed, rows[:num_reqs], self.block_size)
-            copy(self, len(rows), accepted, state_idx, computed, rows)
 
-    return run_fused_postprocess_align
+def copy_states_after_step(
+    self: Any,
+    num_reqs: int,
+    num_accepted_tokens_gpu: torch.Tensor,
+    state_idx_gpu: torch.Tensor,
+    new_num_computed_tokens_gpu: torch.Tensor,
+    idx_mapping: torch.Tensor,
+) -> None:
+    """``MambaSpecDecodeGPUContext.run_fused_postprocess_align``."""
+    if not self.is_initialized:
+        return
+    accepted, computed = num_accepted_tokens_gpu, new_num_computed_tokens_gpu
+    slots = rows_that_pass_a_boundary(accepted, computed, idx_mapping[:num_reqs], self.block_size).long()
+    aligned = computed[slots] // self.block_size * self.block_size
+    bias = aligned - (computed[slots] - accepted[slots] + 1)
+    source, target = state_idx_gpu[slots], aligned // self.block_size - 1
+    accepted[slots[source == target]] = 1
+    moved = (source != target) | (bias > 0)
+    copy_mamba_states(self, *(values[moved].tolist() for values in (slots, source, target, bias)))

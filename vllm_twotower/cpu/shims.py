@@ -114,8 +114,7 @@ def _replace(owner: Any, name: str, stand_in: Callable[..., Any]) -> None:
 def use_torch_for_runner_kernels() -> None:
     """Let the model runner's small kernels be plain torch (``runner_kernels.py``).
 
-    The functions that launch them are replaced where the runner finds them, and kept as ``__wrapped__``; copies of
-    Mamba states keep their kernel, which is launched only for rows that copy.
+    The functions that launch them are replaced where the runner finds them, and kept as ``__wrapped__``.
 
     Symptom: interpreted, the kernels take 10 ms per row of every engine step, nine tenths of it at batch 8.
     Upstream: vllm.v1.worker.gpu.input_batch.prepare_prefill_inputs,
@@ -156,8 +155,8 @@ def use_torch_for_runner_kernels() -> None:
         (FusedStagedWriter, "apply", plain.apply_all_writes),
         (KVBlockZeroer, "zero_block_ids", plain.zero_block_ids),
         (sampler, "get_num_sampled_and_rejected", plain.get_num_sampled_and_rejected),
-        (context, "run_fused_precopy", plain.copying_before_by(context.run_fused_precopy)),
-        (context, "run_fused_postprocess_align", plain.copying_after_by(context.run_fused_postprocess_align)),
+        (context, "run_fused_precopy", plain.copy_states_before_step),
+        (context, "run_fused_postprocess_align", plain.copy_states_after_step),
         (mamba_hybrid, "preprocess_mamba_align_fused_kernel", plain.advance_mamba_blocks),
         (mamba_hybrid, "_scatter_num_accepted_kernel", plain.scatter_num_accepted),
     ]
