@@ -20,13 +20,18 @@ def test_prometheus_and_the_log_line_agree_with_diffusion_stats(tiny_moe, caplog
     ) as e:
         e.tokens([*[c["prompt"] for c in cases], cases[0]["prompt"]], asked)
         stats = e.stats(reset=False)
-        metrics = {m.name: m for m in e.llm.get_metrics() if "twotower" in m.name}
+        metrics = {m.name: m for m in e.llm.get_metrics() if "twotower" in m.name or "diffusion" in m.name}
         for name in ("canvases", "denoise_passes", "context_passes", "committed_tokens"):
             assert metrics[f"vllm:twotower_{name}"].value == stats[name], name
         histogram = metrics["vllm:twotower_passes_per_canvas"]
         assert histogram.count == stats["canvases"]
         assert histogram.sum == sum(c["nfe"] for c in cases)
         assert stats["denoise_passes"] == sum(c["nfe"] for c in cases) + 4
+        # vLLM's names for a diffusion model's, where a commit is a step too
+        steps, tokens = histogram.sum + histogram.count, stats["committed_tokens"] - 4
+        assert metrics["vllm:diffusion_num_denoising_steps"].value == steps
+        assert metrics["vllm:diffusion_num_committed_tokens"].value == tokens == 16 * histogram.count
+        assert metrics["vllm:diffusion_num_canvas_positions"].value == 16 * steps
         caplog.set_level(logging.INFO)
         logging.getLogger("vllm").propagate = True
         logging.getLogger("vllm.twotower").setLevel(logging.INFO)

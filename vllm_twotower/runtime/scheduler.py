@@ -327,8 +327,9 @@ class BlockCommitScheduler(Scheduler):
         passes, broken = compat.take_pass_report(result)
         self._end_broken(broken, result)
         for req_id, (num_passes, canvas_passes) in passes.items():
+            num_tokens = len(result.sampled_token_ids[result.req_id_to_index[req_id]])
             self._counts.denoise_passes += num_passes
-            self._counts.committed_tokens += len(result.sampled_token_ids[result.req_id_to_index[req_id]])
+            self._counts.committed_tokens += num_tokens
             if not canvas_passes:
                 continue
             request = self.requests.get(req_id)
@@ -336,8 +337,7 @@ class BlockCommitScheduler(Scheduler):
                 self._drafted[req_id] = scheduler_output.num_scheduled_tokens[req_id]
                 self._drafts_next[req_id] = False
                 continue
-            self._counts.canvases += 1
-            self._counts.passes_per_canvas.append(canvas_passes)
+            self._counts.add_canvas(canvas_passes, num_tokens)
 
     def _end_broken(self, req_ids: list[str], result: Any) -> None:
         """End requests whose logits held a NaN; what was sampled from them is dropped."""

@@ -40,6 +40,10 @@ class StepCounts:
     context_passes: int = 0
     committed_tokens: int = 0
     passes_per_canvas: list[int] = dataclasses.field(default_factory=list)
+    canvas_tokens: int = 0
+    """Committed tokens without mock-AR's."""
+    canvas_positions: int = 0
+    """Positions of finished canvases, once per pass and once for the commit, as vLLM counts its own diffusion."""
     speculation: SpecDecodingStats | None = None
     """Travels in its own field of vLLM's statistics, where vLLM's log line finds it."""
 
@@ -49,6 +53,24 @@ class StepCounts:
             if field.name == "speculation":
                 continue
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def add_canvas(self, num_passes: int, num_tokens: int) -> None:
+        """Count one finished canvas."""
+        self.canvases += 1
+        self.passes_per_canvas.append(num_passes)
+        self.canvas_tokens += num_tokens
+        self.canvas_positions += (num_passes + 1) * num_tokens
+
+    def in_vllms_words(self) -> SpecDecodingStats:
+        """Finished canvases as vLLM reports its own diffusion models: denoising steps with commits in the place of
+        drafts, canvas positions in that of draft tokens, committed tokens in that of accepted ones.
+        """
+        return SpecDecodingStats(
+            num_spec_tokens=0,
+            num_drafts=sum(self.passes_per_canvas) + self.canvases,
+            num_draft_tokens=self.canvas_positions,
+            num_accepted_tokens=self.canvas_tokens,
+        )
 
     def attach(self, stats: Any) -> None:
         """Put the counts into a ``SchedulerStats``: the one dict it has that no feature we allow makes use of."""
@@ -87,6 +109,8 @@ class DiffusionProm:
         widest: Any = types.SimpleNamespace(num_speculative_tokens=options.canvas_length - 1)
         by_engine: dict[int, list[object]] = {index: [model_name, str(index)] for index in engine_indexes}
         self._speculation = SpecDecodingProm(widest, labels, by_engine)
+        # what `vllm bench serve` reads of a diffusion server
+        self._vllms_diffusion = SpecDecodingProm(None, labels, by_engine, is_diffusion=True)
 
     def observe(self, counts: StepCounts, engine_index: int) -> None:
         """Add one report."""
@@ -94,6 +118,7 @@ class DiffusionProm:
             counter.inc(getattr(counts, name))
         for passes in counts.passes_per_canvas:
             self._passes[engine_index].observe(passes)
+        self._vllms_diffusion.observe(counts.in_vllms_words(), engine_index)
         if counts.speculation is not None:
             self._speculation.observe(counts.speculation, engine_index)
 
