@@ -2,6 +2,7 @@
 type."""
 
 import functools
+import json
 import math
 
 import pytest
@@ -16,13 +17,14 @@ from vllm_twotower import diffusion_params
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.config import EngineOptions, RequestOptions
 from vllm_twotower.core import Mode
-from vllm_twotower.frontend.request_checks import check_params, check_worker_limits
+from vllm_twotower.frontend.request_checks import check_beam_search, check_params, check_worker_limits
 
 
 @functools.cache
 def make_config(diffusion=True, **overrides):
     """The configuration of a real engine that serves the demo model."""
-    extra = {"diffusion": diffusion} if diffusion else {}
+    options = json.loads(diffusion) if isinstance(diffusion, str) else diffusion
+    extra = {"diffusion": options} if options else {}
     args = EngineArgs(str(DEMO_MODEL), additional_config=extra, max_model_len=64, hf_overrides=overrides)
     return args.create_engine_config()
 
@@ -181,3 +183,44 @@ def test_defaults_come_from_the_engine():
     engine = EngineOptions(canvas_length=8, max_steps=5, confidence_threshold=0.7)
     options = RequestOptions.from_extra_args(None, engine)
     assert options == RequestOptions(mode=Mode.MASK_DIFFUSION, canvas_length=8, max_steps=5, confidence_threshold=0.7)
+
+
+def test_a_server_may_decode_in_another_mode_what_it_would_refuse():
+    """Only for requests that name no mode, and without a trace in the client's own parameters."""
+    asked = SamplingParams(logprob_token_ids=[5], max_tokens=4)
+    for mode in ("ar", "self_speculation"):
+        diffusion = json.dumps({"unsupported": mode})
+        admitted = process(asked, diffusion).sampling_params
+        assert admitted.extra_args == {"diffusion_mode": mode}
+        assert asked.extra_args is None
+        assert process(SamplingParams(max_tokens=4), diffusion).sampling_params.extra_args is None
+        with pytest.raises(VLLMValidationError, match="cannot be honoured in mask_diffusion"):
+            process(diffusion_params(mode="mask_diffusion", logprob_token_ids=[5]), diffusion)
+        with pytest.raises(VLLMValidationError, match="allows the mask only"):
+            process(SamplingParams(allowed_token_ids=[3]), diffusion)
+        check_beam_search({}, make_config(diffusion))
+        with pytest.raises(ValueError, match="beam search cannot be honoured in mock_ar"):
+            check_beam_search({"diffusion_mode": "mock_ar"}, make_config(diffusion))
+    with pytest.raises(ValueError, match="unsupported='drop' is not allowed: use one of refuse, self_speculation, ar"):
+        EngineOptions(unsupported="drop")
+
+
+def test_what_is_decoded_in_another_mode_gets_that_modes_answer():
+    words = ["yes", "no", "perhaps"]
+    choice = StructuredOutputsParams(choice=words)
+    with start_engine(DEMO_MODEL, {"unsupported": "self_speculation"}, skip_tokenizer_init=False) as e:
+        params = functools.partial(diffusion_params, temperature=0.0, max_tokens=8)
+        results = [
+            e.llm.generate("Sort: b1 a2\nAnswer:", params(**more), use_tqdm=False)[0].outputs[0]
+            for more in (
+                {"structured_outputs": choice},
+                {"structured_outputs": choice, "mode": "ar"},
+                {"logprob_token_ids": [5, 9]},
+                {"logprob_token_ids": [5, 9], "mode": "ar"},
+            )
+        ]
+    assert results[0].text == results[1].text in words
+    assert results[2].token_ids == results[3].token_ids
+    for got, expected in zip(results[2].logprobs, results[3].logprobs, strict=True):
+        assert {5, 9} <= set(got) == set(expected)
+        assert got[5].logprob == pytest.approx(expected[5].logprob, abs=1e-4)

@@ -23,6 +23,9 @@ PLACEMENTS = ("auto", "colocated", "split")
 SHARDED_SIZES = ("num_attention_heads", "mamba_num_heads", "n_groups")
 """Fields of ``config.json`` that tensor parallelism has to divide."""
 
+REFUSE = "refuse"
+UNSUPPORTED = (REFUSE, "self_speculation", "ar")
+
 DEFAULT_COMMIT_QUORUM = 0.4
 """As good as any rule from 8 to 100 requests (benchmarks/results/policy.md), and a function of the requests alone."""
 
@@ -47,6 +50,10 @@ class EngineOptions:
     mode: str = Mode.MASK_DIFFUSION.value
     """How requests are decoded that name no ``diffusion_mode``."""
 
+    unsupported: str = REFUSE
+    """What becomes of requests that name no ``diffusion_mode`` and ask for what ``mode`` cannot honour (structured
+    output, ``logprob_token_ids``, thinking budgets, beam search): ``refuse`` with a 400, or decode them in this mode."""
+
     passes_per_step: int = 1
     """Denoise passes inside one engine step; more share its host work, fewer let requests join and leave sooner."""
 
@@ -67,6 +74,8 @@ class EngineOptions:
                 )
             )
         _check_mode(where, "mode", self.mode)
+        if self.unsupported not in UNSUPPORTED:
+            raise ValueError(_refusal(where, "unsupported", self.unsupported, f"one of {', '.join(UNSUPPORTED)}"))
         _check_int(where, "passes_per_step", self.passes_per_step, 1, MAX_STEPS_LIMIT)
         if self.tower_placement not in PLACEMENTS:
             raise ValueError(
@@ -143,6 +152,11 @@ class RequestOptions:
             return 1
         room = max_model_len - num_computed - (1 if self.mode is Mode.SELF_SPECULATION else 0)
         return min(self.canvas_length, room)
+
+    @classmethod
+    def is_another_mode_allowed(cls, extra_args: Mapping[str, Any] | None, engine: EngineOptions) -> bool:
+        """Whether a request that its mode cannot honour is decoded in ``engine.unsupported``: not if it names one."""
+        return engine.unsupported != REFUSE and f"{REQUEST_PREFIX}mode" not in (extra_args or {})
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None, engine: EngineOptions) -> "RequestOptions":

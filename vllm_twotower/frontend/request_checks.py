@@ -28,6 +28,9 @@ MAX_STOP_TOKENS_WITH_MIN_TOKENS = 128
 """The same for stop token ids, the model's own included, together with min_tokens."""
 SEED_LIMIT = 2**63
 
+DENOISED = (Mode.MASK_DIFFUSION, Mode.MOCK_AR)
+"""Modes whose tokens the denoiser chooses."""
+
 MIN_MOCK_AR_PROMPT = 2
 """The denoiser needs a last token and a context before it."""
 
@@ -48,10 +51,11 @@ def check_params(params: "SamplingParams", vllm_config: "VllmConfig") -> None:
                 'additional_config={"diffusion": true}'
             )
         return
-    request = RequestOptions.from_extra_args(extra, options)
-    if not request.is_sampled:
-        mode = request.mode
-        _check_denoised(params, mode, mask_token_id_of(vllm_config.model_config.hf_config))
+    mode = RequestOptions.from_extra_args(extra, options).mode
+    if mode in DENOISED:
+        if not RequestOptions.is_another_mode_allowed(extra, options):
+            _refuse_unsupported(params, mode)
+        _check_allowed_token_ids(params, mask_token_id_of(vllm_config.model_config.hf_config))
 
 
 def check_beam_search(extra_args: Any, vllm_config: "VllmConfig") -> None:
@@ -62,10 +66,12 @@ def check_beam_search(extra_args: Any, vllm_config: "VllmConfig") -> None:
 
     """
     options = _read_options(vllm_config)
-    request = None if options is None else RequestOptions.from_extra_args(extra_args, options)
-    if request is not None and not request.is_sampled:
+    if options is None or RequestOptions.is_another_mode_allowed(extra_args, options):
+        return
+    mode = RequestOptions.from_extra_args(extra_args, options).mode
+    if mode in DENOISED:
         raise ValueError(
-            f"beam search cannot be honoured in {request.mode}: leave it out, or send diffusion_mode='ar' in "
+            f"beam search cannot be honoured in {mode}: leave it out, or send diffusion_mode='ar' in "
             "vllm_xargs (offline, load the model without diffusion)"
         )
 
@@ -86,21 +92,28 @@ def _check_bad_words(params: "SamplingParams") -> None:
             ) from problem
 
 
-def _check_denoised(params: "SamplingParams", mode: Mode, mask_token_id: int) -> None:
-    """Refuse, rather than ignore, what the denoiser's modes cannot honour; ``ar`` honours all of it."""
-    refused = {
+def _find_unsupported(params: "SamplingParams", mode: Mode) -> str | None:
+    """The first parameter that the denoiser's modes cannot honour; ``ar`` honours all of them."""
+    given = {
         "structured_outputs": params.structured_outputs is not None,
         "logprob_token_ids": bool(params.logprob_token_ids),
         "thinking_token_budget": params.thinking_token_budget is not None,
         # in mock_ar the last prompt token is computed after the first new one is out
         "prompt_logprobs": mode is Mode.MOCK_AR and params.prompt_logprobs is not None,
     }
-    for name, given in refused.items():
-        if given:
-            raise ValueError(
-                f"{name}={shorten(getattr(params, name))} cannot be honoured in {mode}: "
-                "leave it out, or send diffusion_mode='ar'"
-            )
+    return next((name for name, is_given in given.items() if is_given), None)
+
+
+def _refuse_unsupported(params: "SamplingParams", mode: Mode) -> None:
+    name = _find_unsupported(params, mode)
+    if name is not None:
+        raise ValueError(
+            f"{name}={shorten(getattr(params, name))} cannot be honoured in {mode}: "
+            "leave it out, or send diffusion_mode='ar'"
+        )
+
+
+def _check_allowed_token_ids(params: "SamplingParams", mask_token_id: int) -> None:
     if params.allowed_token_ids is not None and set(params.allowed_token_ids) == {mask_token_id}:
         raise ValueError(
             f"allowed_token_ids=[{mask_token_id}] allows the mask only, which is never emitted: allow others"
@@ -108,7 +121,12 @@ def _check_denoised(params: "SamplingParams", mode: Mode, mask_token_id: int) ->
 
 
 def check_request(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> None:
-    """Refuse what would end the engine, or cannot be decoded.
+    """Refuse what would end the engine, or cannot be decoded; give a request that its mode cannot honour, and that may
+    have another (``EngineOptions.unsupported``), that mode.
+
+    Args:
+        request: vLLM's own, with parameters that are a copy of the client's.
+        vllm_config: of the engine.
 
     Raises:
         ValueError: the message says what to send instead.
@@ -123,7 +141,12 @@ def check_request(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> No
     _check_encoding(request)
     options = _read_options(vllm_config)
     if options is not None:
-        _check_prompt(RequestOptions.from_extra_args(params.extra_args, options).mode, len(prompt), request.resumable)
+        mode = RequestOptions.from_extra_args(params.extra_args, options).mode
+        if mode in DENOISED and _find_unsupported(params, mode) is not None:
+            # check_params let it pass
+            params.extra_args = {**(params.extra_args or {}), f"{REQUEST_PREFIX}mode": options.unsupported}
+            mode = Mode(options.unsupported)
+        _check_prompt(mode, len(prompt), request.resumable)
 
 
 def check_worker_limits(params: "SamplingParams") -> None:
