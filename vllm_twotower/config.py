@@ -52,7 +52,8 @@ class EngineOptions:
 
     unsupported: str = REFUSE
     """What becomes of requests that name no ``diffusion_mode`` and ask for what ``mode`` cannot honour (structured
-    output, ``logprob_token_ids``, thinking budgets, beam search): ``refuse`` with a 400, or decode them in this mode."""
+    output, ``logprob_token_ids``, thinking budgets, beam search): ``refuse`` with a 400, or decode them in this other
+    mode."""
 
     passes_per_step: int = 1
     """Denoise passes inside one engine step; more share its host work, fewer let requests join and leave sooner."""
