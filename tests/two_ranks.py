@@ -50,22 +50,32 @@ def give_cores(num_ranks: int) -> None:
 
 
 def run_questions(job, settings):
-    """Questions answered by AR, and by self-speculation on the same engine."""
+    """Questions answered by AR, and by self-speculation on the same engine, perhaps after a start with other weights."""
     from vllm_twotower import diffusion_params, diffusion_stats
     from vllm_twotower.commands.cli import DEMO_MODEL
 
     def params(mode, seed):
-        return diffusion_params(mode=mode, temperature=job["temperature"], seed=seed, max_tokens=64, detokenize=False)
+        return diffusion_params(mode=mode, temperature=job["temperature"], seed=seed, max_tokens=64)
 
-    with start_llm(DEMO_MODEL, **{**settings, "skip_tokenizer_init": False}) as llm:
+    model = job.get("start_with", str(DEMO_MODEL))
+    with start_llm(model, **{**settings, "skip_tokenizer_init": False}) as llm:
+        if model != str(DEMO_MODEL):
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(DEMO_MODEL)})
         find_scheduler(llm).draft_policy = AlwaysDraft()
-        prompts = [item.prompt for item in held_out(job["questions_per_family"])]
-        answers = {}
+        items = held_out(job["questions_per_family"])
+        prompts, answers, num_right = [item.prompt for item in items], {}, 0
         for mode in ("ar", "self_speculation"):
             diffusion_stats(llm, reset=True)
             asked = [params(mode, seed) for seed in range(len(prompts))]
-            answers[mode] = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, asked, use_tqdm=False)]
-        return {"answers": answers, "stats": diffusion_stats(llm), "traffic": llm.collective_rpc("diffusion_traffic")}
+            outputs = [o.outputs[0] for o in llm.generate(prompts, asked, use_tqdm=False)]
+            answers[mode] = [list(o.token_ids) for o in outputs]
+            num_right += sum(o.text == item.answer for o, item in zip(outputs, items, strict=True))
+        return {
+            "answers": answers,
+            "num_right": num_right,
+            "stats": diffusion_stats(llm),
+            "traffic": llm.collective_rpc("diffusion_traffic"),
+        }
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.nemotron_h import NemotronHMLP, NemotronHMoEDecoderLayer
+from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_twotower.ops import Routing, mixture_of_experts
 
@@ -42,6 +43,11 @@ def _routed_experts_fake(x_TD: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(x_TD, dtype=torch.float32)
 
 
+def _load_expert(param: nn.Parameter, loaded_weight: torch.Tensor, expert: int) -> None:
+    """Put one expert's matrix [out, in] in its place; vLLM replays such calls when weights are reloaded."""
+    param.data[expert].copy_(loaded_weight.T)
+
+
 class _Experts(nn.Module):
     """All experts' matrices, stacked, inputs first; each rank holds a slice of every expert's width I."""
 
@@ -53,16 +59,17 @@ class _Experts(nn.Module):
         num_experts, hidden = config.n_routed_experts, config.hidden_size
         self.up = nn.Parameter(torch.empty(num_experts, hidden, self.width), requires_grad=False)
         self.down = nn.Parameter(torch.empty(num_experts, self.width, hidden), requires_grad=False)
+        for parameter in (self.up, self.down):
+            set_weight_attrs(parameter, {"weight_loader": _load_expert})
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Take ``{expert}.up_proj.weight`` and ``{expert}.down_proj.weight``; called by vLLM's
         ``AutoWeightsLoader``."""
         for name, tensor in weights:
             expert, projection, _ = name.split(".")
-            if projection == "up_proj":
-                self.up.data[int(expert)].copy_(tensor.narrow(0, self.first, self.width).T)
-            else:
-                self.down.data[int(expert)].copy_(tensor.narrow(1, self.first, self.width).T)
+            dim = 0 if projection == "up_proj" else 1
+            parameter: Any = self.down if dim else self.up
+            parameter.weight_loader(parameter, tensor.narrow(dim, self.first, self.width), int(expert))
         return {"up", "down"}
 
 

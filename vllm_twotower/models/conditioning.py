@@ -66,6 +66,9 @@ class TimeConditioning(nn.Module):
         if self._vector_by_level is not None:
             self._vector_by_level.copy_(self._tabulate(self._vector_by_level.device))
 
+    # made in vLLM's profile run, under inference mode, and written again outside of it
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def _tabulate(self, device: torch.device) -> torch.Tensor:
         dtype = self.scale_shift_tables[0].dtype
         features = timestep_features(all_noise_levels(self.max_canvas_length).to(device), dtype)
