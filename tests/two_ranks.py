@@ -50,7 +50,7 @@ def give_cores(num_ranks: int) -> None:
 
 
 def run_questions(job, settings):
-    """Questions answered by AR, and by self-speculation on the same engine, perhaps after a start with other weights."""
+    """Questions answered by AR and by self-speculation on one engine, perhaps after a start with other weights."""
     from vllm_twotower import diffusion_params, diffusion_stats
     from vllm_twotower.commands.cli import DEMO_MODEL
 
