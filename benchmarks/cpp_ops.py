@@ -14,18 +14,22 @@ import torch
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.cpu.ops import adaln as adaln_cpp
 from vllm_twotower.cpu.ops import canvas_sample as sample_cpp
+from vllm_twotower.cpu.ops import gated_norm as norm_cpp
 from vllm_twotower.cpu.ops import mixture_of_experts as experts_cpp
 from vllm_twotower.cpu.ops import seeded_scan as scan_cpp
 from vllm_twotower.ops.adaln import reference as adaln_reference
 from vllm_twotower.ops.adaln.reference import Modulation
 from vllm_twotower.ops.canvas_sample import reference as sample_reference
+from vllm_twotower.ops.gated_norm import reference as norm_reference
 from vllm_twotower.ops.mixture_of_experts import reference as experts_reference
 from vllm_twotower.ops.mixture_of_experts.reference import Routing
 from vllm_twotower.ops.seeded_scan import reference as scan_reference
 from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs
 
 WIDTH, LEVELS = 16, 152
-TESTS = [f"tests/test_op_{op}.py" for op in ("adaln", "canvas_sample", "mixture_of_experts", "seeded_scan")]
+TESTS = [
+    f"tests/test_op_{op}.py" for op in ("adaln", "canvas_sample", "gated_norm", "mixture_of_experts", "seeded_scan")
+]
 
 
 def cases(rows: int) -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], tuple[Any, ...]]]:
@@ -39,6 +43,8 @@ def cases(rows: int) -> Iterator[tuple[str, Callable[..., Any], Callable[..., An
     modulation = Modulation(torch.randn(LEVELS, 3, hidden), torch.randn(3, hidden), slots % LEVELS, row)
     yield "modulate_norm", adaln_cpp.modulate_norm, adaln_reference.modulate_norm, (x, weight, 1e-5, modulation)
     yield "gate_add", adaln_cpp.gate_add, adaln_reference.gate_add, (x, torch.randn_like(x), modulation)
+    y = torch.randn(tokens, heads * head_dim)
+    yield "gated_norm", norm_cpp.gated_norm, norm_reference.gated_norm, (y, torch.randn_like(y), y[0], 1e-5, groups)
     conv = ConvInputs(
         x_RSC=torch.randn(rows, WIDTH, channels),
         weight_CK=torch.randn(channels, 4),

@@ -11,6 +11,7 @@ from vllm_twotower.ops.adaln import kernel as adaln
 from vllm_twotower.ops.adaln.reference import Modulation
 from vllm_twotower.ops.canvas_sample import kernel as canvas_sample
 from vllm_twotower.ops.canvas_sample.reference import Draw
+from vllm_twotower.ops.gated_norm import kernel as gated_norm
 from vllm_twotower.ops.reveal import kernel as reveal
 from vllm_twotower.ops.reveal.reference import CanvasRules
 from vllm_twotower.ops.seeded_scan import kernel as seeded_scan
@@ -41,6 +42,7 @@ def modulate(dtype: torch.dtype) -> None:
         adaln.modulate_norm(x, _floats(hidden), 1e-5, modulation)
         adaln.norm_modulate(x, _floats(hidden, dtype=dtype), 1e-5, modulation)
         adaln.gate_add(x, x, modulation)
+        gated_norm.gated_norm(x, x, _floats(hidden), 1e-5, 1)
 
 
 def scan(dtype: torch.dtype, state_dtype: torch.dtype) -> None:

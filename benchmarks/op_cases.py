@@ -17,6 +17,8 @@ from vllm_twotower.ops.adaln.reference import Modulation
 from vllm_twotower.ops.canvas_sample import kernel as canvas_sample_kernel
 from vllm_twotower.ops.canvas_sample import reference as canvas_sample_reference
 from vllm_twotower.ops.canvas_sample.reference import Draw
+from vllm_twotower.ops.gated_norm import kernel as gated_norm_kernel
+from vllm_twotower.ops.gated_norm import reference as gated_norm_reference
 from vllm_twotower.ops.reveal import kernel as reveal_kernel
 from vllm_twotower.ops.reveal import reference as reveal_reference
 from vllm_twotower.ops.reveal.reference import CanvasRules
@@ -145,6 +147,25 @@ def _adaln_cases() -> list[Case]:
     ]
 
 
+def _gated_norm_cases() -> list[Case]:
+    inner = HEADS * HEAD_DIM
+
+    def inputs(device: str) -> tuple[Any, ...]:
+        projected = torch.randn(TOKENS, inner + CHANNELS + HEADS, device=device, dtype=DTYPE)  # the gate: read in place
+        scanned = torch.randn(TOKENS, inner, device=device, dtype=DTYPE)
+        return scanned, projected[:, :inner], torch.randn(inner, device=device, dtype=DTYPE), EPS, GROUPS
+
+    return [
+        Case(
+            f"gated_norm T{TOKENS}",
+            gated_norm_kernel.gated_norm,
+            gated_norm_reference.gated_norm,
+            inputs,
+            (3 * TOKENS + 1) * inner * DTYPE.itemsize,
+        )
+    ]
+
+
 def _conv_inputs(device: str) -> tuple[Any, ...]:
     randn = lambda *size: torch.randn(*size, device=device, dtype=DTYPE)
     projected = randn(ROWS, WIDTH, HEADS * HEAD_DIM + CHANNELS + HEADS)  # gate, channels, step sizes: read in place
@@ -232,4 +253,11 @@ def _replay_cases() -> list[Case]:
     ]
 
 
-CASES = [*_canvas_sample_cases(), *_reveal_cases(), *_adaln_cases(), *_scan_cases(), *_replay_cases()]
+CASES = [
+    *_canvas_sample_cases(),
+    *_reveal_cases(),
+    *_adaln_cases(),
+    *_gated_norm_cases(),
+    *_scan_cases(),
+    *_replay_cases(),
+]

@@ -109,7 +109,7 @@ constexpr int64_t kLeastTokens = 32;  // of a part: below, waking a thread costs
 }  // namespace
 
 // To be raised with every change of a signature or a struct; vllm_twotower/cpu/library.py wants its own number here.
-EXPORT int64_t interface_version() { return 2; }
+EXPORT int64_t interface_version() { return 3; }
 
 // Legend: T tokens, D hidden, 3: shift, scale, gate.
 struct Modulation {
@@ -157,6 +157,34 @@ EXPORT void adaln_norm(float* out_TD, const float* x_TD, const float* weight_D, 
                        int64_t tokens, int64_t hidden) {
     share_out(tokens, 4 * kLeastTokens, [=](int64_t begin, int64_t end) {
         norm_tokens(out_TD, x_TD, weight_D, eps, norm_first, m, hidden, begin, end);
+    });
+}
+
+FOR_EVERY_CPU static void gate_and_norm_tokens(float* out_TD, const float* x_TD, const float* gate_TD,
+                                               const float* weight_D, float eps, int64_t x_row, int64_t gate_row,
+                                               int64_t channels, int64_t groups, int64_t begin, int64_t end) {
+    const int64_t width = channels / groups;
+    for (int64_t t = begin; t < end; ++t)
+        for (int64_t first = 0; first < channels; first += width) {
+            const float *x = x_TD + t * x_row + first, *gate = gate_TD + t * gate_row + first;
+            const float* weight = weight_D + first;
+            float *out = out_TD + t * channels + first, squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+            for (int64_t i = 0; i < width; ++i) {
+                out[i] = x[i] * silu(gate[i]);
+                squares += out[i] * out[i];
+            }
+            const float factor = 1.0f / std::sqrt(squares / static_cast<float>(width) + eps);
+#pragma omp simd
+            for (int64_t i = 0; i < width; ++i) out[i] *= factor * weight[i];
+        }
+}
+
+// Rows of x and gate lie x_row and gate_row floats apart.
+EXPORT void gated_norm(float* out_TD, const float* x_TD, const float* gate_TD, const float* weight_D, float eps,
+                       int64_t x_row, int64_t gate_row, int64_t tokens, int64_t channels, int64_t groups) {
+    share_out(tokens, kLeastTokens, [=](int64_t begin, int64_t end) {
+        gate_and_norm_tokens(out_TD, x_TD, gate_TD, weight_D, eps, x_row, gate_row, channels, groups, begin, end);
     });
 }
 

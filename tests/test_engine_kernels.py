@@ -34,11 +34,12 @@ def launched(monkeypatch):
 
     from vllm_twotower.ops.adaln import kernel as adaln
     from vllm_twotower.ops.canvas_sample import kernel as canvas_sample
+    from vllm_twotower.ops.gated_norm import kernel as gated_norm
     from vllm_twotower.ops.reveal import kernel as reveal
     from vllm_twotower.ops.seeded_scan import kernel as seeded_scan
     from vllm_twotower.ops.state_replay import kernel as state_replay
 
-    for module in (adaln, canvas_sample, reveal, seeded_scan, state_replay):
+    for module in (adaln, canvas_sample, gated_norm, reveal, seeded_scan, state_replay):
         monkeypatch.setattr(module, "launch", launch)
     return names
 

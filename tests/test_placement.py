@@ -15,6 +15,7 @@ import types
 import httpx
 import openai
 import pytest
+import torch
 
 from benchmarks.paths import REAL_MODEL
 from tests.demo_questions import LONG
@@ -25,6 +26,7 @@ from vllm_twotower.models.tensor_shapes import checkpoint_shapes
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.placement import SplitTraffic
 from vllm_twotower.planning.tower_sizes import Tower, TowerSizes
+from vllm_twotower.split.model import SplitTwoTowerForCausalLM
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SPLIT = {"passes_per_step": 4, "tower_placement": "split"}
@@ -199,3 +201,14 @@ def test_a_killed_worker_ends_the_server_and_no_client_hangs(tmp_path, victim):
             assert time.monotonic() - killed < 30
             time.sleep(0.3)
     assert re.search(r"died|dead|EngineDeadError", log.read_text())
+
+
+def test_a_denoiser_ranks_logits_are_memory_of_their_own():
+    """vLLM's kernels (grammar, temperature, draws) write rows through strides they assume."""
+    vocab_size, hidden = 40, torch.zeros(3, 1)
+    rank = types.SimpleNamespace(holds_context=False, config=types.SimpleNamespace(vocab_size=vocab_size))
+    logits = SplitTwoTowerForCausalLM.compute_logits(rank, hidden)
+    assert logits.shape == (3, vocab_size)
+    assert logits.stride() == (vocab_size, 1)
+    assert logits.untyped_storage().nbytes() == 3 * vocab_size * logits.element_size()
+    assert logits.untyped_storage().data_ptr() != hidden.untyped_storage().data_ptr()

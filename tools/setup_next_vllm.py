@@ -11,6 +11,7 @@ its own.
 import argparse
 import pathlib
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import venv
@@ -22,6 +23,8 @@ from tools.setup_env import write_metadata
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TARGET = ROOT / ".venv-next"
 NEXT_VLLM = "0.33.0"
+NEW_REQUIREMENTS = ["orjson"]
+"""What it requires and the installed one's CPU build did not, but for what only a GPU needs."""
 
 
 def lay_over(wheel: pathlib.Path, target: pathlib.Path) -> None:
@@ -47,6 +50,8 @@ def main() -> None:
         lay_over(args.wheel or download(NEXT_VLLM, folder), packages)
     write_metadata(packages, NEXT_VLLM + "+cpu")
     (packages / "behind.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+    subprocess.run([*pip, *NEW_REQUIREMENTS], check=True)
     (TARGET / "bin" / "vllm").write_text(
         f"#!{python}\nimport sys\nfrom vllm.entrypoints.cli.main import main\nsys.exit(main())\n"
     )

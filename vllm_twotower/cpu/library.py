@@ -48,13 +48,14 @@ _Pointer, _Count = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES: dict[str, list[Any]] = {
     "adaln_norm": [_Pointer] * 3 + [ctypes.c_float, ctypes.c_int, ModulationStruct, _Count, _Count],
     "adaln_gate_add": [_Pointer] * 3 + [ModulationStruct, _Count, _Count],
+    "gated_norm": [_Pointer] * 4 + [ctypes.c_float] + [_Count] * 5,
     "greedy_sample": [_Pointer] * 4 + [_Count] * 3,
     "seeded_conv": [_Pointer, ctypes.POINTER(ConvStruct)] + [_Count] * 4,
     "seeded_scan": [_Pointer, ctypes.POINTER(ScanStruct)] + [_Count] * 6,
     "reveal": [_Pointer] * 4 + [ctypes.POINTER(RevealStruct)] + [_Count] * 2,
     "mixture_of_experts": [_Pointer] * 2 + [ctypes.POINTER(RouterStruct)] + [_Pointer] * 2 + [_Count] * 4,
 }
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 3
 
 
 @functools.cache

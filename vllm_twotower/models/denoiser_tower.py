@@ -18,9 +18,10 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.mamba.mamba_mixer2 import Mixer2RMSNormGated
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.models.nemotron_h import NemotronHMLP, NemotronHMoE
+from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from vllm_twotower.cpu.portable_moe import PortableMoE
@@ -30,6 +31,7 @@ from vllm_twotower.ops import (
     UNMODULATED,
     Modulation,
     gate_add,
+    gated_norm,
     modulate_norm,
     norm_modulate,
     seeded_scan,
@@ -83,7 +85,10 @@ class DenoiserMamba(nn.Module):
         sizes = [inner, inner, groups, groups, config.mamba_num_heads]
         self.in_proj = MergedColumnParallelLinear(config.hidden_size, sizes, prefix=f"{prefix}.in_proj", **common)
         add_recurrence(self, config)
-        self.norm = Mixer2RMSNormGated(inner, config.n_groups, eps=config.layer_norm_epsilon)
+        self.num_groups, self.eps = config.n_groups // tp_size, config.layer_norm_epsilon
+        weight_C = nn.Parameter(torch.empty(self.inner), requires_grad=False)
+        set_weight_attrs(weight_C, {"weight_loader": sharded_weight_loader(0)})
+        self.norm = nn.ParameterDict({"weight": weight_C})
         self.out_proj = RowParallelLinear(inner, config.hidden_size, prefix=f"{prefix}.out_proj", **common)
 
     def forward(self, x_TD: torch.Tensor, context_mixer: Any, layout: CanvasLayout) -> torch.Tensor:
@@ -93,7 +98,8 @@ class DenoiserMamba(nn.Module):
         caches, slot_R = self._find_seeds(context_mixer, layout, xbc_TC)
         scan_inputs = convolve(self, layout.pad(xbc_TC), layout.pad(dt_TH), caches, slot_R)
         y_RSHP = seeded_scan(scan_inputs, out_dtype=gate_TC.dtype)
-        out, _ = self.out_proj(self.norm(layout.unpad(y_RSHP.flatten(2)), gate_TC))
+        y_TC = layout.unpad(y_RSHP.flatten(2))
+        out, _ = self.out_proj(gated_norm(y_TC, gate_TC, self.norm["weight"], self.eps, self.num_groups))
         return out
 
     def _find_seeds(

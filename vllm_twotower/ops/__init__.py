@@ -18,6 +18,7 @@ from vllm_twotower.ops.backend import implementation
 from vllm_twotower.ops.canvas_sample import reference
 from vllm_twotower.ops.canvas_sample.reference import Draw, Sample, ShapeScores, check_logits
 from vllm_twotower.ops.checks import check_tensor
+from vllm_twotower.ops.gated_norm.reference import check_gated_norm
 from vllm_twotower.ops.mixture_of_experts.reference import Routing, check_experts
 from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed, check_canvases
 from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs, check_conv, check_scan
@@ -36,6 +37,7 @@ __all__ = [
     "ShapeScores",
     "canvas_sample",
     "gate_add",
+    "gated_norm",
     "mixture_of_experts",
     "modulate_norm",
     "norm_modulate",
@@ -135,6 +137,28 @@ def gate_add(x_TD: torch.Tensor, residual_TD: torch.Tensor, modulation: Modulati
     check_modulation(x_TD, modulation)
     check_tensor("residual_TD", residual_TD, tuple(x_TD.shape), (x_TD.dtype,), x_TD.device)
     return implementation("gate_add", x_TD)(x_TD, residual_TD, modulation)
+
+
+def gated_norm(
+    x_TD: torch.Tensor, gate_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, num_groups: int
+) -> torch.Tensor:
+    """RMSNorm of x silu(gate) within each of a token's groups: the end of a Mamba layer (``MambaRMSNormGated``).
+
+    fp32 inside and rounded once, as in NVIDIA's code; vLLM's layer rounds before the weight as well.
+
+    Args:
+        x_TD: [T, D], what the scan returned: float32, bfloat16 or float16.
+        gate_TD: [T, D], same dtype; its rows may be parts of longer ones.
+        weight_D: [D], of the norm, any of these dtypes.
+        eps: of the norm.
+        num_groups: of neighbouring columns, each with a mean of its own; divides D.
+
+    Returns:
+        [T, D], dtype of ``x_TD``.
+
+    """
+    check_gated_norm(x_TD, gate_TD, weight_D, eps, num_groups)
+    return implementation("gated_norm", x_TD)(x_TD, gate_TD, weight_D, eps, num_groups)
 
 
 def seeded_conv(inputs: ConvInputs) -> torch.Tensor:

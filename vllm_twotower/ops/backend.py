@@ -41,6 +41,7 @@ _FOLDERS = {
     "modulate_norm": "adaln",
     "norm_modulate": "adaln",
     "gate_add": "adaln",
+    "gated_norm": "gated_norm",
     "seeded_conv": "seeded_scan",
     "seeded_scan": "seeded_scan",
     "state_replay": "state_replay",

@@ -1,7 +1,7 @@
 """The ops in C++ (``csrc/cpu_ops.cpp``), by op: fp32 on a CPU; for what they do not cover they call the reference."""
 
 from vllm_twotower.cpu.library import library
-from vllm_twotower.cpu.ops import adaln, canvas_sample, mixture_of_experts, reveal, seeded_scan
+from vllm_twotower.cpu.ops import adaln, canvas_sample, gated_norm, mixture_of_experts, reveal, seeded_scan
 from vllm_twotower.ops.backend import OpBackend, register_implementation
 
 
@@ -14,6 +14,7 @@ def use_cpp_ops() -> bool:
         adaln.norm_modulate,
         adaln.gate_add,
         canvas_sample.canvas_sample,
+        gated_norm.gated_norm,
         mixture_of_experts.mixture_of_experts,
         reveal.reveal,
         seeded_scan.seeded_conv,

@@ -1,0 +1,1 @@
+"""The gated norm that ends a Mamba layer."""
