@@ -49,7 +49,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lay_over(args.wheel or download(NEXT_VLLM, folder), packages)
     write_metadata(packages, NEXT_VLLM + "+cpu")
-    (packages / "behind.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    # as a site folder, so that what is installed there by a link is found too
+    (packages / "behind.pth").write_text(f"import site; site.addsitedir({sysconfig.get_paths()['purelib']!r})\n")
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     subprocess.run([*pip, *NEW_REQUIREMENTS], check=True)
     (TARGET / "bin" / "vllm").write_text(
