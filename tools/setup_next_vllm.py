@@ -54,7 +54,9 @@ def main() -> None:
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     subprocess.run([*pip, *NEW_REQUIREMENTS], check=True)
     (TARGET / "bin" / "vllm").write_text(
-        f"#!{python}\nimport sys\nfrom vllm.entrypoints.cli.main import main\nsys.exit(main())\n"
+        f"#!{python}\nimport sys\nfrom vllm.entrypoints.cli.main import main\n\n"
+        # the engine's process imports this file again
+        'if __name__ == "__main__":\n    sys.exit(main())\n'
     )
     (TARGET / "bin" / "vllm").chmod(0o755)
     print(f"{TARGET.name} has vLLM {NEXT_VLLM}")
