@@ -1,4 +1,4 @@
-"""The ``vllm-twotower`` command: ``demo``, ``trace MODEL PROMPT`` and ``inspect MODEL``."""
+"""The ``vllm-twotower`` command: ``demo``, ``trace MODEL PROMPT``, ``inspect MODEL`` and ``quantize MODEL TARGET``."""
 
 import argparse
 import os
@@ -65,6 +65,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--gpu-memory-utilization", type=float, default=GPU_MEMORY_UTILIZATION, help="vLLM's option of that name"
     )
     inspect.set_defaults(run=_inspect)
+
+    quantize = commands.add_parser(
+        "quantize", help="write a checkpoint again in half the bytes, shard by shard, so that it starts faster"
+    )
+    quantize.add_argument("model", type=pathlib.Path, help="the folder of a BF16 checkpoint")
+    quantize.add_argument("target", type=pathlib.Path, help="the folder to write, which must not exist or be empty")
+    quantize.add_argument("--scheme", choices=["fp8", "int8"], default="fp8", help="int8 also runs on a CPU")
+    quantize.set_defaults(run=_quantize)
     return parser
 
 
@@ -134,6 +142,17 @@ def _inspect(args: argparse.Namespace) -> int:
     )
     print(json.dumps(report, indent=1) if args.json else describe(report))
     return 1 if report["checkpoint"]["differences"] else 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from vllm_twotower.commands.quantize import quantize_checkpoint
+
+    written = quantize_checkpoint(args.model, args.target, args.scheme)
+    print(
+        f"{args.target}: {written.num_matrices:,} matrices in {args.scheme}, {written.bytes_after / 1e9:.2f} GB of "
+        f"{written.bytes_before / 1e9:.2f}\nServe it without --quantization: vllm serve {args.target} --diffusion"
+    )
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,12 @@ from vllm_twotower.compat.engine import (
     name_environment_variable,
     replace_tensor_parallel_group,
 )
-from vllm_twotower.compat.layers import follow_mamba_scan, initialize_without_constructor, record_kv_updates
+from vllm_twotower.compat.layers import (
+    follow_mamba_scan,
+    initialize_without_constructor,
+    name_layers_as_checkpoint,
+    record_kv_updates,
+)
 from vllm_twotower.compat.metrics import can_report_passes, extend_stat_loggers, pass_report, take_pass_report
 from vllm_twotower.compat.requests import check_requests, decode_beams_in_ar, end_requests_at_shutdown
 from vllm_twotower.compat.scheduler import (

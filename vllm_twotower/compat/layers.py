@@ -1,4 +1,4 @@
-"""Shims of vLLM's layers, for towers on different ranks."""
+"""Shims of vLLM's layers, for towers on different ranks and for quantised ones."""
 
 import functools
 from collections.abc import Callable
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import nn
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+    from vllm.model_executor.layers.quantization import QuantizationConfig
 
 
 def record_kv_updates(attention: "Attention", record: "Callable[[str, torch.Tensor, torch.Tensor], None]") -> None:
@@ -50,6 +51,46 @@ def follow_mamba_scan(mixer: "MambaMixer2", then: "Callable[[torch.Tensor, torch
         return result
 
     setattr(mixer, "conv_ssm_forward", forward_and_then)  # noqa: B010 - a method, to mypy
+
+
+def name_layers_as_checkpoint(quant_config: "QuantizationConfig", checkpoint_module: Callable[[str], str]) -> None:
+    """A quantisation finds layers by their names in the checkpoint, which its lists and expressions are written in.
+
+    Symptom: vLLM renames the entries of those lists, but no regular expression and no pattern, and a name that a
+        pattern means is another one in each of two towers. Where a mixture of experts has no gate, compressed-tensors
+        looks for a projection named None, and for expressions finds none.
+    Upstream: vllm.model_executor.layers.quantization.base_config.QuantizationConfig.get_quant_method,
+        vllm.model_executor.layers.quantization.base_config.QuantizationConfig.apply_vllm_mapper,
+        vllm.model_executor.layers.fused_moe.RoutedExperts
+    Removed when: vLLM matches by checkpoint names.
+    Test: tests/test_stored_quantization.py::test_vllm_quantises_the_layers_that_the_config_names
+
+    Args:
+        quant_config: the engine's; changed in place, once.
+        checkpoint_module: vLLM's name of a layer -> the checkpoint's.
+
+    """
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    if "get_quant_method" in vars(quant_config):
+        return
+    config: Any = quant_config
+    upstream, apply_mapper = config.get_quant_method, config.apply_vllm_mapper
+
+    def get_quant_method(layer: "nn.Module", prefix: str) -> Any:
+        gate, up = (getattr(layer, f"ckpt_{part}_proj_name", "") for part in ("gate", "up"))
+        if up is not None:
+            return upstream(layer, checkpoint_module(prefix))
+        named: Any = layer
+        named.ckpt_up_proj_name = gate
+        try:
+            return upstream(layer, checkpoint_module(prefix))
+        finally:
+            named.ckpt_up_proj_name = None
+
+    config.get_quant_method = get_quant_method
+    # it also prepares the patterns, so it runs, and renames nothing
+    config.apply_vllm_mapper = lambda _mapper: apply_mapper(WeightsMapper())
 
 
 def initialize_without_constructor(module: "nn.Module", **fields: Any) -> None:

@@ -18,6 +18,9 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.nemotron_h import NemotronHMLP, NemotronHMoEDecoderLayer
 from vllm.model_executor.utils import set_weight_attrs
 
+from vllm_twotower.cpu.stored_matrices import multiply_out
+from vllm_twotower.models.stored_quantization import StoredQuantization
+from vllm_twotower.models.weights import checkpoint_module
 from vllm_twotower.ops import Routing, mixture_of_experts
 
 
@@ -49,10 +52,17 @@ def _load_expert(param: nn.Parameter, loaded_weight: torch.Tensor, expert: int) 
 
 
 class _Experts(nn.Module):
-    """All experts' matrices, stacked, inputs first; each rank holds a slice of every expert's width I."""
+    """All experts' matrices, stacked, inputs first; each rank holds a slice of every expert's width I.
 
-    def __init__(self, config: Any) -> None:
+    Matrices that are stored quantised are multiplied out as they load: no kernel here takes them.
+    """
+
+    def __init__(self, config: Any, prefix: str) -> None:
         super().__init__()
+        quantization = StoredQuantization.read(getattr(config, "quantization_config", None))
+        module = checkpoint_module(f"{prefix}.0.up_proj")
+        self.scheme = quantization.scheme_of(module) if quantization is not None else None
+        self.incomplete: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
         tp_size = get_tensor_model_parallel_world_size()
         self.width = config.moe_intermediate_size // tp_size
         self.first = get_tensor_model_parallel_rank() * self.width
@@ -63,13 +73,21 @@ class _Experts(nn.Module):
             set_weight_attrs(parameter, {"weight_loader": _load_expert})
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Take ``{expert}.up_proj.weight`` and ``{expert}.down_proj.weight``; called by vLLM's
-        ``AutoWeightsLoader``."""
+        """Take ``{expert}.up_proj.weight`` and ``{expert}.down_proj.weight``, or what stands for them; called by
+        vLLM's ``AutoWeightsLoader``, for each file anew."""
         for name, tensor in weights:
-            expert, projection, _ = name.split(".")
+            expert, projection, last = name.split(".")
+            parts = {last: tensor}
+            if self.scheme is not None:
+                parts = self.incomplete.setdefault((expert, projection), {}) | parts
+                self.incomplete[expert, projection] = parts
+                if parts.keys() != self.scheme.parts.keys():
+                    continue
+                del self.incomplete[expert, projection]
+            matrix = parts["weight"] if self.scheme is None else multiply_out(parts)
             dim = 0 if projection == "up_proj" else 1
             parameter: Any = self.down if dim else self.up
-            parameter.weight_loader(parameter, tensor.narrow(dim, self.first, self.width), int(expert))
+            parameter.weight_loader(parameter, matrix.narrow(dim, self.first, self.width), int(expert))
         return {"up", "down"}
 
 
@@ -94,7 +112,7 @@ class PortableMoE(nn.Module):
         router_ED = torch.empty(config.n_routed_experts, config.hidden_size)
         bias_E = torch.empty(config.n_routed_experts, dtype=torch.float32)
         self.gate = nn.ParameterDict({"weight": router_ED, "e_score_correction_bias": bias_E}).requires_grad_(False)
-        self.experts = _Experts(config)
+        self.experts = _Experts(config, f"{prefix}.experts")
         self.shared_experts = None
         if config.n_shared_experts:
             self.shared_experts = NemotronHMLP(

@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import Any
 
-from vllm_twotower.models.tensor_shapes import check_tensor, checkpoint_shapes, list_names
+from vllm_twotower.models.tensor_shapes import check_scales, check_tensor, checkpoint_tensors, list_names
 from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
 from vllm_twotower.planning.model_facts import ARCHITECTURE, ModelFacts
 
@@ -31,15 +31,18 @@ def check_checkpoint(engine_args: Any) -> None:
         return
     folder = CheckpointFolder.read(path)
     facts = ModelFacts.from_config(folder.config, str(folder.config_file))
-    if engine_args.load_format not in LOADED_FROM_SHARDS or engine_args.quantization is not None:
+    if engine_args.load_format not in LOADED_FROM_SHARDS:
+        return
+    if engine_args.quantization is not None and facts.quantization_config is None:
         return
     if folder.missing_shards:
         missing = folder.missing_shards
         raise ValueError(f"{path} lacks {len(missing)} of the files that its index names: {list_names(missing)}")
-    expected = checkpoint_shapes(facts)
+    expected = checkpoint_tensors(facts)
     for name, stored in (folder.tensors or {}).items():
         if name in expected:
-            check_tensor(name, stored.shape, stored.dtype, "F" in stored.dtype, expected)
+            check_tensor(name, stored.shape, stored.dtype, expected)
+    check_scales(folder.tensors or {}, expected)
 
 
 def _is_two_tower_folder(path: pathlib.Path) -> bool:

@@ -1,17 +1,59 @@
-"""The released checkpoint's tensors: their names and shapes, from ``config.json`` alone (``docs/model.md``).
+"""A checkpoint's tensors: their names, shapes and dtypes, from ``config.json`` alone (``docs/model.md``), as released or
+quantised (``docs/quantization.md``).
 
 Imports neither torch nor vLLM, so that ``vllm-twotower inspect`` can count a checkpoint before anything is loaded.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
+
+from vllm_twotower.models.stored_quantization import EXPERT, QKV, StoredQuantization
+from vllm_twotower.models.stored_schemes import TensorSpec
 
 CONTEXT_PREFIXES = ("context_tower.", "context_lm_head.")
 """What the names of the context tower's tensors begin with; all others are the denoiser's."""
 
 
+MATRIX_END = "_proj.weight"
+"""What the names of the matrices end with that can be stored quantised: linear layers and experts."""
+
+
+def checkpoint_tensors(config: Any) -> dict[str, TensorSpec]:
+    """Every tensor of a two-tower checkpoint and what it has to be, by the config's ``quantization_config`` if any.
+
+    Args:
+        config: as for ``checkpoint_shapes``.
+
+    Raises:
+        ValueError: a quantisation that does not load here, or that is not the same for what is one layer of vLLM's.
+
+    """
+    quantization = StoredQuantization.read(getattr(config, "quantization_config", None))
+    specs: dict[str, TensorSpec] = {}
+    first_of_layer: dict[str, tuple[str, str | None]] = {}
+    for name, shape in checkpoint_shapes(config).items():
+        module = name.removesuffix(".weight")
+        scheme = quantization.scheme_of(module) if quantization and name.endswith(MATRIX_END) else None
+        if quantization is not None and (layer := _shared_layer(module)) is not None:
+            other, found = first_of_layer.setdefault(layer, (module, scheme and scheme.name))
+            if found != (scheme and scheme.name):
+                raise ValueError(
+                    f"config.json, quantization_config: {other} is {found or 'not quantised'} and {module} is "
+                    f"{scheme.name if scheme else 'not quantised'}, but {layer} is one layer: quantise or ignore all"
+                )
+        specs.update({name: TensorSpec(shape)} if scheme is None else scheme.tensors(module, shape))
+    return specs
+
+
+def _shared_layer(module: str) -> str | None:
+    """The layer that a matrix is only a part of, or None."""
+    if experts := EXPERT.match(module):
+        return experts[1]
+    return QKV.sub(".qkv_proj", module) if QKV.search(module) else None
+
+
 def checkpoint_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a two-tower checkpoint and its shape.
+    """Every tensor of a two-tower checkpoint as released, and its shape.
 
     Args:
         config: the Hugging Face config (any object with the fields of the released ``config.json``).
@@ -41,21 +83,50 @@ def checkpoint_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_tensor(
-    name: str, shape: Sequence[int], dtype: Any, is_float: bool, expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Check one tensor of ``checkpoint_shapes``.
+def check_tensor(name: str, shape: Sequence[int], dtype: str, expected: Mapping[str, TensorSpec]) -> None:
+    """Check one tensor of ``checkpoint_tensors``.
+
+    Args:
+        name: of the tensor.
+        shape: its shape.
+        dtype: safetensors' name of its dtype.
+        expected: what it has to be.
 
     Raises:
         ValueError: it has another shape, or numbers that are no weights.
 
     """
-    if tuple(shape) != expected[name]:
+    spec = expected[name]
+    if not spec.fits(tuple(shape)):
+        scheme = f" ({spec.scheme})" if spec.scheme else ""
         raise ValueError(
-            f"checkpoint tensor {name} has shape {list(shape)}, but config.json asks for {list(expected[name])}"
+            f"checkpoint tensor {name} has shape {list(shape)}, but config.json asks for {list(spec.shape)}{scheme}"
         )
-    if not is_float:
-        raise ValueError(f"checkpoint tensor {name} holds {dtype}: weights have to be floating point")
+    if dtype not in spec.dtypes:
+        why = "weights have to be floating point, unless quantization_config in config.json says how they are quantised"
+        if spec.scheme:
+            why = f"{spec.scheme} asks for {' or '.join(spec.dtypes)}"
+        raise ValueError(f"checkpoint tensor {name} holds {dtype}: {why}")
+
+
+def check_scales(names: Collection[str], expected: Mapping[str, TensorSpec]) -> None:
+    """Check that of a quantised matrix either everything is there or nothing.
+
+    Args:
+        names: the tensors that there are.
+        expected: what there should be.
+
+    Raises:
+        ValueError: a matrix without its scale, or the other way round, by name.
+
+    """
+    present = {name.rpartition(".")[0] for name in names if name in expected}
+    missing = [n for n, spec in expected.items() if spec.scheme and n not in names and n.rpartition(".")[0] in present]
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {list_names(sorted(missing))}, which {expected[missing[0]].scheme} needs beside the "
+            "tensors that it has: quantise it again, or correct quantization_config in config.json"
+        )
 
 
 def list_names(names: Sequence[str], most: int = 8) -> str:

@@ -14,11 +14,13 @@ from vllm.model_executor.models.nemotron_h import NemotronHForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm.platforms import current_platform
 
+from vllm_twotower import compat
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
 from vllm_twotower.cpu.shims import running_on_cpu
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.models.denoiser_tower import LOGITS_TILE, DenoiserTower
-from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, check_weights
+from vllm_twotower.models.stored_quantization import StoredQuantization
+from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, check_weights, checkpoint_module
 from vllm_twotower.ops.canvas_sample.reference import NOISE_TILE
 from vllm_twotower.registration import raise_recorded_problem
 from vllm_twotower.runtime.step import CanvasLayout
@@ -45,6 +47,13 @@ class TwoTowerForCausalLM(NemotronHForCausalLM):
 
     holds_context = True
     """Whether this rank has the context tower."""
+
+    def __new__(cls, *, vllm_config: VllmConfig, **_: Any) -> "TwoTowerForCausalLM":
+        """Prepare a quantisation before vLLM's own ``__new__`` does, and refuse one that the towers do not take."""
+        StoredQuantization.read(getattr(vllm_config.model_config.hf_config, "quantization_config", None))
+        if vllm_config.quant_config is not None:
+            compat.name_layers_as_checkpoint(vllm_config.quant_config, checkpoint_module)
+        return super().__new__(cls, vllm_config=vllm_config)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", with_denoiser: bool = True) -> None:
         raise_recorded_problem()
@@ -104,7 +113,7 @@ class TwoTowerForCausalLM(NemotronHForCausalLM):
         return super().compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load of a checkpoint in the released layout the towers that this rank holds, strictly.
+        """Load of a checkpoint, as released or quantised, the towers that this rank holds, strictly.
 
         Raises:
             ValueError: tensors that are missing, unknown or of the wrong shape, by name.

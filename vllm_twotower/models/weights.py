@@ -1,4 +1,4 @@
-"""The released checkpoint's tensors: where each goes in the module tree.
+"""A checkpoint's tensors: where each goes in the module tree.
 
 Names and shapes: ``tensor_shapes.py``. Loading is strict both ways: a tensor that is missing, unknown or of the wrong
 shape is an error that lists names, never a silently random layer.
@@ -11,7 +11,7 @@ import torch
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_twotower.models.mamba import RECURRENCE_TENSORS
-from vllm_twotower.models.tensor_shapes import CONTEXT_PREFIXES, check_tensor, checkpoint_shapes, list_names
+from vllm_twotower.models.tensor_shapes import CONTEXT_PREFIXES, check_tensor, checkpoint_tensors, list_names
 
 CHECKPOINT_TO_MODULE = WeightsMapper(
     orig_to_new_substr={"A_log": "A", "embeddings": "embed_tokens"},
@@ -28,7 +28,34 @@ CHECKPOINT_TO_MODULE = WeightsMapper(
         "scale_shift_tables.": "denoiser.conditioning.scale_shift_tables.",
     },
 )
-"""Checkpoint names to module names; the only place that knows both."""
+"""Checkpoint names to module names; with the next, the only place that knows both."""
+
+_CHECKPOINT_PREFIXES = {
+    "denoiser.lm_head": "lm_head",
+    "denoiser.": "denoiser_tower.",
+    "lm_head": "context_lm_head",
+    "model.": "context_tower.",
+}
+"""The beginnings of layers' names, in the order in which they are tried, to those in a checkpoint."""
+
+_STORED_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8",
+    torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
+"""Safetensors' names of the dtypes that a checkpoint may have."""
+
+
+def checkpoint_module(layer: str) -> str:
+    """A layer's name in the checkpoint, by which a ``quantization_config`` names it.
+
+    Args:
+        layer: vLLM's name; ``qkv_proj`` stays, vLLM knows what it is packed from.
+
+    """
+    for ours, theirs in _CHECKPOINT_PREFIXES.items():
+        if layer.startswith(ours):
+            return (theirs + layer[len(ours) :]).replace(".embed_tokens", ".embeddings")
+    return layer
 
 
 def check_weights(
@@ -46,7 +73,7 @@ def check_weights(
         ValueError: after the last tensor (at the first of wrong shape or dtype): what is missing or unknown, by name.
 
     """
-    expected = checkpoint_shapes(config)
+    expected = checkpoint_tensors(config)
     needed = {n for n in expected if _is_needed(n, with_denoiser, with_context)}
     unknown, seen = [], set()
     for name, tensor in weights:
@@ -55,7 +82,7 @@ def check_weights(
             continue
         if name not in needed:
             continue
-        check_tensor(name, tensor.shape, tensor.dtype, tensor.is_floating_point(), expected)
+        check_tensor(name, tensor.shape, _STORED_DTYPES.get(tensor.dtype, str(tensor.dtype)), expected)
         seen.add(name)
         yield name, tensor
     problems = []

@@ -13,6 +13,9 @@ from safetensors import SafetensorError, safe_open
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
+OLDER_QUANTIZATION_FILE = "hf_quant_config.json"
+"""Where ModelOpt before 0.31 put what now is ``quantization_config``; vLLM reads it too."""
+
 LFS_POINTER = b"version "
 """What stands where a header should be when ``git clone`` fetched pointers and not files."""
 
@@ -57,6 +60,8 @@ class CheckpointFolder:
         """
         file = config_file_of(pathlib.Path(path))
         config = _read_json(file)
+        if config.get("quantization_config") is None and (older := file.parent / OLDER_QUANTIZATION_FILE).is_file():
+            config["quantization_config"] = {"quant_method": "modelopt", **_read_json(older)}
         tensors, missing = _read_shards(file.parent) if pathlib.Path(path).is_dir() else (None, ())
         return cls(file, config, tensors, missing)
 

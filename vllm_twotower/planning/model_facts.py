@@ -41,6 +41,8 @@ class ModelFacts:
     mamba_ssm_cache_dtype: str
     """Of the SSM states: the scan runs in float32."""
     mask_token_id: int
+    quantization_config: Mapping[str, Any] | None
+    """How the checkpoint is quantised, as ``config.json`` says it; None: it is not."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: str = "config.json") -> "ModelFacts":
@@ -113,10 +115,16 @@ class ModelFacts:
 _DEFAULTS: dict[str, Any] = {
     "n_routed_experts": 0, "num_experts_per_tok": 0, "n_shared_experts": 0, "moe_intermediate_size": 0,
     "moe_shared_expert_intermediate_size": 0, "intermediate_size": 0, "use_conv_bias": True, "dtype": "bfloat16",
-    "mamba_ssm_cache_dtype": "float32", "mask_token_id": MASK_TOKEN_ID,
+    "mamba_ssm_cache_dtype": "float32", "mask_token_id": MASK_TOKEN_ID, "quantization_config": None,
 }  # fmt: skip
 """Fields that a config may leave out or null: its layer kinds do not need them, or (the mask id) the released one has
 none."""
+
+
+_NOT_COUNTED = {
+    "hybrid_override_pattern", "dtype", "mamba_ssm_cache_dtype", "use_conv_bias", "quantization_config",
+}  # fmt: skip
+"""Fields that are no integers."""
 
 
 _FIXED = {
@@ -135,8 +143,10 @@ def _find_problems(values: Mapping[str, Any], config: Mapping[str, Any]) -> Iter
     for name in ("dtype", "mamba_ssm_cache_dtype"):
         if values[name] not in BYTES_OF_CONFIG_DTYPE:
             yield name, values[name], f"use one of {', '.join(BYTES_OF_CONFIG_DTYPE)}"
+    if not isinstance(values["quantization_config"], Mapping | None):
+        yield "quantization_config", values["quantization_config"], "use an object, or leave it out"
     for name, value in values.items():
-        if name in ("hybrid_override_pattern", "dtype", "mamba_ssm_cache_dtype", "use_conv_bias"):
+        if name in _NOT_COUNTED:
             continue
         low = 0 if name in _DEFAULTS else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
