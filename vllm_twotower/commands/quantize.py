@@ -70,7 +70,8 @@ def quantize_checkpoint(
     preset, layout = PRESETS[scheme]
     how = preset_name_to_scheme(preset, ["Linear"])
     compressor = BaseCompressor.get_value_from_registry(layout)
-    num_matrices, before, after, weight_map = 0, 0, 0, {}
+    num_matrices, before, after = 0, 0, 0
+    weight_map: dict[str, str] = {}
     files = _list_shards(source)
     for number, file in enumerate(files, 1):
         written: dict[str, torch.Tensor] = {}
@@ -78,14 +79,13 @@ def quantize_checkpoint(
             for name in shard.keys():  # noqa: SIM118 - no mapping
                 tensor = shard.get_tensor(name)
                 before += tensor.nbytes
-                parts = {"weight": tensor}
-                if name.endswith(MATRIX_END):
-                    num_matrices += 1
-                    parts = _quantize_matrix(name, tensor, how, compressor)
-                    name = name.removesuffix("weight")
-                    written |= {name + last: part for last, part in parts.items()}
-                else:
+                if not name.endswith(MATRIX_END):
                     written[name] = tensor
+                    continue
+                num_matrices += 1
+                module = name.removesuffix("weight")
+                parts = _quantize_matrix(name, tensor, how, compressor)
+                written |= {module + last: part for last, part in parts.items()}
         after += sum(tensor.nbytes for tensor in written.values())
         weight_map |= dict.fromkeys(written, file)
         save_file(written, target / file, metadata={"format": "pt"})
@@ -93,9 +93,9 @@ def quantize_checkpoint(
         report(f"{file}: {number} of {len(files)}, {before / 1e9:.2f} GB read, {after / 1e9:.2f} GB written")
     if (source / INDEX_FILE).is_file():
         _write_json(target / INDEX_FILE, {"metadata": {"total_size": after}, "weight_map": weight_map})
-    for file in sorted(path for path in source.iterdir() if path.is_file()):
-        if file.name not in (INDEX_FILE, "config.json") and not file.name.endswith(NOT_COPIED):
-            shutil.copyfile(file, target / file.name)
+    for other in sorted(path for path in source.iterdir() if path.is_file()):
+        if other.name not in (INDEX_FILE, "config.json") and not other.name.endswith(NOT_COPIED):
+            shutil.copyfile(other, target / other.name)
     # last: without it the folder is no checkpoint, so one that was interrupted is not taken for whole
     quantization = QuantizationConfig(
         config_groups={"group_0": how}, format=layout, ignore=list(LEFT), quantization_status="compressed"

@@ -108,7 +108,9 @@ class ModelOpt(StoredQuantization):
         """The algorithm, unless the layer is left out: by its name, a part of it, or a pattern with stars."""
         layer = QKV.sub(".qkv_proj", module)
         if experts := EXPERT.match(module):
-            layer = experts[1]  # all experts of a layer are one layer of vLLM's
+            layer = experts[1]  # one layer of vLLM's, left out as a whole if one expert is
+            if any(layer in pattern for pattern in self.left_out):
+                return None
         if module in self.left_out:
             return None
         return None if any(p in layer or fnmatch.fnmatch(layer, p) for p in self.left_out) else self.scheme

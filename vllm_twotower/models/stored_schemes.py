@@ -95,7 +95,7 @@ def read_group(where: str, group: Mapping[str, Any], default_format: str | None)
         ValueError: a layout that does not load here, by what the group says of it.
 
     """
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
     how = {key: weights.get(key) for key in ("num_bits", "type", "strategy", "group_size", "symmetric")}
     layout = group.get("format") or default_format
     static = bool(inputs) and inputs.get("dynamic") is False

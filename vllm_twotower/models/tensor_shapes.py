@@ -1,5 +1,5 @@
-"""A checkpoint's tensors: their names, shapes and dtypes, from ``config.json`` alone (``docs/model.md``), as released or
-quantised (``docs/quantization.md``).
+"""A checkpoint's tensors, as released (``docs/model.md``) or quantised (``docs/quantization.md``): names, shapes and
+dtypes, from ``config.json`` alone.
 
 Imports neither torch nor vLLM, so that ``vllm-twotower inspect`` can count a checkpoint before anything is loaded.
 """
@@ -30,16 +30,17 @@ def checkpoint_tensors(config: Any) -> dict[str, TensorSpec]:
     """
     quantization = StoredQuantization.read(getattr(config, "quantization_config", None))
     specs: dict[str, TensorSpec] = {}
-    first_of_layer: dict[str, tuple[str, str | None]] = {}
+    first_of_layer: dict[str, tuple[str, str]] = {}
     for name, shape in checkpoint_shapes(config).items():
         module = name.removesuffix(".weight")
         scheme = quantization.scheme_of(module) if quantization and name.endswith(MATRIX_END) else None
         if quantization is not None and (layer := _shared_layer(module)) is not None:
-            other, found = first_of_layer.setdefault(layer, (module, scheme and scheme.name))
-            if found != (scheme and scheme.name):
+            how = scheme.name if scheme is not None else "not quantised"
+            other, found = first_of_layer.setdefault(layer, (module, how))
+            if found != how:
                 raise ValueError(
-                    f"config.json, quantization_config: {other} is {found or 'not quantised'} and {module} is "
-                    f"{scheme.name if scheme else 'not quantised'}, but {layer} is one layer: quantise or ignore all"
+                    f"config.json, quantization_config: {other} is {found} and {module} is {how}, but {layer} is one "
+                    "layer: quantise or ignore all of it"
                 )
         specs.update({name: TensorSpec(shape)} if scheme is None else scheme.tensors(module, shape))
     return specs

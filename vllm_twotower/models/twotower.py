@@ -20,7 +20,7 @@ from vllm_twotower.cpu.shims import running_on_cpu
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.models.denoiser_tower import LOGITS_TILE, DenoiserTower
 from vllm_twotower.models.stored_quantization import StoredQuantization
-from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, check_weights, checkpoint_module
+from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, check_filled, check_weights, checkpoint_module
 from vllm_twotower.ops.canvas_sample.reference import NOISE_TILE
 from vllm_twotower.registration import raise_recorded_problem
 from vllm_twotower.runtime.step import CanvasLayout
@@ -121,6 +121,8 @@ class TwoTowerForCausalLM(NemotronHForCausalLM):
         """
         wanted = check_weights(weights, self.config, self.denoiser is not None, self.holds_context)
         loaded = AutoWeightsLoader(self).load_weights(wanted, mapper=self.hf_to_vllm_mapper)
+        if getattr(self.config, "quantization_config", None):
+            check_filled((name for name, _ in self.named_parameters()), loaded)
         if self.denoiser is not None:
             self.denoiser.conditioning.refresh()
         return loaded

@@ -4,7 +4,8 @@ Names and shapes: ``tensor_shapes.py``. Loading is strict both ways: a tensor th
 shape is an error that lists names, never a silently random layer.
 """
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -92,6 +93,30 @@ def check_weights(
         problems.append(f"{len(unknown)} not part of the model: {list_names(sorted(unknown))}")
     if problems:
         raise ValueError("the checkpoint does not match its config.json; tensors " + "; ".join(problems))
+
+
+NOT_IN_CHECKPOINTS = re.compile(r"\.attn\.\w+_(scale|zero_point)$|_input_global_scale$")
+"""Parameters that vLLM's layers have and need not be given: scales of the cache, 1 unless a checkpoint says otherwise,
+and those of inputs that a scheme leaves as they are."""
+
+
+def check_filled(parameters: Iterable[str], loaded: Collection[str]) -> None:
+    """Check that a quantised checkpoint has filled every layer; of these vLLM does not check it.
+
+    Args:
+        parameters: all names.
+        loaded: those that were filled.
+
+    Raises:
+        ValueError: some were not, by name: vLLM quantises a layer that the checkpoint does not.
+
+    """
+    empty = sorted(name for name in parameters if name not in loaded and not NOT_IN_CHECKPOINTS.search(name))
+    if empty:
+        raise ValueError(
+            f"vLLM quantises layers that the checkpoint does not: {list_names(empty)} got no values; name the layers "
+            "in the list of what quantization_config in config.json ignores, one by one"
+        )
 
 
 def _is_needed(name: str, with_denoiser: bool, with_context: bool) -> bool:

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 from vllm_twotower.core import MAX_CANVAS_LENGTH
-from vllm_twotower.models.tensor_shapes import checkpoint_shapes, list_names
+from vllm_twotower.models.tensor_shapes import checkpoint_shapes, checkpoint_tensors, list_names
 from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
 from vllm_twotower.planning.gpus import GPUS
 from vllm_twotower.planning.model_facts import ARCHITECTURE, LAYER_KINDS, ModelFacts
@@ -67,7 +67,9 @@ def inspect(
     towers = {tower: TowerSizes.of(facts, tower) for tower in Tower}
     fits = [
         fit(towers, gpu, num_gpus, placement, precision, tokens + canvas_length, gpu_memory_utilization)
-        for gpu, num_gpus, placement, precision in itertools.product(GPUS.values(), GPU_COUNTS, Placement, Precision)
+        for gpu, num_gpus, placement, precision in itertools.product(
+            GPUS.values(), GPU_COUNTS, Placement, _precisions(facts)
+        )
         if placement is not Placement.SPLIT or num_gpus > 1
     ]
     return {
@@ -81,8 +83,17 @@ def inspect(
             "gpu_memory_utilization": gpu_memory_utilization,
             "reserved_bytes": RESERVED_BYTES,
         },
-        "fits": [{**vars(one), "requests": one.num_requests} for one in fits],
+        "fits": [
+            {**vars(one), "precision": _precisions(facts)[one.precision], "requests": one.num_requests} for one in fits
+        ],
     }
+
+
+def _precisions(facts: ModelFacts) -> dict[Precision, str]:
+    """How the weights can be held, and what the report calls it: what is quantised is so once and for all."""
+    if facts.quantization_config is not None:
+        return {Precision.BF16: "stored"}
+    return {precision: precision.value for precision in Precision}
 
 
 def _model(folder: CheckpointFolder, facts: ModelFacts) -> Report:
@@ -105,10 +116,12 @@ def _model(folder: CheckpointFolder, facts: ModelFacts) -> Report:
 
 def _checkpoint(folder: CheckpointFolder, facts: ModelFacts) -> Report:
     """Tensors by the config, and by the headers where there are shards; and whether they agree."""
-    expected = checkpoint_shapes(facts)
+    expected = checkpoint_tensors(facts)
+    schemes = Counter(s.scheme for n, s in expected.items() if s.scheme and n.endswith((".weight", ".weight_packed")))
     report: Report = {
         "tensors_by_config": len(expected),
-        "parameters_by_config": _sum_by_tower({name: math.prod(shape) for name, shape in expected.items()}),
+        "parameters_by_config": _sum_by_tower({n: math.prod(shape) for n, shape in checkpoint_shapes(facts).items()}),
+        "quantized_matrices": dict(schemes),
         "source": "config.json",
         "agrees": None,
         "differences": [f"shard {name} is missing" for name in folder.missing_shards],
@@ -123,8 +136,14 @@ def _checkpoint(folder: CheckpointFolder, facts: ModelFacts) -> Report:
     report["tensors_by_dtype"] = dict(Counter(t.dtype for t in stored.values()))
     absent = [name for name in expected if name not in stored]
     unknown = [name for name in stored if name not in expected]
-    misshapen = [name for name in stored if name in expected and stored[name].shape != expected[name]]
-    for what, names in (("missing", absent), ("not part of the model", unknown), ("of another shape", misshapen)):
+    misshapen = [name for name in stored if name in expected and not expected[name].fits(stored[name].shape)]
+    odd = [name for name in stored if name in expected and stored[name].dtype not in expected[name].dtypes]
+    for what, names in (
+        ("missing", absent),
+        ("not part of the model", unknown),
+        ("of another shape", misshapen),
+        ("of another dtype", odd),
+    ):
         if names:
             report["differences"].append(f"{len(names)} tensors {what}: {list_names(sorted(names), NUM_NAMES_SHOWN)}")
     report["agrees"] = not report["differences"]
@@ -141,7 +160,7 @@ def _tower(sizes: TowerSizes) -> Report:
         "parameters": sizes.num_parameters,
         "active_parameters_per_token": sizes.active_parameters,
         "parameters_by_part": {part.value: count for part, count in sizes.parameters.items()},
-        "resident_bytes": {precision.value: sizes.resident_bytes(precision) for precision in Precision},
+        "resident_bytes": {name: sizes.resident_bytes(p) for p, name in _precisions(sizes.facts).items()},
     }
 
 

@@ -8,7 +8,7 @@ from vllm_twotower.planning.gpus import GIB, GPUS
 Report = dict[str, Any]
 
 PLACEMENT_NAMES = {"ar": "AR", "colocated": "colocated", "split": "split"}
-PRECISIONS = ("bf16", "fp8")
+PRECISION_NAMES = {"bf16": "unquantized", "fp8": "fp8", "stored": "as stored"}
 
 SPEED = (
     "SPEED is not shown: no GPU has been timed. `python -m benchmarks.roofline` in the repository counts what could be",
@@ -54,6 +54,8 @@ def _model(report: Report) -> Iterable[str]:
 def _checkpoint(checkpoint: Report) -> Iterable[str]:
     yield "CHECKPOINT"
     yield _line("tensors by config", f"{checkpoint['tensors_by_config']:,}")
+    for scheme, count in checkpoint["quantized_matrices"].items():
+        yield _line("quantised", f"{count:,} matrices in {scheme}")
     if checkpoint["source"] == "config.json":
         yield _line("shards", "none here: sizes below are config.json's own arithmetic")
     else:
@@ -67,20 +69,21 @@ def _checkpoint(checkpoint: Report) -> Iterable[str]:
 
 def _towers(towers: Report) -> Iterable[str]:
     yield "WEIGHTS (as the engine holds them)"
+    precisions = list(next(iter(towers.values()))["resident_bytes"])
     rows = [
         [
             f"{name} tower",
             _count(tower["parameters"]),
             _count(tower["active_parameters_per_token"]),
-            _gb(tower["resident_bytes"]["bf16"]),
-            _gb(tower["resident_bytes"]["fp8"]),
+            *(_gb(tower["resident_bytes"][precision]) for precision in precisions),
         ]
         for name, tower in towers.items()
     ]
-    both = [sum(t["resident_bytes"][p] for t in towers.values()) for p in ("bf16", "fp8")]
+    both = [sum(t["resident_bytes"][p] for t in towers.values()) for p in precisions]
     rows.append(["both", _count(sum(t["parameters"] for t in towers.values())), "", *map(_gb, both)])
-    yield from _table(["", "parameters", "active per token", "unquantized", "fp8"], rows)
-    yield "fp8: both towers' linears and experts; time conditioning, routers, embeddings and heads stay"
+    yield from _table(["", "parameters", "active per token", *(PRECISION_NAMES[p] for p in precisions)], rows)
+    if "fp8" in precisions:
+        yield "fp8: both towers' linears and experts; time conditioning, routers, embeddings and heads stay"
 
 
 def _cache(cache: Report) -> Iterable[str]:
@@ -104,7 +107,8 @@ def _fits(report: Report) -> Iterable[str]:
         gpu = GPUS[row["gpu"]]
         line = lines.setdefault(f"{row['num_gpus']} x {gpu.name} ({gpu.marketed_gb} GB)", {})
         line[row["placement"], row["precision"]] = f"{row['requests']:,}" if row["requests"] else "-"
-    columns = [(placement, precision) for placement in PLACEMENT_NAMES for precision in PRECISIONS]
+    precisions = list(dict.fromkeys(row["precision"] for row in report["fits"]))
+    columns = [(placement, precision) for placement in PLACEMENT_NAMES for precision in precisions]
     rows = [[name, *(line.get(column, "") for column in columns)] for name, line in lines.items()]
     yield from _table(["", *(f"{PLACEMENT_NAMES[p]}, {_precision(report, q)}" for p, q in columns)], rows)
     yield "AR: the context tower alone; colocated: both towers sharded over all GPUs, which tower_placement=auto means"
@@ -128,8 +132,8 @@ def _traffic(traffic: Report) -> Iterable[str]:
 
 
 def _precision(report: Report, precision: str) -> str:
-    """The model's own dtype, or FP8."""
-    return str(report["model"]["dtype"]) if precision == "bf16" else precision
+    """The model's own dtype, FP8, or what the file has."""
+    return str(report["model"]["dtype"]) if precision == "bf16" else PRECISION_NAMES[precision]
 
 
 def _line(name: str, value: str) -> str:

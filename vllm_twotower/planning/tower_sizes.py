@@ -1,7 +1,8 @@
 """Parameters and bytes of both towers, part by part, and how tensor parallelism and FP8 divide them.
 
 A *part* is what a tensor is for, because that decides how often it is read, whether FP8 covers it and whether ranks
-share it. Byte counts equal the real module tree's: ``tests/test_planning_sizes.py``.
+share it. Byte counts equal the real module tree's: ``tests/test_loading.py``, and of quantised checkpoints
+``tests/test_stored_quantization.py``.
 """
 
 import math
@@ -9,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from vllm_twotower.models.tensor_shapes import CONTEXT_PREFIXES, checkpoint_shapes
+from vllm_twotower.models.tensor_shapes import CONTEXT_PREFIXES, checkpoint_shapes, checkpoint_tensors
+from vllm_twotower.planning.checkpoint_folder import BITS_OF_DTYPE
 from vllm_twotower.planning.model_facts import ModelFacts
 
 
@@ -43,7 +45,9 @@ class Precision(StrEnum):
     """How weights are held."""
 
     BF16 = "bf16"
+    """As the checkpoint has them: in the config's dtype, or quantised if its ``quantization_config`` says so."""
     FP8 = "fp8"
+    """With ``--quantization fp8``, of a checkpoint that is not quantised."""
 
 
 FP8_PARTS = frozenset({Part.EXPERT, Part.LINEAR})
@@ -91,20 +95,34 @@ class TowerSizes:
     """How many of them are held in float32."""
     kv_parameters: int
     """Parameters of the key and value projections, part of ``LINEAR``: more ranks than KV heads repeat them."""
+    quantized_parameters: Mapping[Part, int]
+    """How many of them the checkpoint stores quantised."""
+    quantized_bytes: Mapping[Part, int]
+    """What those take, scales included, once they are loaded."""
     facts: ModelFacts
 
     @classmethod
     def of(cls, facts: ModelFacts, tower: Tower) -> "TowerSizes":
         """Count the tensors that a checkpoint of this model has for a tower."""
         parameters, float32, kv = dict.fromkeys(Part, 0), dict.fromkeys(Part, 0), 0
+        quantized, quantized_bytes = dict.fromkeys(Part, 0), dict.fromkeys(Part, 0)
+        modules = set()
+        for name, spec in checkpoint_tensors(facts).items():
+            module = name.rpartition(".")[0]
+            if spec.scheme is not None and tower_of(name) is tower:
+                modules.add(module)
+                # layers hold a scale in the first of the dtypes that a file may have it in
+                size = math.prod(spec.shape) * BITS_OF_DTYPE[spec.dtypes[0]] // 8
+                quantized_bytes[part_of(f"{module}.weight")] += size
         for name, shape in checkpoint_shapes(facts).items():
             if tower_of(name) is not tower:
                 continue
             part, count = part_of(name), math.prod(shape)
             parameters[part] += count
+            quantized[part] += count if name.removesuffix(".weight") in modules else 0
             float32[part] += count if name.endswith(FLOAT32_SUFFIXES) else 0
             kv += count if name.endswith((".k_proj.weight", ".v_proj.weight")) else 0
-        return cls(parameters, float32, kv, facts)
+        return cls(parameters, float32, kv, quantized, quantized_bytes, facts)
 
     @property
     def num_parameters(self) -> int:
@@ -114,8 +132,9 @@ class TowerSizes:
     def bytes_of(self, part: Part, precision: Precision = Precision.BF16) -> int:
         """Bytes of one part's weights, all ranks together if none repeats another's."""
         width = 1 if precision is Precision.FP8 and part in FP8_PARTS else self.facts.dtype_bytes
-        in_float32 = self.float32_parameters[part]
-        return (self.parameters[part] - in_float32) * width + in_float32 * 4
+        in_float32, quantized = self.float32_parameters[part], self.quantized_parameters[part]
+        plain = self.parameters[part] - in_float32 - quantized
+        return plain * width + in_float32 * 4 + self.quantized_bytes[part]
 
     def resident_bytes(self, precision: Precision = Precision.BF16) -> int:
         """Bytes of the whole tower on one GPU."""
@@ -127,9 +146,9 @@ class TowerSizes:
         for part in Part:
             share = self.bytes_of(part, precision)
             total += math.ceil(share / num_ranks) if part in SHARDED_PARTS else share
-        width = 1 if precision is Precision.FP8 else self.facts.dtype_bytes
-        kv_ranks = kv_shards(self.facts, num_ranks)
-        repeated = self.kv_parameters * width * (num_ranks // kv_ranks - 1) // num_ranks
+        linear = max(1, self.parameters[Part.LINEAR])
+        kv_bytes = self.kv_parameters * self.bytes_of(Part.LINEAR, precision) // linear
+        repeated = kv_bytes * (num_ranks // kv_shards(self.facts, num_ranks) - 1) // num_ranks
         return total + repeated
 
     @property
