@@ -15,6 +15,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts, unquantized_fuse
 from vllm.model_executor.layers.fused_moe.oracle import int8, nvfp4, unquantized
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import modelopt
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w4a4_nvfp4,
     compressed_tensors_moe_w8a8_int8,
@@ -27,7 +28,13 @@ from vllm_twotower.commands.quantize import LEFT, quantize_checkpoint
 from vllm_twotower.models.entry import NemotronHTwoTowerForCausalLM
 from vllm_twotower.models.stored_quantization import EXPERT, StoredQuantization
 from vllm_twotower.models.tensor_shapes import MATRIX_END, checkpoint_shapes, checkpoint_tensors
-from vllm_twotower.models.weights import NOT_IN_CHECKPOINTS, check_filled, check_weights, checkpoint_module
+from vllm_twotower.models.weights import (
+    CHECKPOINT_TO_MODULE,
+    NOT_IN_CHECKPOINTS,
+    check_filled,
+    check_weights,
+    checkpoint_module,
+)
 from vllm_twotower.planning.inspection import inspect
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.tower_sizes import Tower, TowerSizes
@@ -154,6 +161,15 @@ def test_every_tensor_of_the_real_model_reaches_a_parameter(tmp_path, single_pro
         assert held[tower] == pytest.approx(TowerSizes.of(facts, tower).resident_bytes(), abs=2e5), (
             "what inspect prints"
         )
+
+
+def test_vllm_still_matches_patterns_with_its_own_names():
+    """Death test of ``name_layers_as_checkpoint``; that it works, the test above shows."""
+    config = CompressedTensorsConfig.from_config(LAYOUTS["NVFP4 experts, FP8 in one tower's Mamba"])
+    config.apply_vllm_mapper(CHECKPOINT_TO_MODULE.get_rename_mapper())
+    linear = torch.nn.Linear(1, 1)
+    assert config.get_scheme_dict(linear, "denoiser.layers.0.mixer.in_proj") is None
+    assert config.get_scheme_dict(linear, checkpoint_module("denoiser.layers.0.mixer.in_proj")) is not None
 
 
 def test_what_each_layout_weighs(tmp_path):

@@ -63,7 +63,7 @@ def name_layers_as_checkpoint(quant_config: "QuantizationConfig", checkpoint_mod
         vllm.model_executor.layers.quantization.base_config.QuantizationConfig.apply_vllm_mapper,
         vllm.model_executor.layers.fused_moe.RoutedExperts
     Removed when: vLLM matches by checkpoint names.
-    Test: tests/test_stored_quantization.py::test_vllm_quantises_the_layers_that_the_config_names
+    Test: tests/test_stored_quantization.py::test_vllm_still_matches_patterns_with_its_own_names
 
     Args:
         quant_config: the engine's; changed in place, once.
