@@ -1,0 +1,78 @@
+"""Rehearse one engine, and print what was found as JSON.
+
+python -m tests.rehearsal h200 [--tp 2] [--rank 1] [--split] [--quantization fp8_per_tensor] [--start-only]
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+SETTINGS = {
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it is compiled when first used
+    "HF_HUB_OFFLINE": "1",
+}
+
+os.environ.update(SETTINGS)
+os.environ.pop("TRITON_INTERPRET", None)
+
+# ruff: noqa: E402 - torch and vLLM read these when they are imported
+from tests.rehearsal import device as devices
+from tests.rehearsal import engine, gpu, operators
+
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / ".venv-rehearsal"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gpu", choices=gpu.GPUS)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--split", action="store_true")
+    parser.add_argument("--quantization")
+    parser.add_argument("--flashinfer", action="store_true", help="as if FlashInfer's compiled kernels were installed")
+    parser.add_argument("--start-only", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if args.flashinfer:
+        os.environ["VLLM_HAS_FLASHINFER_CUBIN"] = "1"
+    made_up = gpu.GPUS[args.gpu]
+    gpu.load_device_guard(FOLDER)
+    gpu.make_up_torch_cuda(made_up, args.tp)
+    operators.declare_operators(made_up.capability)
+    gpu.make_up_platform(made_up, args.tp)
+    device = devices.Device()
+    devices.note_triton_launches(device)
+    devices.read_lists(device)
+    setup = engine.Setup(
+        args.gpu, args.tp, args.rank, "split" if args.split else "colocated", args.quantization
+    )
+    json.dump(rehearse(setup, device, args.start_only), sys.stdout, indent=1)
+
+
+def rehearse(setup: engine.Setup, device: devices.Device, start_only: bool) -> dict[str, Any]:
+    import vllm
+
+    from tests.rehearsal import passes, report
+
+    config = engine.make_config(setup)
+    found: dict[str, Any] = {"vllm": vllm.__version__, "engine": setup.title}
+    with engine.start_engine(setup, device, config) as core:
+        found["start"] = report.describe_start(core, config)
+        if not start_only:
+            steps, watch = passes.rehearse(core, device)
+            found["steps"] = {step.name: report.describe_step(step, watch) for step in steps}
+    return found
+
+
+if __name__ == "__main__":
+    main()

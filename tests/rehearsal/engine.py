@@ -1,0 +1,120 @@
+"""An engine core and one rank's model runner on the made-up device, for the real model's configuration."""
+
+import contextlib
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tests.rehearsal.device import Device
+from tests.rehearsal.gpu import take_memory
+
+CONFIG = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "models" / "30b-a3b" / "config.json"
+"""The real model's."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One engine to rehearse."""
+
+    gpu: str
+    tensor_parallel_size: int = 1
+    rank: int = 0
+    placement: str = "colocated"
+    quantization: str | None = None
+    diffusion: bool = True
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        parts = [self.gpu, f"tp{self.tensor_parallel_size}" if self.placement == "colocated" else "split"]
+        if self.placement == "split":
+            parts.append("context" if self.rank < self.tensor_parallel_size // 2 else "denoiser")
+        parts.append(self.quantization or "bf16")
+        return " ".join(parts)
+
+
+def make_config(setup: Setup, **engine: Any) -> Any:
+    """vLLM's configuration of an engine for the model, as ``vllm serve --diffusion`` makes it."""
+    import vllm.plugins
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    folder = tempfile.mkdtemp()
+    shutil.copy(CONFIG, f"{folder}/config.json")
+    vllm.plugins.load_general_plugins()
+    options: dict[str, Any] = {"diffusion": {"tower_placement": setup.placement}} if setup.diffusion else {}
+    args = EngineArgs(
+        model=folder,
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        additional_config=options,
+        tensor_parallel_size=setup.tensor_parallel_size,
+        quantization=setup.quantization,
+        **engine,
+    )
+    return args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+
+
+def make_executor(setup: Setup) -> type:
+    """vLLM's executor of one worker in this process, which is one rank among several.
+
+    Torch's fake process group takes the other ranks' part: what is sent arrives nowhere, and what is received is
+    whatever was there.
+    """
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from vllm.platforms import current_platform
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    make_group = dist.new_group
+    dist.new_group = lambda ranks=None, *_, **__: make_group(ranks, backend="fake")  # type: ignore[assignment]
+    type(current_platform).dist_backend = "fake"
+
+    class OneRank(UniProcExecutor):
+        """Its worker is told that there are others."""
+
+        supports_pp = True
+
+        def _distributed_args(self) -> tuple[str, int, int]:
+            dist.init_process_group(
+                "fake", rank=setup.rank, world_size=setup.tensor_parallel_size, store=FakeStore()
+            )
+            return "env://", setup.rank, setup.rank
+
+        def _init_executor(self) -> None:
+            super()._init_executor()
+            runner = find_runner(self)
+            for module in runner.model.modules():
+                if hasattr(module, "do_not_compile"):  # inductor would need the GPU's compiler
+                    type(module).__call__ = torch.nn.Module.__call__
+            runner.profile_cudagraph_memory = lambda: 0
+            take_memory(sum(p.nbytes for p in runner.model.parameters()))
+
+        def compile_or_warm_up_model(self) -> None:
+            """Nothing is compiled, tuned or captured."""
+
+    return OneRank
+
+
+@contextlib.contextmanager
+def start_engine(setup: Setup, device: Device, config: Any) -> Iterator[Any]:
+    """vLLM's engine core in this process, with its one worker on the made-up device; it ends with the process."""
+    from vllm.v1.engine.core import EngineCore
+
+    with device:
+        yield EngineCore(config, make_executor(setup), log_stats=False)
+
+
+def find_runner(executor: Any) -> Any:
+    """The worker's model runner."""
+    return executor.driver_worker.worker.model_runner
+
+
+def find_model(executor: Any) -> Any:
+    """The worker's model."""
+    return find_runner(executor).model

@@ -1,0 +1,64 @@
+"""Make ``.venv-rehearsal``: what of vLLM's CUDA wheels the rehearsal needs (``tests/rehearsal``), without CUDA.
+
+    make rehearsal        # makes it, and runs the rehearsal
+
+One folder for each supported vLLM, put before the packages of ``.venv`` by ``PYTHONPATH``: the wheel's Python files,
+and, in place of its compiled libraries, which no machine without CUDA can load, the declarations of their operators:
+names, arguments and results, as they stand in the libraries. 180 MB a version; the wheels, 330 MB each, are fetched
+once and not kept.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import shutil
+import tempfile
+import zipfile
+
+from tools.check_vllm_names import download
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TARGET = ROOT / ".venv-rehearsal"
+VERSIONS = ("0.32.0", "0.33.0")
+OPERATORS = "operators.json"
+"""Module name of a library -> the declarations in it."""
+
+TEXT = re.compile(rb"[\x20-\x7e\n]{8,}")
+DECLARATION = re.compile(r"\s*[A-Za-z_]\w*(?:\.\w+)?\s*\(.*\)\s*->\s*.*", re.DOTALL)
+
+
+def find_declarations(library: bytes) -> list[str]:
+    """The operator declarations among a library's strings, on one line each."""
+    texts = (match.decode("ascii") for match in TEXT.findall(library))
+    return sorted({" ".join(text.split()) for text in texts if DECLARATION.fullmatch(text)})
+
+
+def unpack(wheel: pathlib.Path, target: pathlib.Path) -> None:
+    """Take Python, data and metadata out of a wheel, and of its libraries what operators they declare."""
+    shutil.rmtree(target, ignore_errors=True)
+    declared = {}
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.endswith(".so"):
+                module = name.split(".")[0].replace("/", ".")
+                declared[module] = find_declarations(archive.read(name))
+            else:
+                archive.extract(name, target)
+    (target / OPERATORS).write_text(json.dumps(declared, indent=1), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wheels", type=pathlib.Path, help="a folder with already downloaded ones")
+    parser.add_argument("versions", nargs="*", default=VERSIONS)
+    args = parser.parse_args()
+    for version in args.versions:
+        with tempfile.TemporaryDirectory() as folder:
+            found = sorted(args.wheels.glob(f"vllm-{version}-*.whl")) if args.wheels else []
+            unpack(found[0] if found else download(version, folder), TARGET / version)
+        print(f"{TARGET.name} has vLLM {version}")
+
+
+if __name__ == "__main__":
+    main()
