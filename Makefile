@@ -11,7 +11,7 @@ endif
 export VLLM_NO_USAGE_STATS := 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-slow mixes fuzz soak check docs bench bench-extras bench-vllm lm-eval quality clean
+.PHONY: setup demo test test-slow rehearsal mixes fuzz soak check docs bench bench-extras bench-vllm lm-eval quality clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,15 @@ $(NEXT)/bin/vllm: tools/setup_next_vllm.py $(STAMP)
 	$(BIN)/python -m tools.setup_next_vllm
 test-next: $(NEXT)/bin/vllm
 	$(NEXT)/bin/python -m pytest -m "not slow" $(NEXT_TESTS)
+
+# the CUDA path on GPUs that are made up; 1.5 GB are fetched the first time. GOLDEN=1 writes what is found down
+REHEARSAL := .venv-rehearsal
+$(REHEARSAL)/.done: tools/setup_rehearsal.py $(STAMP)
+	$(BIN)/python -m tools.setup_rehearsal
+	touch $@
+rehearsal: export GOLDEN ?=
+rehearsal: $(REHEARSAL)/.done
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_rehearsal.py
 
 test-slow: setup
 	$(BIN)/python -m pytest

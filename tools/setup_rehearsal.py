@@ -4,8 +4,8 @@
 
 One folder for each supported vLLM, put before the packages of ``.venv`` by ``PYTHONPATH``: the wheel's Python files,
 and, in place of its compiled libraries, which no machine without CUDA can load, the declarations of their operators:
-names, arguments and results, as they stand in the libraries. 180 MB a version; the wheels, 330 MB each, are fetched
-once and not kept.
+names, arguments and results, as they stand in the libraries. Beside it the Python of the FlashInfer that this vLLM
+wants, without the sources of its kernels. 300 MB a version; the wheels, 400 MB, are fetched and not kept.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import json
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import zipfile
 
@@ -48,6 +50,20 @@ def unpack(wheel: pathlib.Path, target: pathlib.Path) -> None:
     (target / OPERATORS).write_text(json.dumps(declared, indent=1), encoding="utf-8")
 
 
+def add_flashinfer(target: pathlib.Path, folder: pathlib.Path) -> None:
+    """Put the Python of the FlashInfer that a vLLM asks for beside it, and what it needs to be imported."""
+    metadata = next(target.glob("vllm-*.dist-info")) / "METADATA"
+    pinned = re.search(r"^Requires-Dist: (flashinfer-python==\S+)", metadata.read_text(encoding="utf-8"), re.MULTILINE)
+    if pinned is None:
+        raise SystemExit(f"{metadata} pins no FlashInfer: see what this vLLM uses instead")
+    pip = [sys.executable, "-m", "pip"]
+    command = [*pip, "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    subprocess.run([*command, pinned[1], "nvidia-ml-py"], check=True)
+    for wheel in (*folder.glob("flashinfer_python-*.whl"), *folder.glob("nvidia_ml_py-*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target, [n for n in archive.namelist() if not n.startswith("flashinfer/data/")])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheels", type=pathlib.Path, help="a folder with already downloaded ones")
@@ -57,6 +73,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = sorted(args.wheels.glob(f"vllm-{version}-*.whl")) if args.wheels else []
             unpack(found[0] if found else download(version, folder), TARGET / version)
+            add_flashinfer(TARGET / version, pathlib.Path(folder))
         print(f"{TARGET.name} has vLLM {version}")
 
 

@@ -14,6 +14,7 @@ SETTINGS = {
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it is compiled when first used
     "HF_HUB_OFFLINE": "1",
@@ -53,9 +54,8 @@ def main() -> None:
     device = devices.Device()
     devices.note_triton_launches(device)
     devices.read_lists(device)
-    setup = engine.Setup(
-        args.gpu, args.tp, args.rank, "split" if args.split else "colocated", args.quantization
-    )
+    devices.look_inside_operators(device)
+    setup = engine.Setup(args.gpu, args.tp, args.rank, "split" if args.split else "colocated", args.quantization)
     json.dump(rehearse(setup, device, args.start_only), sys.stdout, indent=1)
 
 

@@ -6,7 +6,7 @@ itself and nothing has written since.
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,42 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 COPIES = {"_to_copy", "copy_", "_copy_from"}
 MAKES_NO_KERNEL = frozenset(
-    "view slice select split split_with_sizes transpose t expand unsqueeze squeeze _unsafe_view as_strided permute "
-    "detach alias unbind empty empty_like new_empty lift_fresh reshape empty_strided narrow chunk empty_permuted "
-    "unfold diagonal set_ new_empty_strided view_as_real _reshape_alias is_pinned record_stream".split()
+    [
+        "view",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "transpose",
+        "t",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "_unsafe_view",
+        "as_strided",
+        "permute",
+        "detach",
+        "detach_",
+        "alias",
+        "unbind",
+        "empty",
+        "empty_like",
+        "new_empty",
+        "lift_fresh",
+        "reshape",
+        "empty_strided",
+        "narrow",
+        "chunk",
+        "empty_permuted",
+        "unfold",
+        "diagonal",
+        "set_",
+        "new_empty_strided",
+        "view_as_real",
+        "_reshape_alias",
+        "is_pinned",
+        "record_stream",
+    ]
 )
 """Operators that look at a tensor in another way, or take memory."""
 
@@ -86,6 +119,8 @@ class Device(TorchDispatchMode):
         torch._C._set_only_lift_cpu_tensors(True)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.record: Record | None = None
+        self.functions: dict[str, Callable[..., Any]] = {}
+        """By an operator's name, the Python that it is: what vLLM wraps as one operator to hide it from a compiler."""
         self._sent = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -107,6 +142,9 @@ class Device(TorchDispatchMode):
             return tensors[0] if name != "is_pinned" else True
         if not on_device and not wants_device and func.namespace != "_C":
             return func(*args, **kwargs)
+        if (inside := self.functions.get(func.name())) is not None:
+            with self:
+                return inside(*args, **kwargs)
         if name == "_local_scalar_dense":
             self._note(False, tensors[0], True)
             return 0 if not tensors[0].dtype.is_floating_point else 0.0
@@ -156,6 +194,10 @@ class Device(TorchDispatchMode):
         known = self._sent.get(source)
         return known.to(dtype, copy=True) if known is not None else torch.zeros(source.shape, dtype=dtype)
 
+    def set_known(self, tensor: torch.Tensor, value: int) -> None:
+        """The host will read this value from all of a tensor on the device."""
+        self._sent[tensor] = torch.full(tuple(tensor.shape), value, dtype=tensor.dtype)
+
     def forget(self, tensors: Iterable[torch.Tensor]) -> None:
         """Something may have been written to these."""
         for tensor in tensors:
@@ -199,14 +241,21 @@ def find_line() -> str:
 
 def note_triton_launches(device: Device) -> None:
     """Let Triton kernels be noted down, not run."""
+    from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
+
+    def take_first(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.best_config = self.configs[0]
+        return self.fn.run(*args, **{**self.configs[0].all_kwargs(), **kwargs})
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         device.forget(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
-        if device.record is None:
-            return
         names = [p.name for p in self.params]
         arguments = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+        if self.fn.__name__ == "_get_num_sampled_and_rejected_kernel":  # otherwise a request never gets a token
+            device.set_known(arguments["num_sampled_ptr"], 1)
+        if device.record is None:
+            return
         options = {k: v for k, v in kwargs.items() if k not in names}
         off = [
             f"{name}: {tuple(x.shape)}"
@@ -221,6 +270,7 @@ def note_triton_launches(device: Device) -> None:
         )
 
     JITFunction.run = run
+    Autotuner.run = take_first
 
 
 def read_lists(device: Device) -> None:
@@ -230,3 +280,17 @@ def read_lists(device: Device) -> None:
         return self.to("cpu").tolist()
 
     FakeTensor.tolist = tolist  # type: ignore[method-assign]
+
+
+def look_inside_operators(device: Device) -> None:
+    """Let the device see what is inside vLLM's operators that are Python; to be called before vLLM's layers are
+    imported."""
+    from vllm.utils import torch_utils
+
+    register = torch_utils.direct_register_custom_op
+
+    def register_and_remember(op_name: str, op_func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        register(op_name, op_func, *args, **kwargs)
+        device.functions[f"vllm::{op_name}"] = op_func
+
+    torch_utils.direct_register_custom_op = register_and_remember

@@ -81,9 +81,7 @@ def make_executor(setup: Setup) -> type:
         supports_pp = True
 
         def _distributed_args(self) -> tuple[str, int, int]:
-            dist.init_process_group(
-                "fake", rank=setup.rank, world_size=setup.tensor_parallel_size, store=FakeStore()
-            )
+            dist.init_process_group("fake", rank=setup.rank, world_size=setup.tensor_parallel_size, store=FakeStore())
             return "env://", setup.rank, setup.rank
 
         def _init_executor(self) -> None:

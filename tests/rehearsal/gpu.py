@@ -81,7 +81,10 @@ class HostGenerator(torch.Generator):
 
 def load_device_guard(folder: pathlib.Path) -> None:
     """Give torch's CPU build what it lacks to index tensors on a CUDA device; compiled in this folder on first use."""
-    source, library = pathlib.Path(__file__).parent / "device_guard.cpp", folder / f"device_guard-{torch.__version__}.so"
+    source, library = (
+        pathlib.Path(__file__).parent / "device_guard.cpp",
+        folder / f"device_guard-{torch.__version__}.so",
+    )
     if not library.exists():
         torch_folder = pathlib.Path(torch.__file__).parent
         command = ["g++", "-shared", "-fPIC", "-std=c++20", "-O1", f"-I{torch_folder}/include", str(source)]
@@ -141,6 +144,7 @@ def make_up_torch_cuda(gpu: Gpu, count: int) -> None:
     make_tensor = torch.tensor
     torch.tensor = lambda *args, pin_memory=False, **kwargs: make_tensor(*args, **kwargs)
     torch.Generator = HostGenerator  # type: ignore[misc]
+    torch.accelerator.device_index = torch.cuda.device = lambda *_: contextlib.nullcontext()  # type: ignore
     torch.cuda.stream = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]
     accelerator = {
         "synchronize": None,

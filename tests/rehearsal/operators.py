@@ -4,7 +4,6 @@ What an operator writes is an argument of it and stays what it is. What it retur
 few others that the rehearsed steps use are declared here.
 """
 
-import contextlib
 import json
 import pathlib
 import sys
@@ -57,13 +56,19 @@ def _library(namespace: str) -> torch.library.Library:
 
 
 def _attend_fa2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> list[torch.Tensor]:
-    """FlashAttention 2 and 3: [T, H, P] -> [T, H, P], log-sum-exp [H, T]."""
+    """FlashAttention 2: [T, H, P] -> [T, H, P], log-sum-exp [H, T]."""
     return [q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)]
+
+
+def _attend_fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **more: Any) -> list[torch.Tensor]:
+    """FlashAttention 3: as 2, and what its splits accumulated, of which callers keep nothing."""
+    out, lse = _attend_fa2(q, k, v)
+    return [out, lse, lse.new_empty(0), lse.new_empty(0)]
 
 
 RESULTS: dict[str, Callable[..., Any]] = {
     "varlen_fwd": _attend_fa2,
-    "fwd": _attend_fa2,
+    "fwd": _attend_fa3,
     "get_cuda_view_from_cpu_tensor": lambda cpu: torch.empty(cpu.shape, dtype=cpu.dtype, device="cuda"),
     # four numbers a row, rows by fours, and a count of tiles
     "get_scheduler_metadata": lambda batch_size, *_, **__: torch.empty(

@@ -35,7 +35,9 @@ class Watch:
         pattern = model.config.hybrid_override_pattern
         towers = [("context", model.model.layers)] if model.holds_context else []
         towers += [("denoiser", model.denoiser.layers)] if model.denoiser is not None else []
-        self.num_layers = {f"{tower} {LAYER_KINDS[kind]}": pattern.count(kind) for tower, _ in towers for kind in pattern}
+        self.num_layers = {
+            f"{tower} {LAYER_KINDS[kind]}": pattern.count(kind) for tower, _ in towers for kind in pattern
+        }
         for tower, layers in towers:
             for kind, layer in zip(pattern, layers, strict=True):
                 self._scope(layer, f"{tower} {LAYER_KINDS[kind]}")

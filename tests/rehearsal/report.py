@@ -88,8 +88,9 @@ def shorten(number: float) -> float:
 
 def count_transfers(record: Record) -> dict[str, int]:
     """Transfers by direction, whether the host waits for them, and the line."""
-    counts = collections.Counter(
-        f"{'to' if t.to_device else 'from'} the device, {'the host waits' if t.blocking else 'not waited for'}: {t.where}"
-        for t in record.transfers
-    )
+    counts: collections.Counter[str] = collections.Counter()
+    for transfer in record.transfers:
+        direction = "to" if transfer.to_device else "from"
+        wait = "the host waits" if transfer.blocking else "not waited for"
+        counts[f"{direction} the device, {wait}: {transfer.where}"] += 1
     return dict(sorted(counts.items()))
