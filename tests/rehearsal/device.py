@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 COPIES = {"_to_copy", "copy_", "_copy_from"}
 MAKES_NO_KERNEL = frozenset(
-    [
+    (
         "view",
         "slice",
         "select",
@@ -53,9 +53,13 @@ MAKES_NO_KERNEL = frozenset(
         "_reshape_alias",
         "is_pinned",
         "record_stream",
-    ]
+    )
 )
 """Operators that look at a tensor in another way, or take memory."""
+
+
+READS_HOST = ("get_cuda_view_from_cpu_tensor",)
+"""Operators that are about memory of the host that the device can read."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ class Device(TorchDispatchMode):
             return
         source = "torch" if func.namespace == "aten" else func.namespace
         # torch takes numbers as tensors without dimensions
-        off = [str(tuple(t.shape)) for t in tensors if t.device.type != "cuda" and t.dim()]
+        off = [str(tuple(t.shape)) for t in tensors if t.device.type != "cuda" and t.dim() and name not in READS_HOST]
         self.record.launches.append(Launch(source, name, self.record.scope, {}, off_device=tuple(off)))
 
     @contextlib.contextmanager

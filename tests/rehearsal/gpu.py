@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def make_up_torch_cuda(gpu: Gpu, count: int) -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, _answer=answer, **__: _answer)
     torch.cuda.Stream = torch.cuda.Event = IdleStream  # type: ignore[misc,assignment]
+    _device_constructors()  # remembers, by what they are now, the functions that take a default
     make_tensor = torch.tensor
     torch.tensor = lambda *args, pin_memory=False, **kwargs: make_tensor(*args, **kwargs)
     torch.Generator = HostGenerator  # type: ignore[misc]
