@@ -36,7 +36,7 @@ $(NEXT)/bin/vllm: tools/setup_next_vllm.py $(STAMP)
 test-next: $(NEXT)/bin/vllm
 	$(NEXT)/bin/python -m pytest -m "not slow" $(NEXT_TESTS)
 
-# the CUDA path on GPUs that are made up; 1.5 GB are fetched the first time. GOLDEN=1 writes what is found down
+# the CUDA path on GPUs that are made up; 400 MB are fetched the first time. GOLDEN=1 writes what is found down
 REHEARSAL := .venv-rehearsal
 $(REHEARSAL)/.done: tools/setup_rehearsal.py $(STAMP)
 	$(BIN)/python -m tools.setup_rehearsal

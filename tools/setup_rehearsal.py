@@ -5,7 +5,7 @@
 One folder for each supported vLLM, put before the packages of ``.venv`` by ``PYTHONPATH``: the wheel's Python files,
 and, in place of its compiled libraries, which no machine without CUDA can load, the declarations of their operators:
 names, arguments and results, as they stand in the libraries. Beside it the Python of the FlashInfer that this vLLM
-wants, without the sources of its kernels. 300 MB a version; the wheels, 400 MB, are fetched and not kept.
+wants, without the sources of its kernels. 370 MB a version; the wheels, 400 MB, are fetched and not kept.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from tools.check_vllm_names import download
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TARGET = ROOT / ".venv-rehearsal"
-VERSIONS = ("0.32.0", "0.33.0")
+VERSIONS = ("0.33.0",)
 OPERATORS = "operators.json"
 """Module name of a library -> the declarations in it."""
 
