@@ -23,8 +23,10 @@ $(STAMP): pyproject.toml tools/setup_env.py csrc/cpu_ops.cpp
 demo: setup
 	$(BIN)/vllm-twotower demo
 
+# files of tests are shared out to so many processes of one thread each; about 4 GiB a process
+JOBS ?= 2
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 # the engine's tests on the newest supported vLLM's Python; half a gigabyte is fetched the first time
 NEXT := .venv-next
