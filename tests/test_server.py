@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import pathlib
+import re
 import subprocess
 import time
 import urllib.request
@@ -231,6 +232,15 @@ def test_metrics_count_what_was_asked_for(server, client):
     assert grown["vllm:twotower_denoise_passes_total"] == 32
     assert grown["vllm:twotower_committed_tokens_total"] == 32
     assert grown["vllm:twotower_passes_per_canvas_count"] == 2
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(server):
+    panels = json.loads((ROOT / "examples" / "deploy" / "grafana" / "dashboard.json").read_text())["panels"]
+    asked = {name for panel in panels for t in panel["targets"] for name in re.findall(r"vllm:\w+", t["expr"])}
+    text = urllib.request.urlopen(f"{server[0]}/metrics", timeout=10).read().decode()
+    served = set(re.findall(r"^(vllm:\w+)", text, re.MULTILINE))
+    assert len(asked) > 12
+    assert asked <= served, asked - served
 
 
 def test_sixteen_different_requests_at_once_answer_as_alone(client):
