@@ -124,7 +124,8 @@ def main() -> None:
         "there AR is the faster one, and the engine's scheduler would not draft.",
         "",
         "n-grams: vLLM's own speculation without a second model, which drafts what stood behind the same last tokens",
-        "before. Counted with vLLM's look-up over AR's tokens; on a CPU vLLM does not run it right (docs/self_speculation.md).",
+        "before. Counted with vLLM's look-up over AR's tokens; on a CPU vLLM does not run it right",
+        "(docs/self_speculation.md).",
         "",
     ]
     for workload, max_tokens in MAX_TOKENS.items():

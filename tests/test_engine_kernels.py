@@ -16,6 +16,7 @@ KERNELS = {
     "_reveal",
     "_norm_and_modulate",
     "_gate_add",
+    "_gated_norm",
     "_seeded_conv",
     "_seeded_scan",
 }
