@@ -11,7 +11,8 @@ endif
 export VLLM_NO_USAGE_STATS := 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-slow rehearsal mixes fuzz soak check docs bench bench-extras bench-vllm lm-eval quality clean
+.PHONY: setup demo test test-slow rehearsal mixes fuzz soak check docs bench bench-extras bench-vllm conformance clients \
+	lm-eval quality clean
 
 setup: $(STAMP)
 
@@ -84,6 +85,14 @@ bench: bench-extras
 
 bench-vllm: setup
 	$(BIN)/python -m benchmarks.vllm_bench
+
+# vLLM's own API tests in every mode; fetches vLLM's source, 45 MB
+conformance: setup
+	$(BIN)/python -m benchmarks.conformance
+
+# examples/clients, in an environment of their own
+clients: setup
+	$(BIN)/python -m tools.run_clients
 
 # lm-eval gets an environment of its own: it brings forty packages that serving has no use for
 lm-eval: setup

@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks.conformance``: vLLM's tests, the redirection of their servers, the page."""
