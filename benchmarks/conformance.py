@@ -146,8 +146,11 @@ def main() -> None:
         else:
             more_env = {"VLLM_PLUGINS": ""} if name == "no-plugin" else {}
             run_tests(python, tests, args.files or IN_PROCESS, name, more_env)
-    if not args.files:
-        results = {name: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in names}
+    raw = {name: FOLDER / f"{name}.json" for name in names}
+    if args.files or not all(path.exists() for path in raw.values()):
+        print("no page: not everything has run")
+    else:
+        results = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in raw.items()}
         raise SystemExit(write_page(results, version))
 
 

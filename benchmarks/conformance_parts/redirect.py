@@ -5,12 +5,15 @@ that the running one does not have, and that matters, is skipped and says so.
 """
 
 import functools
+import inspect
 import json
 import os
 import pathlib
 import urllib.parse
 
+import httpx
 import pytest
+import requests
 import tests.utils
 import vllm.transformers_utils.repo_utils
 from vllm.plugins import load_general_plugins
@@ -84,6 +87,37 @@ tests.utils.RemoteOpenAIServer = RunningServer
 vllm.transformers_utils.repo_utils.hf_api = NoDownloads
 
 outcomes: dict[str, tuple[str, str]] = {}
+refusals: list[str] = []
+"""Texts of the 400s that the running test got."""
+
+
+def keep_refusals(send):
+    """A ``requests`` or ``httpx`` client's ``send`` that notes what a 400 says; many tests look at its number only."""
+
+    def note(response):
+        if response.status_code == 400:
+            refusals.append(response.text)
+        return response
+
+    @functools.wraps(send)
+    def sending(self, request, *, stream=False, **kwargs):
+        response = send(self, request, stream=stream, **kwargs)
+        return response if stream else note(response)
+
+    @functools.wraps(send)
+    async def sending_async(self, request, *, stream=False, **kwargs):
+        response = await send(self, request, stream=stream, **kwargs)
+        return response if stream else note(response)
+
+    return sending_async if inspect.iscoroutinefunction(send) else sending
+
+
+for client_class in (requests.Session, httpx.Client, httpx.AsyncClient):
+    client_class.send = keep_refusals(client_class.send)
+
+
+def pytest_runtest_logstart():
+    refusals.clear()
 
 
 def pytest_runtest_logreport(report):
@@ -95,6 +129,8 @@ def pytest_runtest_logreport(report):
     else:
         crash = getattr(report.longrepr, "reprcrash", None)
         message = "" if report.passed else str(crash.message if crash else report.longrepr)
+        if report.failed and refusals:
+            message += f" (answered: {refusals[-1]})"
     outcomes[report.nodeid] = (report.outcome, message)
 
 
