@@ -8,8 +8,8 @@ client = anthropic.Anthropic(base_url=sys.argv[1], api_key="none")
 asked = {
     "model": "demo",
     "max_tokens": 48,
-    "temperature": 0,
     "messages": [{"role": "user", "content": "Sort: k31 b45 f12"}],
+    "extra_body": {"temperature": 0},
 }
 
 answer = client.messages.create(**asked)

@@ -16,5 +16,5 @@ print("streamed:", [text for text in texts if text])
 assert "".join(texts) == answer.choices[0].message.content
 
 mode = {"vllm_xargs": {"diffusion_mode": "self_speculation"}}
-text = litellm.text_completion("hosted_vllm/demo", prompt="Sort: k31 b45 f12\nAnswer:", extra_body=mode, **server)
+text = litellm.text_completion(model="hosted_vllm/demo", prompt="Sort: k31 b45 f12\nAnswer:", extra_body=mode, **server)
 print("text, by self-speculation:", text.choices[0].text)
