@@ -61,6 +61,9 @@ MAKES_NO_KERNEL = frozenset(
 READS_HOST = ("get_cuda_view_from_cpu_tensor",)
 """Operators that are about memory of the host that the device can read."""
 
+HELPERS = ("/vllm_twotower/runtime/host_copies.py",)
+"""Files of this package that copy for others: a transfer is named by who asked for it."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -235,7 +238,7 @@ def find_line() -> str:
     frame, of_vllm = sys._getframe(1), ""
     while frame is not None:
         name = frame.f_code.co_filename
-        if "/vllm_twotower/" in name:
+        if "/vllm_twotower/" in name and not name.endswith(HELPERS):
             return f"vllm_twotower/{name.split('/vllm_twotower/')[-1]}:{frame.f_code.co_name}"
         if "/vllm/" in name and not of_vllm:
             of_vllm = f"vllm/{name.split('/vllm/')[-1]}:{frame.f_code.co_name}"

@@ -10,6 +10,7 @@ from tests.rehearsal.passes import RehearsedStep, Watch
 
 def describe_start(core: Any, config: Any) -> dict[str, Any]:
     """What start-up has decided."""
+    from vllm_twotower.models.kernel_names import describe_kernels
     from vllm_twotower.runtime.denoise_graphs import can_capture, row_counts
 
     runner, model = find_runner(core.model_executor), find_model(core.model_executor)
@@ -38,6 +39,8 @@ def describe_start(core: Any, config: Any) -> dict[str, Any]:
     }
     for tower, layers in (("context", model.model.layers), ("denoiser", getattr(model.denoiser, "layers", []))):
         found |= {f"{tower} {name}": value for name, value in describe_layers(layers).items()}
+    if model.denoiser is not None:
+        found["start-up says"] = describe_kernels(model.denoiser, model.model.layers)
     mamba = next(layer.mixer for layer in model.model.layers if hasattr(layer.mixer, "ssm_state_size"))
     found["Mamba caches"] = [f"{tuple(x.shape[1:])} {str(x.dtype).removeprefix('torch.')}" for x in mamba.kv_cache[:2]]
     return found

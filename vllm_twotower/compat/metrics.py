@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 PASSES_BITS = 16
 
 
-def pass_report(num_passes: list[int], canvas_passes: list[int], broken: list[bool], device: Any) -> Any:
+def pass_report(num_passes: list[int], canvas_passes: list[int], broken: list[bool]) -> list[int] | None:
     """Denoise passes of each row, and whether it is broken, travel from sampler to scheduler as one integer per row.
 
     Symptom: a sampler's output has fixed fields; ``num_nans`` is the only one per row that reaches the scheduler as it
@@ -27,20 +27,16 @@ def pass_report(num_passes: list[int], canvas_passes: list[int], broken: list[bo
         num_passes: passes of this step, per row.
         canvas_passes: passes of the whole canvas for a row whose canvas is finished, else 0.
         broken: whether the row's logits held a NaN.
-        device: of the result.
 
     Returns:
-        int32 [R], negative for a broken row. Where vLLM was told to raise on any NaN count, 1 for a broken row, None
-        if there is none.
+        One of 32 bits per row, negative for a broken row. Where vLLM was told to raise on any NaN count, 1 for a broken
+        row, None if there is none.
 
     """
-    import torch
-
     if not can_report_passes():
-        return torch.tensor(broken, dtype=torch.int32, device=device) if any(broken) else None
+        return list(map(int, broken)) if any(broken) else None
     rows = zip(num_passes, canvas_passes, broken, strict=True)
-    packed = [(done << PASSES_BITS | now) * (-1 if bad else 1) for now, done, bad in rows]
-    return torch.tensor(packed, dtype=torch.int32, device=device)
+    return [(done << PASSES_BITS | now) * (-1 if bad else 1) for now, done, bad in rows]
 
 
 def can_report_passes() -> bool:

@@ -13,7 +13,8 @@ import torch
 
 from vllm_twotower.config import RequestOptions
 from vllm_twotower.core import Mode
-from vllm_twotower.runtime.step import CanvasRows, DenoiseOutcome, Step
+from vllm_twotower.runtime.host_copies import async_tensor_h2d, copy_together
+from vllm_twotower.runtime.step import CanvasRows, DenoiseOutcome, KnownTokens, Step
 
 
 def resolve_seed(req_id: str, seed: int | None, engine_seed: int) -> int:
@@ -49,12 +50,13 @@ class CanvasTable:
 
     def add_request(self, slot: int, options: RequestOptions, temperature: float, seed: int) -> None:
         """Put a request's settings into its slot; its canvas starts with its next denoise step."""
-        self.max_steps_B[slot] = options.max_steps
-        self.threshold_B[slot] = options.confidence_threshold
         is_drafted = options.mode is Mode.SELF_SPECULATION
-        self.temperature_B[slot] = 0 if is_drafted else temperature  # drafts are drawn as AR draws
-        self.seed_B[slot] = seed
-        self.hint_position_B[slot] = -1
+        # filled and not assigned: torch would send an assigned number from pageable memory and wait
+        self.max_steps_B[slot].fill_(options.max_steps)
+        self.threshold_B[slot].fill_(options.confidence_threshold)
+        self.temperature_B[slot].fill_(0 if is_drafted else temperature)  # drafts are drawn as AR draws
+        self.seed_B[slot].fill_(seed)
+        self.hint_position_B[slot].fill_(-1)
         self._random[slot] = temperature > 0 and not is_drafted
         self._draws_as_ar[slot] = temperature > 0 and is_drafted
         self._started[slot] = False
@@ -66,8 +68,12 @@ class CanvasTable:
 
     def take_drafts(self, slots: list[int]) -> torch.Tensor:
         """Finished drafts behind their known tokens, int64 [slots, S - 1]; from now on the slots hold none."""
+        self.drop_drafts(slots)
+        return self.token_BS[async_tensor_h2d(slots, self.device, torch.int64), 1:]
+
+    def drop_drafts(self, slots: list[int]) -> None:
+        """From now on the slots hold no finished draft."""
         self._drafts -= set(slots)
-        return self.token_BS[torch.tensor(slots, dtype=torch.int64, device=self.device), 1:]
 
     def keep_hints(self, step: Step, hint_VS: torch.Tensor, num_kept_V: torch.Tensor) -> None:
         """Keep hints for those canvases that start right behind what was verified; the others start without.
@@ -79,28 +85,27 @@ class CanvasTable:
 
         """
         assert step.verify is not None
-        slot_V = torch.tensor([step.slots[row] for row in step.verify.rows], device=self.device)
+        rows = step.verify.rows
+        slot_V, computed_V = copy_together(self.device, [step.slots[row] for row in rows], step.computed_np[rows])
         self.hint_BS[slot_V] = hint_VS
-        self.hint_position_B[slot_V] = torch.from_numpy(step.computed_np[step.verify.rows]).to(self.device) + num_kept_V
+        self.hint_position_B[slot_V] = computed_V + num_kept_V
 
-    def gather(self, step: Step, slot_R: torch.Tensor, last_token_R: torch.Tensor | None) -> CanvasRows:
+    def gather(self, step: Step, slot_R: torch.Tensor, known: KnownTokens | None) -> CanvasRows:
         """The rows of a denoise step; a canvas that has not started yet is all mask, but for hints.
 
         Args:
             step: of which rows, widths and positions are read.
             slot_R: int64 [R], the step's slots.
-            last_token_R: int64 [R], each request's newest token, which mock-AR rows and drafts start from; None where
-                there are no such rows.
+            known: what mock-AR rows and drafts start from; None where there are no such rows.
 
         """
         slots = step.slots
-        width_R = torch.tensor(step.widths, device=self.device)
-        first_position_R = torch.from_numpy(step.computed_np).to(self.device)
-        token_RS, pass_index_R = self.token_BS[slot_R], self.pass_index_B[slot_R]
         starts = [not self._started[slot] for slot in slots]
+        width_R, first_position_R, starts_R = copy_together(self.device, step.widths, step.computed_np, starts)
+        token_RS, pass_index_R = self.token_BS[slot_R], self.pass_index_B[slot_R]
         if any(starts):
-            empty_RS = self._start_canvases(slot_R, width_R, first_position_R, last_token_R is not None)
-            starts_R = torch.tensor(starts, device=self.device)
+            empty_RS = self._start_canvases(slot_R, width_R, first_position_R, known is not None)
+            starts_R = starts_R.to(torch.bool)
             token_RS = torch.where(starts_R[:, None], empty_RS, token_RS)
             pass_index_R = pass_index_R.masked_fill(starts_R, 0)
             for slot, width, is_new in zip(slots, step.widths, starts, strict=True):
@@ -109,13 +114,15 @@ class CanvasTable:
         mock_ar_RS = torch.zeros_like(token_RS, dtype=torch.bool)
         known_RS = mock_ar_RS
         undecided = [self._undecided[slot] for slot in slots]
-        if last_token_R is not None:
-            mock_ar_RS[:, 0] = torch.tensor([mode is Mode.MOCK_AR for mode in step.modes])
+        if known is not None:
+            mock_ar_RS[:, 0] = known.mock_ar_R
             known_RS = mock_ar_RS.clone()
-            drafts = [mode is Mode.SELF_SPECULATION for mode in step.modes]
-            known_RS[:, 0] |= torch.tensor(drafts, device=self.device)
-            token_RS[:, 0] = torch.where(known_RS[:, 0], last_token_R, token_RS[:, 0])
-            undecided = [bits & ~1 if draft else bits for bits, draft in zip(undecided, drafts, strict=True)]
+            known_RS[:, 0] |= known.drafted_R
+            token_RS[:, 0] = torch.where(known_RS[:, 0], known.token_R, token_RS[:, 0])
+            undecided = [
+                bits & ~1 if mode is Mode.SELF_SPECULATION else bits
+                for bits, mode in zip(undecided, step.modes, strict=True)
+            ]
         return CanvasRows(
             slots=slots,
             slot_R=slot_R,

@@ -30,6 +30,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 
 from vllm_twotower.models.denoiser_tower import DenoiserTower
+from vllm_twotower.runtime.host_copies import async_tensor_h2d
 from vllm_twotower.runtime.step import CanvasLayout, CanvasPlaces
 
 Recorder = Callable[[Callable[[], AbstractContextManager[None]], Callable[[], None]], Callable[[], None]]
@@ -165,7 +166,7 @@ class DenoiseGraphs:
             return None
         num_tokens = num_rows * self.canvas_length
         ends = [min(row, num_rows) * self.canvas_length for row in range(captured + 1)]
-        self.query_start_loc[: captured + 1] = torch.tensor(ends, dtype=torch.int32).to(self.device)
+        async_tensor_h2d(ends, out=self.query_start_loc[: captured + 1])
         self._copy_padded(self.seq_lens_B, places.seq_lens_R[:num_rows], captured, 0)
         for table, rows in zip(self.block_tables, places.block_tables, strict=True):
             self._copy_padded(table, rows[:num_rows], captured, 0)

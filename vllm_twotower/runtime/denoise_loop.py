@@ -25,6 +25,7 @@ from vllm_twotower.decoding.noise_level import level_index
 from vllm_twotower.models.denoiser_tower import LOGITS_TILE, DenoiserTower
 from vllm_twotower.ops import CanvasRules, reveal
 from vllm_twotower.runtime.denoise_graphs import DenoiseGraphs
+from vllm_twotower.runtime.host_copies import async_tensor_h2d
 from vllm_twotower.runtime.proposals import ProposalSampler
 from vllm_twotower.runtime.step import Canvases, CanvasLayout, CanvasRows, DenoiseOutcome, Step, Tile
 from vllm_twotower.runtime.trace import CanvasTrace
@@ -188,11 +189,11 @@ class DenoiseLoop:
         processed = [self.proposals.is_processed(slot) for slot in rows.slots]
         plain_T = wanted
         if any(processed):
-            plain_T = wanted & ~torch.tensor(processed, device=wanted.device)[layout.row_T]
+            plain_T = wanted & ~async_tensor_h2d(processed, wanted.device)[layout.row_T]
         for token_N in plain_T.nonzero().squeeze(1).split(LOGITS_TILE):
             if len(token_N):
                 yield token_N, False
-        whole = torch.tensor([row for row, p in enumerate(processed) if p], dtype=torch.int64, device=wanted.device)
+        whole = async_tensor_h2d([row for row, p in enumerate(processed) if p], wanted.device, torch.int64)
         for row_N in whole.split(LOGITS_TILE // MAX_CANVAS_LENGTH):
             if len(row_N):
                 yield torch.isin(layout.row_T, row_N).nonzero().squeeze(1), True
@@ -203,4 +204,4 @@ def _undecided_at_start(widths: list[int], rows: CanvasRows, layout: CanvasLayou
     column_S = np.arange(layout.max_width)
     bits_RS = np.array(rows.undecided)[:, None] >> column_S & 1
     in_canvas_RS = column_S < np.array(widths)[:, None]
-    return torch.from_numpy(bits_RS[in_canvas_RS].nonzero()[0]).to(rows.width_R.device)
+    return async_tensor_h2d(bits_RS[in_canvas_RS].nonzero()[0], rows.width_R.device)

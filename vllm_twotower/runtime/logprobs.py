@@ -15,6 +15,7 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
+from vllm_twotower.runtime.host_copies import async_tensor_h2d
 from vllm_twotower.runtime.step import Tile
 
 
@@ -41,7 +42,7 @@ class LogprobTable:
 
     def record(self, logits_NV: torch.Tensor, tile: Tile, token_N: torch.Tensor) -> None:
         """Write the proposals of this pass over those of the last."""
-        wants = torch.from_numpy(self.num_logprobs != NO_LOGPROBS).to(logits_NV.device)[tile.slot_N]
+        wants = async_tensor_h2d(self.num_logprobs != NO_LOGPROBS, logits_NV.device)[tile.slot_N]
         if not wants.any():
             return
         slots, columns = tile.slot_N[wants].tolist(), tile.column_N[wants].tolist()

@@ -27,15 +27,17 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_twotower import compat
 from vllm_twotower.config import EngineOptions, RequestOptions, mask_token_id_of
 from vllm_twotower.core import Mode, StepKind
+from vllm_twotower.models.kernel_names import describe_kernels
 from vllm_twotower.models.mamba import mamba_mixers
 from vllm_twotower.runtime import denoise_graphs
 from vllm_twotower.runtime.canvas_table import CanvasTable, resolve_seed
 from vllm_twotower.runtime.denoise_graphs import CAPTURABLE_BACKENDS, DenoiseGraphs, can_capture
 from vllm_twotower.runtime.denoise_loop import DenoiseLoop
+from vllm_twotower.runtime.host_copies import copy_together
 from vllm_twotower.runtime.proposals import ProposalSampler
 from vllm_twotower.runtime.sampler import CanvasSampler
 from vllm_twotower.runtime.stats import DiffusionStats
-from vllm_twotower.runtime.step import CanvasLayout, CanvasPlaces, KeptRows, Step, VerifyRows
+from vllm_twotower.runtime.step import CanvasLayout, CanvasPlaces, KeptRows, KnownTokens, Step, VerifyRows
 from vllm_twotower.runtime.trace import CanvasTrace
 from vllm_twotower.runtime.verification import ask_for_logits, keep_inputs_in, keep_inputs_of, replay_states
 
@@ -185,18 +187,16 @@ class TwoTowerModelState(MambaHybridModelState):
         num_computed_tokens: torch.Tensor,
     ) -> VerifyRows | None:
         """The rows of a context step that hold drafts; their tokens go into the batch, and each asks for logits."""
-        rows = [
+        drafted = [
             row
             for row, mode in enumerate(step.modes)
             if mode is Mode.SELF_SPECULATION and self.canvases.has_draft(step.slots[row])
         ]
+        rows = [row for row in drafted if step.widths[row] > 1]
+        self.canvases.drop_drafts([step.slots[row] for row in drafted if step.widths[row] == 1])
         if not rows:
             return None
         drafts_VS = self.canvases.take_drafts([step.slots[row] for row in rows])
-        kept = [index for index, row in enumerate(rows) if step.widths[row] > 1]
-        if not kept:
-            return None
-        rows, drafts_VS = [rows[index] for index in kept], drafts_VS[kept]
         kept_rows = self.place_kept_rows(rows, step, batch, block_tables, kv_cache_config)
         verify = VerifyRows(**vars(kept_rows), draft_VS=drafts_VS)
         layout = verify.layout
@@ -220,13 +220,13 @@ class TwoTowerModelState(MambaHybridModelState):
         ends_np = step.computed_np[rows] + np.array(widths)
         slots = self.find_mamba_slots(rows, ends_np, block_tables, kv_cache_config)
         layout = CanvasLayout.from_widths(widths, self.device, mamba_slots=slots)
-        row_V = torch.tensor(rows, device=self.device)
+        row_V, width_V = copy_together(self.device, rows, widths)
         return KeptRows(
             rows=rows,
             row_V=row_V,
             layout=layout,
             token_U=batch.query_start_loc[row_V].long()[layout.row_T] + layout.column_T,
-            width_V=torch.tensor(widths, device=self.device),
+            width_V=width_V,
         )
 
     def find_mamba_slots(
@@ -242,8 +242,7 @@ class TwoTowerModelState(MambaHybridModelState):
         """
         block_size = self.cache_config.mamba_block_size
         column_np = (computed_np - 1) // block_size if self._align_mode else np.zeros_like(computed_np)
-        row_R = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        column_R = torch.from_numpy(column_np).to(self.device)
+        row_R, column_R = copy_together(self.device, rows, column_np)
         slots: dict[str, torch.Tensor] = {}
         for table, group in zip(block_tables, kv_cache_config.kv_cache_groups, strict=True):
             if isinstance(group.kv_cache_spec, MambaSpec):
@@ -261,18 +260,19 @@ class TwoTowerModelState(MambaHybridModelState):
 
     def _lay_out_canvases(self, step: Step, batch: InputBatch) -> None:
         assert step.places is not None, "the runner prepares attention before inputs"
-        mock_ar = [mode is Mode.MOCK_AR for mode in step.modes]
-        last_token_R = mock_ar_R = None
-        if any(mock_ar):
-            mock_ar_R = torch.tensor(mock_ar, device=self.device)
+        slot_R = batch.idx_mapping[: batch.num_reqs]
+        unmodulated_R = known = None
         if any(mode is not Mode.MASK_DIFFUSION for mode in step.modes):
-            slot_R = batch.idx_mapping[: batch.num_reqs]
+            mock_ar = [mode is Mode.MOCK_AR for mode in step.modes]
+            drafted = [mode is Mode.SELF_SPECULATION for mode in step.modes]
+            mock_ar_R, drafted_R = copy_together(self.device, mock_ar, drafted, dtype=np.bool_)
             prompts_R = batch.input_ids[batch.query_start_loc[: batch.num_reqs]].to(torch.int64)
-            drafted_R = torch.tensor([mode is Mode.SELF_SPECULATION for mode in step.modes], device=self.device)
             last_token_R = torch.where(drafted_R, self.last_sampled_tokens[slot_R].view(-1), prompts_R)
-        step.rows = self.canvases.gather(step, batch.idx_mapping[: batch.num_reqs], last_token_R)
+            known = KnownTokens(token_R=last_token_R, mock_ar_R=mock_ar_R, drafted_R=drafted_R)
+            unmodulated_R = mock_ar_R if any(mock_ar) else None
+        step.rows = self.canvases.gather(step, slot_R, known)
         step.layout = CanvasLayout.from_widths(
-            step.widths, self.device, unmodulated_R=mock_ar_R, mamba_slots=step.places.mamba_slots
+            step.widths, self.device, unmodulated_R=unmodulated_R, mamba_slots=step.places.mamba_slots
         )
 
     def _denoise(self, step: Step) -> None:
@@ -297,6 +297,9 @@ class TwoTowerModelState(MambaHybridModelState):
         self.last_sampled_tokens = sampler.req_states.last_sampled_tokens
         for mixer in mamba_mixers(self.model.model.layers):
             keep_inputs_in(mixer)
+        if self.model.denoiser is not None:
+            said = describe_kernels(self.model.denoiser, self.model.model.layers)
+            logger.info("Denoise passes run on these kernels: %s", said)
         self._loop = self.make_loop(
             denoiser=self.model.denoiser,
             context_layers=self.model.model.layers,

@@ -100,7 +100,7 @@ class ProposalSampler:
         """Bias, allowed ids, minimum length, penalties, bad words, and processors of the user's own."""
         context = LogitsContext(
             expanded_idx_mapping=tile.slot_N,
-            idx_mapping=torch.from_numpy(tile.rows.slots_np).to(logits_NV.device),
+            idx_mapping=tile.rows.slot_R.to(torch.int64),
             idx_mapping_np=tile.rows.slots_np,
             expanded_local_pos=tile.column_N.to(torch.int32),
             # the row of canvas position j finds the token of position k < j in row k + 1 of its request

@@ -30,6 +30,7 @@ from vllm_twotower import compat
 from vllm_twotower.core import Mode, StepKind
 from vllm_twotower.runtime.acceptance import accept_drafts, find_hints
 from vllm_twotower.runtime.canvas_table import CanvasTable
+from vllm_twotower.runtime.host_copies import async_tensor_h2d, copy_together
 from vllm_twotower.runtime.proposals import ProposalSampler
 from vllm_twotower.runtime.stats import DiffusionStats
 from vllm_twotower.runtime.step import Step, VerifyRows
@@ -98,7 +99,7 @@ class CanvasSampler:
             if (trace := self.find_trace()) is not None and step.is_real:
                 trace.record_verifications(step, output)
             if any(emits_nothing):
-                emits_nothing_R = torch.tensor(emits_nothing, device=output.num_sampled.device)
+                emits_nothing_R = async_tensor_h2d(emits_nothing, output.num_sampled.device)
                 output.num_sampled = output.num_sampled.masked_fill(emits_nothing_R, 0)
             return output
         zeros_R = torch.zeros(batch.num_reqs, dtype=torch.int32, device=logits.device)
@@ -138,13 +139,17 @@ class CanvasSampler:
             0 if not done or mode is Mode.MOCK_AR else max(1, passes)
             for passes, done, mode in zip(outcome.pass_index, outcome.finished, step.modes, strict=True)
         ]
+        report = compat.pass_report(outcome.num_passes, canvas_passes, outcome.broken)
         device = outcome.token_RS.device
+        num_sampled_R, num_rejected_R, report_R = copy_together(
+            device, emitted, step.widths, report or [], dtype=np.int32
+        )
         return SamplerOutput(
             outcome.token_RS,
             self.take_logprobs(step, emitted),
-            compat.pass_report(outcome.num_passes, canvas_passes, outcome.broken, device),
-            torch.tensor(emitted, dtype=torch.int32, device=device),
-            torch.tensor(step.widths, dtype=torch.int32, device=device),
+            report_R if report is not None else None,
+            num_sampled_R,
+            num_rejected_R,
         )
 
     def take_logprobs(self, step: Step, emitted: list[int]) -> LogprobsTensors | None:

@@ -18,6 +18,7 @@ import torch
 from vllm_twotower.config import RequestOptions
 from vllm_twotower.core import Mode, StepKind
 from vllm_twotower.ops import Draw
+from vllm_twotower.runtime.host_copies import copy_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +56,13 @@ class CanvasLayout:
     @classmethod
     def from_widths(cls, widths: Sequence[int], device: torch.device, **more: Any) -> "CanvasLayout":
         """Canvases of the given widths, one after the other; ``more`` are other fields."""
-        width_R = torch.tensor(widths)
-        row_T = torch.arange(len(widths)).repeat_interleave(width_R)
-        first_R = width_R.cumsum(0) - width_R
-        column_T = torch.arange(int(width_R.sum())) - first_R[row_T]
+        row_np = np.arange(len(widths)).repeat(widths)
+        ends_np = np.cumsum(widths)
+        column_np = np.arange(len(row_np)) - (ends_np - widths)[row_np]
+        row_T, column_T = copy_together(device, row_np, column_np)
         return cls(
-            row_T=row_T.to(device),
-            column_T=column_T.to(device),
+            row_T=row_T,
+            column_T=column_T,
             num_rows=len(widths),
             max_width=max(widths),
             **more,
@@ -77,7 +78,21 @@ class CanvasLayout:
 
     def unpad(self, x_RSC: torch.Tensor) -> torch.Tensor:
         """[R, S, C] -> [T, C]."""
+        if len(self.row_T) == self.num_rows * self.max_width:
+            return x_RSC.flatten(0, 1)
         return x_RSC[self.row_T, self.column_T]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownTokens:
+    """Of a denoise step with rows that start from a known token: mock-AR rows and drafts."""
+
+    token_R: torch.Tensor
+    """int64 [R], each request's newest token."""
+    mock_ar_R: torch.Tensor
+    """bool [R]."""
+    drafted_R: torch.Tensor
+    """bool [R]."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm_twotower import compat
 from vllm_twotower.models.mamba import convolve, mamba_mixers, state_caches
 from vllm_twotower.ops import ScanInputs, seeded_scan, state_replay
+from vllm_twotower.runtime.host_copies import copy_together
 from vllm_twotower.runtime.step import KeptRows, Step, VerifyRows
 
 NULL_BLOCK = 0
@@ -48,11 +49,10 @@ def ask_for_logits(batch: InputBatch, step: Step, rows: list[int]) -> None:
     cu_np = np.concatenate([[0], num_logits.cumsum()]).astype(np.int32)
     row_N = np.arange(batch.num_reqs).repeat(num_logits)
     local_N = np.arange(len(row_N)) - cu_np[row_N]
-    batch.logits_indices = torch.from_numpy((ends_np - num_logits)[row_N] + local_N).to(device, torch.int64)
     batch.cu_num_logits_np = cu_np
-    batch.cu_num_logits = torch.from_numpy(cu_np).to(device)
-    batch.expanded_idx_mapping = batch.idx_mapping[torch.from_numpy(row_N).to(device)]
-    batch.expanded_local_pos = torch.from_numpy(local_N).to(device, torch.int32)
+    batch.logits_indices, row_of_N = copy_together(device, (ends_np - num_logits)[row_N] + local_N, row_N)
+    batch.cu_num_logits, batch.expanded_local_pos = copy_together(device, cu_np, local_N, dtype=np.int32)
+    batch.expanded_idx_mapping = batch.idx_mapping[row_of_N]
 
 
 def keep_inputs_of(step: Step, metadata: dict[str, Any]) -> dict[str, Any]:
