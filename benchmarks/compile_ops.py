@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "kernels.md"
@@ -86,14 +87,19 @@ def source(launch: Launch) -> ASTSource:
 
 def resources(launch: Launch, architecture: int) -> Resources:
     """Compile one launch for an architecture, given as 90 for sm_90."""
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": False}
-    compiled = triton.compile(source(launch), target=GPUTarget("cuda", architecture, 32), options=options)
+    return measure(source(launch), {"num_warps": launch.num_warps, "enable_fp_fusion": False}, architecture)
+
+
+def measure(made: ASTSource, options: dict[str, Any], architecture: int) -> Resources:
+    """Compile a kernel with these options, and ask ptxas what it needs."""
+    compiled = triton.compile(made, target=GPUTarget("cuda", architecture, 32), options=options)
     ptx = compiled.asm["ptx"]
     gpu = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [get_ptxas(architecture).path, "-v", f"--gpu-name={gpu}", "--fmad=false", str(path)]
+        command = [get_ptxas(architecture).path, "-v", f"--gpu-name={gpu}", str(path)]
+        command += [] if options.get("enable_fp_fusion", True) else ["--fmad=false"]
         said = subprocess.run([*command, "-o", f"{folder}/out"], capture_output=True, text=True, check=True).stderr
     stack, stores, loads = map(
         int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said).groups()

@@ -12,5 +12,6 @@ So start-up decides what it would decide, and a step shows every launch, every t
 | `engine.py` | an engine core and one rank's model runner on it |
 | `passes.py` | the steps that are rehearsed |
 | `report.py` | what is compared with the files in `golden/` |
+| `kernels.py` | compiles the Triton kernels that were launched |
 | `__main__.py` | `python -m tests.rehearsal`, one engine per process |
 """

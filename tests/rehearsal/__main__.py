@@ -1,12 +1,13 @@
 """Rehearse one engine, and print what was found as JSON.
 
-python -m tests.rehearsal h200 [--tp 2] [--rank 1] [--split] [--quantization fp8_per_tensor] [--start-only]
+python -m tests.rehearsal h200 [--tp 2] [--rank 1] [--split] [--quantization fp8_per_tensor] [--rows 8] [--start-only]
 """
 
 import argparse
 import json
 import os
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -37,7 +38,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--split", action="store_true")
     parser.add_argument("--quantization")
+    parser.add_argument("--rows", type=int, default=2, help="requests at once")
     parser.add_argument("--flashinfer", action="store_true", help="as if FlashInfer's compiled kernels were installed")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the Triton kernels that are launched, for all GPUs"
+    )
     parser.add_argument("--start-only", action="store_true")
     return parser.parse_args()
 
@@ -46,6 +51,8 @@ def main() -> None:
     args = parse()
     if args.flashinfer:
         os.environ["VLLM_HAS_FLASHINFER_CUBIN"] = "1"
+    else:  # and not because this machine has a compiler
+        os.environ["CUDA_HOME"] = os.devnull
     made_up = gpu.GPUS[args.gpu]
     gpu.load_device_guard(FOLDER)
     gpu.make_up_torch_cuda(made_up, args.tp)
@@ -55,22 +62,41 @@ def main() -> None:
     devices.note_triton_launches(device)
     devices.read_lists(device)
     devices.look_inside_operators(device)
+    devices.keep_materialised_parameters_fake()
+    operators.stand_in_for_python_kernels(device.note_call, args.flashinfer)
     setup = engine.Setup(args.gpu, args.tp, args.rank, "split" if args.split else "colocated", args.quantization)
-    json.dump(rehearse(setup, device, args.start_only), sys.stdout, indent=1)
+    try:
+        found = rehearse(setup, device, 0 if args.start_only else args.rows, args.compile)
+    except ValueError as refusal:  # vLLM's way to say that an engine cannot be; anything else is a fault here
+        import vllm
+
+        found = {"vllm": vllm.__version__, "engine": setup.title, "refused": shorten(str(refusal))}
+    json.dump(found, sys.stdout, indent=1)
 
 
-def rehearse(setup: engine.Setup, device: devices.Device, start_only: bool) -> dict[str, Any]:
+def shorten(refusal: str) -> str:
+    """The sentence that says why, without pydantic's frame and without vLLM's advice."""
+    return re.split(r"\[type=|(?<=[.!]) ", refusal.removeprefix("1 validation error for VllmConfig\n").strip())[
+        0
+    ].strip()
+
+
+def rehearse(setup: engine.Setup, device: devices.Device, num_rows: int, compiles: bool) -> dict[str, Any]:
+    import triton
     import vllm
 
-    from tests.rehearsal import passes, report
+    from tests.rehearsal import kernels, passes, report
 
     config = engine.make_config(setup)
     found: dict[str, Any] = {"vllm": vllm.__version__, "engine": setup.title}
     with engine.start_engine(setup, device, config) as core:
         found["start"] = report.describe_start(core, config)
-        if not start_only:
-            steps, watch = passes.rehearse(core, device)
+        if num_rows:
+            steps, watch = passes.rehearse(core, device, num_rows)
             found["steps"] = {step.name: report.describe_step(step, watch) for step in steps}
+    if compiles:
+        launches = [launch for step in steps for launch in step.record.launches]
+        return {"vllm": vllm.__version__, "triton": triton.__version__, "kernels": kernels.compile_kernels(launches)}
     return found
 
 

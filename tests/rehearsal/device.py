@@ -6,6 +6,7 @@ itself and nothing has written since.
 
 import contextlib
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -223,6 +224,11 @@ class Device(TorchDispatchMode):
         off = [str(tuple(t.shape)) for t in tensors if t.device.type != "cuda" and t.dim() and name not in READS_HOST]
         self.record.launches.append(Launch(source, name, self.record.scope, {}, off_device=tuple(off)))
 
+    def note_call(self, source: str, name: str) -> None:
+        """A kernel that is launched by a function that Python calls."""
+        if self.record is not None:
+            self.record.launches.append(Launch(source, name, self.record.scope, {}))
+
     @contextlib.contextmanager
     def recording(self) -> Iterator[Record]:
         """Note down what the body does."""
@@ -287,6 +293,23 @@ def read_lists(device: Device) -> None:
         return self.to("cpu").tolist()
 
     FakeTensor.tolist = tolist  # type: ignore[method-assign]
+
+
+def keep_materialised_parameters_fake() -> None:
+    """Let parameters that vLLM first makes without memory, where it quantises while it loads, be fake tensors and of
+    their class; vLLM gives them their class in place of the tensor's own."""
+    from vllm.model_executor.model_loader.reload import meta
+
+    def materialise(meta_tensor: torch.Tensor) -> torch.Tensor:
+        shape, stride, dtype = tuple(meta_tensor.shape), meta_tensor.stride(), meta_tensor.dtype
+        tensor = torch.empty_strided(shape, stride, dtype=dtype, requires_grad=False)
+        kind = type(meta_tensor)
+        bases = (kind,) if issubclass(kind, FakeTensor) else (FakeTensor, kind)
+        tensor.__class__ = types.new_class(kind.__name__, bases)  # type: ignore[assignment]
+        tensor.__dict__.update({k: v for k, v in vars(meta_tensor).items() if k not in vars(tensor)})
+        return tensor
+
+    meta.materialize_meta_tensor = materialise
 
 
 def look_inside_operators(device: Device) -> None:

@@ -68,12 +68,16 @@ def make_executor(setup: Setup) -> type:
     """
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
     from vllm.platforms import current_platform
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     make_group = dist.new_group
     dist.new_group = lambda ranks=None, *_, **__: make_group(ranks, backend="fake")  # type: ignore[assignment]
     type(current_platform).dist_backend = "fake"
+    # objects from other ranks never come: nobody waits for them, and there is no queue to the other workers
+    dist.broadcast_object_list = lambda *_, **__: None  # type: ignore[assignment]
+    MessageQueue.create_from_process_group = staticmethod(lambda *_, **__: None)  # type: ignore[assignment]
 
     class OneRank(UniProcExecutor):
         """Its worker is told that there are others."""

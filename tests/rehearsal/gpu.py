@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from vllm_twotower.planning import gpus as plans
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -24,11 +26,12 @@ class Gpu:
 
 
 GPUS = {
-    "h100": Gpu((9, 0), "NVIDIA H100 80GB HBM3", 80 << 30, 132),
-    "h200": Gpu((9, 0), "NVIDIA H200", 141 * 10**9, 132),
-    "b200": Gpu((10, 0), "NVIDIA B200", 180 << 30, 148),
-    "a100": Gpu((8, 0), "NVIDIA A100-SXM4-80GB", 80 << 30, 108),
+    "h100": Gpu((9, 0), "NVIDIA H100 80GB HBM3", plans.GPUS["H100"].memory_bytes, 132),
+    "h200": Gpu((9, 0), "NVIDIA H200", plans.GPUS["H200"].memory_bytes, 132),
+    "b200": Gpu((10, 0), "NVIDIA B200", plans.GPUS["B200"].memory_bytes, 148),
+    "a100": Gpu((8, 0), "NVIDIA A100-SXM4-80GB", plans.GPUS["H100"].memory_bytes, 108),
 }
+"""Memory as ``vllm-twotower inspect`` has it; of an A100 as of an H100, which is sold with as much."""
 
 CUDA_VERSION = "13.0"
 """Of the CUDA that vLLM's wheels are built with."""

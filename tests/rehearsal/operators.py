@@ -33,6 +33,28 @@ def declare_operators(capability: tuple[int, int]) -> None:
                 _declare(namespace, declaration, capability[0] * 10 + capability[1])
 
 
+def stand_in_for_python_kernels(note: Callable[[str, str], None], with_flashinfer: bool) -> None:
+    """Put functions that note their name and give a result of the right shape in the place of kernels that vLLM calls
+    in Python: FlashAttention 4 and FlashInfer's experts. Both would be compiled here, or fetched."""
+    interface = types.ModuleType("vllm.vllm_flash_attn.cute.interface")
+
+    def attend_fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, out: torch.Tensor | None, **more: Any) -> Any:
+        note("FlashAttention 4", f"causal={more['causal']}")
+        made, lse = _attend_fa2(q, k, v)
+        return made if out is None else out, lse, None, None
+
+    interface._flash_attn_fwd = attend_fa4  # type: ignore[attr-defined]
+    sys.modules[interface.__name__] = interface
+    if with_flashinfer:
+        import flashinfer.fused_moe
+
+        def run_experts(*, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+            note("flashinfer", "trtllm_bf16_moe")
+            return torch.empty_like(hidden_states)
+
+        flashinfer.fused_moe.trtllm_bf16_moe = run_experts
+
+
 def _declare(namespace: str, declaration: str, capability: int) -> None:
     library = _library(namespace)
     name = declaration.split("(")[0].strip()

@@ -10,7 +10,6 @@ from tests.rehearsal.device import Device, Record
 from tests.rehearsal.engine import find_model, find_runner
 
 PROMPT_TOKENS = 40
-NUM_ROWS = 2
 
 LAYER_KINDS = {"M": "mamba", "E": "experts", "*": "attention", "-": "mlp"}
 
@@ -69,13 +68,13 @@ class Watch:
         module.register_forward_hook(note)
 
 
-def add_requests(core: Any, mode: str, **settings: Any) -> None:
+def add_requests(core: Any, num_rows: int, mode: str, **settings: Any) -> None:
     """Give the engine core some requests of a mode."""
     from vllm.v1.engine import EngineCoreRequest
 
     from vllm_twotower import diffusion_params
 
-    for row in range(NUM_ROWS):
+    for row in range(num_rows):
         request = EngineCoreRequest(
             request_id=f"{mode}-{row}",
             prompt_token_ids=[1 + row] + [5] * (PROMPT_TOKENS - 1),
@@ -117,7 +116,7 @@ STEPS = {
 """By mode, what its steps are called."""
 
 
-def rehearse(core: Any, device: Device) -> tuple[list[RehearsedStep], Watch]:
+def rehearse(core: Any, device: Device, num_rows: int) -> tuple[list[RehearsedStep], Watch]:
     """Every kind of step, on an engine that has started."""
     from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
@@ -125,7 +124,7 @@ def rehearse(core: Any, device: Device) -> tuple[list[RehearsedStep], Watch]:
     watch = Watch(core, device)
     steps: list[RehearsedStep] = []
     for mode, names in STEPS.items():
-        add_requests(core, mode, temperature=0.0)
+        add_requests(core, num_rows, mode, temperature=0.0)
         steps += take_steps(core, watch, names)
         end_requests(core)
     return steps, watch

@@ -3,8 +3,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
-
 from vllm_twotower.models.denoiser_tower import DenoiserTower
 from vllm_twotower.ops.backend import select_backend
 
@@ -28,7 +26,7 @@ def name_attention(attention: Any) -> str:
     return f"{name} (version {version})" if version is not None else name
 
 
-def name_experts(experts: nn.Module) -> str:
+def name_experts(experts: Any) -> str:
     """The kernel within one of vLLM's mixtures of experts, and the layout of its weights; without one its class."""
     for module in experts.modules():
         method = getattr(module, "quant_method", None)

@@ -34,7 +34,7 @@ def copy_together(
     lengths = [len(vector) for vector in vectors]
     multiple = ALIGNED_BYTES // np.dtype(dtype).itemsize
     steps = [-(-length // multiple) * multiple for length in lengths]
-    joined = np.zeros(sum(steps), dtype=dtype)
+    joined: np.ndarray = np.zeros(sum(steps), dtype=dtype)
     starts = np.cumsum([0, *steps[:-1]]).tolist()
     for vector, start, length in zip(vectors, starts, lengths, strict=True):
         joined[start : start + length] = vector
