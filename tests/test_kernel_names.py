@@ -11,8 +11,7 @@ from vllm_twotower.models.kernel_names import name_attention, name_experts
 
 def test_start_up_says_which_kernels_the_denoiser_uses(tiny_moe, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("vllm.twotower"), "level", logging.INFO)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="vllm.twotower")
     with start_engine(tiny_moe.path):
         pass
     said = [r.getMessage() for r in caplog.records if "Denoise passes run on" in r.getMessage()]

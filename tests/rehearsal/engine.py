@@ -86,7 +86,7 @@ def make_executor(setup: Setup) -> type:
 
         def _distributed_args(self) -> tuple[str, int, int]:
             dist.init_process_group("fake", rank=setup.rank, world_size=setup.tensor_parallel_size, store=FakeStore())
-            return "env://", setup.rank, setup.rank
+            return "env://", setup.rank, 0  # each rank sees one GPU, the first
 
         def _init_executor(self) -> None:
             super()._init_executor()

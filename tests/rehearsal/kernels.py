@@ -1,4 +1,5 @@
-"""The Triton kernels that rehearsed steps launch, compiled for GPUs at the very specialisations of these launches.
+"""This package's Triton kernels that rehearsed steps launch, compiled for GPUs at the very specialisations of these
+launches.
 
 Triton's own binder says what it would specialise a kernel on: types, constants, numbers that are 1 or that 16 divides,
 addresses that 16 divides. An address is not known here; that of a tensor's memory is taken to be aligned, as those of
@@ -48,7 +49,7 @@ def find_kinds(launches: Iterable[Launch]) -> dict[str, list[Launch]]:
     """By kernel, one launch of each specialisation."""
     kinds: dict[str, dict[str, Launch]] = collections.defaultdict(dict)
     for launch in launches:
-        if launch.source == "triton":
+        if launch.source == "triton" and launch.kernel.fn.__module__.startswith(OURS):
             made, _ = specialise(launch, 90)
             key = str((made.signature, made.constants, made.attrs, launch.options))
             kinds[launch.name].setdefault(key, launch)
@@ -60,26 +61,20 @@ def compile_kernels(launches: Iterable[Launch], architectures: Iterable[int] = A
     architectures = list(architectures)
     found: dict[str, Any] = {}
     for name, kinds in find_kinds(launches).items():
-        ours = kinds[0].kernel.fn.__module__.startswith(OURS)
-        found[name] = {"specialisations": len(kinds), "ours": ours}
+        found[name] = {"specialisations": len(kinds)}
         for architecture in architectures:
-            said = sorted({compile_kernel(launch, architecture, ours) for launch in kinds})
+            said = sorted({compile_kernel(launch, architecture) for launch in kinds})
             found[name][f"sm_{architecture}"] = ", ".join(said)
     return found
 
 
-def compile_kernel(launch: Launch, architecture: int, ours: bool) -> str:
-    """``compiles``, or what is wrong; of our kernels also whether registers are spilled."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
+def compile_kernel(launch: Launch, architecture: int) -> str:
+    """``compiles``, or what is wrong."""
     from benchmarks.compile_ops import measure
 
     made, options = specialise(launch, architecture)
     try:
-        if not ours:
-            triton.compile(made, target=GPUTarget("cuda", architecture, 32), options=options)
-        elif spilled := measure(made, options, architecture).spilled_bytes:
+        if spilled := measure(made, options, architecture).spilled_bytes:
             return f"spills {spilled} B"
     except Exception as problem:  # of any kind: Triton's, LLVM's, ptxas's
         return f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}"

@@ -115,6 +115,9 @@ STEPS = {
 }
 """By mode, what its steps are called."""
 
+WITHOUT_CONTEXT = ("mask_diffusion", "mock_ar")
+"""Modes of a rank without the context tower: tokens of AR rows would come from another rank, and none comes here."""
+
 
 def rehearse(core: Any, device: Device, num_rows: int) -> tuple[list[RehearsedStep], Watch]:
     """Every kind of step, on an engine that has started."""
@@ -123,7 +126,10 @@ def rehearse(core: Any, device: Device, num_rows: int) -> tuple[list[RehearsedSt
     core.scheduler.draft_policy = AlwaysDraft()
     watch = Watch(core, device)
     steps: list[RehearsedStep] = []
+    holds_context = find_model(core.model_executor).holds_context
     for mode, names in STEPS.items():
+        if not holds_context and mode not in WITHOUT_CONTEXT:
+            continue
         add_requests(core, num_rows, mode, temperature=0.0)
         steps += take_steps(core, watch, names)
         end_requests(core)
