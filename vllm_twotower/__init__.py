@@ -10,7 +10,7 @@ from vllm_twotower.core import Mode, StepKind
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Mode", "StepKind", "diffusion_params", "diffusion_stats", "register"]
 
 
