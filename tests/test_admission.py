@@ -201,6 +201,8 @@ def test_a_server_may_decode_in_another_mode_what_it_would_refuse():
         check_beam_search({}, make_config(diffusion))
         with pytest.raises(ValueError, match="beam search cannot be honoured in mock_ar"):
             check_beam_search({"diffusion_mode": "mock_ar"}, make_config(diffusion))
+        with pytest.raises(ValueError, match="diffusion_max_steps=0 is not allowed"):
+            check_beam_search({"diffusion_max_steps": 0}, make_config(diffusion))
     with pytest.raises(ValueError, match="unsupported='drop' is not allowed: use one of refuse, self_speculation, ar"):
         EngineOptions(unsupported="drop")
 

@@ -7,16 +7,14 @@ import argparse
 import os
 import pathlib
 import subprocess
-import sys
 import tempfile
-import venv
 
 from tests.harness.server import vllm_server
+from tools import make_readme
+from tools.environments import make_environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-DEMO = "vllm_twotower/assets/demo"
 PACKAGES = ["openai", "anthropic", "litellm", "langchain-openai"]
-OPTIONS = ["--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
 
 
 def prepare_python() -> pathlib.Path:
@@ -24,9 +22,7 @@ def prepare_python() -> pathlib.Path:
     target = ROOT / ".venv" / "clients"
     python = target / "bin" / "python"
     if not (target / "done").exists():
-        venv.create(target, clear=True, symlinks=True)
-        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
-        subprocess.run([*pip, *PACKAGES], check=True)
+        make_environment(target, PACKAGES, sees_ours=False)
         (target / "done").touch()
     return python
 
@@ -42,8 +38,9 @@ def main() -> None:
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     failed = []
     with tempfile.TemporaryDirectory() as folder:
-        diffusion = ["--diffusion", f'{{"mode": "{args.mode}"}}']
-        with vllm_server(DEMO, *OPTIONS, *diffusion, log=pathlib.Path(folder) / "log", cwd=ROOT) as url:
+        served = make_readme.serve_arguments((ROOT / "README.md").read_text(encoding="utf-8"))
+        served.insert(served.index("--diffusion") + 1, f'{{"mode": "{args.mode}"}}')
+        with vllm_server(*served, log=pathlib.Path(folder) / "log", cwd=ROOT) as url:
             for client in clients:
                 print(f"\n{client.name}", flush=True)
                 if subprocess.run([python, client, url], env=env, check=False, timeout=120).returncode:

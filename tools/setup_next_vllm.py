@@ -10,14 +10,12 @@ its own.
 
 import argparse
 import pathlib
-import subprocess
-import sys
 import sysconfig
 import tempfile
-import venv
 import zipfile
 
 from tools.check_vllm_names import download
+from tools.environments import make_environment
 from tools.setup_env import write_metadata
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -41,18 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheel", type=pathlib.Path, help="an already downloaded one")
     args = parser.parse_args()
-    venv.create(TARGET, clear=True, symlinks=True)
-    script = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-    python = TARGET / "bin" / "python"
-    printed = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout
-    packages = pathlib.Path(printed.strip())
+    python, packages = make_environment(TARGET, NEW_REQUIREMENTS, sees_ours=True)
     with tempfile.TemporaryDirectory() as folder:
         lay_over(args.wheel or download(NEXT_VLLM, folder), packages)
     write_metadata(packages, NEXT_VLLM + "+cpu")
-    # as a site folder, so that what is installed there by a link is found too
-    (packages / "behind.pth").write_text(f"import site; site.addsitedir({sysconfig.get_paths()['purelib']!r})\n")
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
-    subprocess.run([*pip, *NEW_REQUIREMENTS], check=True)
     (TARGET / "bin" / "vllm").write_text(
         f"#!{python}\nimport sys\nfrom vllm.entrypoints.cli.main import main\n\n"
         # the engine's process imports this file again

@@ -83,6 +83,10 @@ class EngineOptions:
                 _refusal(where, "tower_placement", self.tower_placement, f"one of {', '.join(PLACEMENTS)}")
             )
 
+    def allows_another_mode(self, extra_args: Mapping[str, Any] | None) -> bool:
+        """Whether a request that its mode cannot honour is decoded in ``unsupported``: not if it names its mode."""
+        return self.unsupported != REFUSE and f"{REQUEST_PREFIX}mode" not in (extra_args or {})
+
     def is_split(self, tensor_parallel_size: int, hf_config: Any) -> bool:
         """Whether the towers live on different ranks of a tensor-parallel group of this size."""
         if self.tower_placement == "auto":
@@ -153,11 +157,6 @@ class RequestOptions:
             return 1
         room = max_model_len - num_computed - (1 if self.mode is Mode.SELF_SPECULATION else 0)
         return min(self.canvas_length, room)
-
-    @classmethod
-    def is_another_mode_allowed(cls, extra_args: Mapping[str, Any] | None, engine: EngineOptions) -> bool:
-        """Whether a request that its mode cannot honour is decoded in ``engine.unsupported``: not if it names one."""
-        return engine.unsupported != REFUSE and f"{REQUEST_PREFIX}mode" not in (extra_args or {})
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None, engine: EngineOptions) -> "RequestOptions":

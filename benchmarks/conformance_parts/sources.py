@@ -3,13 +3,10 @@
 import io
 import pathlib
 import re
-import subprocess
-import sys
-import sysconfig
 import tarfile
-import venv
 
 from benchmarks.paths import DEMO, ROOT
+from tools.environments import make_environment
 
 MODEL = "demo-model"
 """What the demo model is called there: a link beside the tests, so that servers, tokenizers and tests agree."""
@@ -93,12 +90,6 @@ def prepare_python(folder: pathlib.Path) -> pathlib.Path:
     python = target / "bin" / "python"
     done = target / "done"
     if not done.exists():
-        venv.create(target, clear=True, symlinks=True)
-        script = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-        packages = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
-        behind = f"import site; site.addsitedir({sysconfig.get_paths()['purelib']!r})\n"
-        (pathlib.Path(packages) / "behind.pth").write_text(behind)
-        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
-        subprocess.run([*pip, *REQUIREMENTS], check=True)
+        make_environment(target, REQUIREMENTS, sees_ours=True)
         done.touch()
     return python

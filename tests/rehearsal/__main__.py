@@ -94,7 +94,7 @@ def rehearse(setup: engine.Setup, device: devices.Device, num_rows: int, compile
         if num_rows:
             steps, watch = passes.rehearse(core, device, num_rows)
             found["steps"] = {step.name: report.describe_step(step, watch) for step in steps}
-    if compiles:
+    if num_rows and compiles:
         launches = [launch for step in steps for launch in step.record.launches]
         return {"vllm": vllm.__version__, "triton": triton.__version__, "kernels": kernels.compile_kernels(launches)}
     return found

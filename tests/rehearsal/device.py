@@ -83,7 +83,6 @@ class Launch:
     """Tensors among the arguments that are not on the device."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of a Triton kernel, what its compiler is told."""
-    grid: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,6 @@ class Transfer:
     """Data that goes between host and device."""
 
     to_device: bool
-    shape: tuple[int, ...]
-    dtype: str
     blocking: bool
     where: str
     """The innermost line of this project's, or else of vLLM's."""
@@ -105,11 +102,6 @@ class Record:
     launches: list[Launch] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
     scope: str = ""
-
-    @property
-    def reads(self) -> list[Transfer]:
-        """The transfers for which the host waits."""
-        return [t for t in self.transfers if not t.to_device and t.blocking]
 
 
 class Device(TorchDispatchMode):
@@ -154,7 +146,7 @@ class Device(TorchDispatchMode):
             with self:
                 return inside(*args, **kwargs)
         if name == "_local_scalar_dense":
-            self._note(False, tensors[0], True)
+            self._note(False, True)
             return 0 if not tensors[0].dtype.is_floating_point else 0.0
         if name in COPIES and (result := self._copy(name, func, args, kwargs, tensors)) is not NotImplemented:
             return result
@@ -167,7 +159,7 @@ class Device(TorchDispatchMode):
         with self.fake:
             out = func(*args, **kwargs)
         if name == "nonzero":
-            self._note(False, tensors[0], True)
+            self._note(False, True)
         self._note_launch(func, name, tensors)
         return out
 
@@ -180,7 +172,7 @@ class Device(TorchDispatchMode):
             blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
             to_device = target.device.type == "cuda"
             self.forget([target])
-            self._note(to_device, source, blocking)
+            self._note(to_device, blocking)
             if not to_device and (known := self._sent.get(source)) is not None:
                 target.copy_(known)
             return target
@@ -191,7 +183,7 @@ class Device(TorchDispatchMode):
         if torch.device(to).type == "meta":
             return torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device="meta")
         to_device, blocking = torch.device(to).type == "cuda", not kwargs.get("non_blocking", False)
-        self._note(to_device, source, blocking)
+        self._note(to_device, blocking)
         dtype = kwargs.get("dtype") or source.dtype
         if to_device:
             with self.fake:
@@ -211,10 +203,9 @@ class Device(TorchDispatchMode):
         for tensor in tensors:
             self._sent.pop(tensor, None)
 
-    def _note(self, to_device: bool, tensor: torch.Tensor, blocking: bool) -> None:
+    def _note(self, to_device: bool, blocking: bool) -> None:
         if self.record is not None:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            self.record.transfers.append(Transfer(to_device, tuple(tensor.shape), kind, blocking, find_line()))
+            self.record.transfers.append(Transfer(to_device, blocking, find_line()))
 
     def _note_launch(self, func: Any, name: str, tensors: list[torch.Tensor]) -> None:
         if self.record is None or name in MAKES_NO_KERNEL:
@@ -275,12 +266,8 @@ def note_triton_launches(device: Device) -> None:
             for name, x in arguments.items()
             if isinstance(x, torch.Tensor) and x.device.type != "cuda"
         ]
-        if callable(grid):
-            grid = grid({**options, **arguments})
         scope = device.record.scope
-        device.record.launches.append(
-            Launch("triton", self.fn.__name__, scope, arguments, self, tuple(off), options, tuple(grid))
-        )
+        device.record.launches.append(Launch("triton", self.fn.__name__, scope, arguments, self, tuple(off), options))
 
     JITFunction.run = run
     Autotuner.run = take_first

@@ -26,7 +26,6 @@ class Setup:
     rank: int = 0
     placement: str = "colocated"
     quantization: str | None = None
-    diffusion: bool = True
 
     @property
     def title(self) -> str:
@@ -38,7 +37,7 @@ class Setup:
         return " ".join(parts)
 
 
-def make_config(setup: Setup, **engine: Any) -> Any:
+def make_config(setup: Setup) -> Any:
     """vLLM's configuration of an engine for the model, as ``vllm serve --diffusion`` makes it."""
     import vllm.plugins
     from vllm.engine.arg_utils import EngineArgs
@@ -47,15 +46,13 @@ def make_config(setup: Setup, **engine: Any) -> Any:
     folder = tempfile.mkdtemp()
     shutil.copy(CONFIG, f"{folder}/config.json")
     vllm.plugins.load_general_plugins()
-    options: dict[str, Any] = {"diffusion": {"tower_placement": setup.placement}} if setup.diffusion else {}
     args = EngineArgs(
         model=folder,
         skip_tokenizer_init=True,
         load_format="dummy",
-        additional_config=options,
+        additional_config={"diffusion": {"tower_placement": setup.placement}},
         tensor_parallel_size=setup.tensor_parallel_size,
         quantization=setup.quantization,
-        **engine,
     )
     return args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 

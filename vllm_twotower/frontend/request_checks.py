@@ -28,9 +28,6 @@ MAX_STOP_TOKENS_WITH_MIN_TOKENS = 128
 """The same for stop token ids, the model's own included, together with min_tokens."""
 SEED_LIMIT = 2**63
 
-DENOISED = (Mode.MASK_DIFFUSION, Mode.MOCK_AR)
-"""Modes whose tokens the denoiser chooses."""
-
 MIN_MOCK_AR_PROMPT = 2
 """The denoiser needs a last token and a context before it."""
 
@@ -51,10 +48,10 @@ def check_params(params: "SamplingParams", vllm_config: "VllmConfig") -> None:
                 'additional_config={"diffusion": true}'
             )
         return
-    mode = RequestOptions.from_extra_args(extra, options).mode
-    if mode in DENOISED:
-        if not RequestOptions.is_another_mode_allowed(extra, options):
-            _refuse_unsupported(params, mode)
+    request = RequestOptions.from_extra_args(extra, options)
+    if not request.is_sampled:
+        if not options.allows_another_mode(extra):
+            _refuse_unsupported(params, request.mode)
         _check_allowed_token_ids(params, mask_token_id_of(vllm_config.model_config.hf_config))
 
 
@@ -66,12 +63,12 @@ def check_beam_search(extra_args: Any, vllm_config: "VllmConfig") -> None:
 
     """
     options = _read_options(vllm_config)
-    if options is None or RequestOptions.is_another_mode_allowed(extra_args, options):
+    if options is None:
         return
-    mode = RequestOptions.from_extra_args(extra_args, options).mode
-    if mode in DENOISED:
+    request = RequestOptions.from_extra_args(extra_args, options)
+    if not request.is_sampled and not options.allows_another_mode(extra_args):
         raise ValueError(
-            f"beam search cannot be honoured in {mode}: leave it out, or send diffusion_mode='ar' in "
+            f"beam search cannot be honoured in {request.mode}: leave it out, or send diffusion_mode='ar' in "
             "vllm_xargs (offline, load the model without diffusion)"
         )
 
@@ -141,8 +138,9 @@ def check_request(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> No
     _check_encoding(request)
     options = _read_options(vllm_config)
     if options is not None:
-        mode = RequestOptions.from_extra_args(params.extra_args, options).mode
-        if mode in DENOISED and _find_unsupported(params, mode) is not None:
+        own = RequestOptions.from_extra_args(params.extra_args, options)
+        mode = own.mode
+        if not own.is_sampled and _find_unsupported(params, mode) is not None:
             # check_params let it pass
             params.extra_args = {**(params.extra_args or {}), f"{REQUEST_PREFIX}mode": options.unsupported}
             mode = Mode(options.unsupported)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from vllm_twotower.ops.checks import check_unit_strides
 from vllm_twotower.ops.launch import launch
+from vllm_twotower.ops.seeded_scan.kernel import times_sigmoid
 
 MAX_WIDTH = 16_384
 """Most elements of a group that 8 warps hold in registers."""
@@ -38,8 +39,7 @@ def _gated_norm(
     x = tl.load(x_ptr + token * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + token * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    decayed = tl.exp(-tl.abs(gate))  # of the absolute value: cannot overflow
-    x = x * gate * tl.where(gate >= 0, 1.0, decayed) / (1.0 + decayed)
+    x = times_sigmoid(x * gate, gate)
     x = x * tl.rsqrt(tl.sum(x * x, 0) / width + eps)
     row = out_ptr + token * width * tl.num_programs(1)
     tl.store(row + column, (x * weight).to(out_ptr.dtype.element_ty), mask=inside)

@@ -37,6 +37,13 @@ PRECISION = "tf32x3"
 
 
 @triton.jit
+def times_sigmoid(value, x):
+    """value / (1 + exp(-x)), which is silu(x) where they are the same."""
+    decayed = tl.exp(-tl.abs(x))  # of the absolute value: cannot overflow
+    return value * tl.where(x >= 0, 1.0, decayed) / (1.0 + decayed)
+
+
+@triton.jit
 def _seeded_conv(
     # inputs, filters, bias or None, cached inputs, int64 slots
     x_ptr,
@@ -79,8 +86,7 @@ def _seeded_conv(
     if bias_ptr is not None:
         total += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(dtype).to(tl.float32)[None, :]
     total = total.to(dtype).to(tl.float32)  # the reference rounds between convolution and SiLU
-    decayed = tl.exp(-tl.abs(total))  # of the absolute value: cannot overflow
-    silu = total * tl.where(total >= 0, 1.0, decayed) / (1.0 + decayed)
+    silu = times_sigmoid(total, total)
     tl.store(out_ptr + (row * width + position) * channels + channel[None, :], silu, mask=inside_tile)
 
 
