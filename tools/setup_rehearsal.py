@@ -5,7 +5,7 @@
 One folder for each supported vLLM, put before the packages of ``.venv`` by ``PYTHONPATH``: the wheel's Python files,
 and, in place of its compiled libraries, which no machine without CUDA can load, the declarations of their operators:
 names, arguments and results, as they stand in the libraries. Beside it the Python of the FlashInfer that this vLLM
-wants, without the sources of its kernels. 370 MB a version; the wheels, 400 MB, are fetched and not kept.
+wants, without the sources of its kernels. 275 MB a version; the wheels, 400 MB, are fetched and not kept.
 """
 
 import argparse
