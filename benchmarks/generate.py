@@ -1,10 +1,14 @@
-"""The engine against its two yardsticks on one workload, in one process: ``python -m benchmarks.run generate``.
+"""The engine against its two yardsticks on one workload, side by side: ``python -m benchmarks.run generate``.
 
 ``mask_diffusion`` and ``self_speculation`` are the engine with diffusion, ``ar`` vLLM's own decoding of the context
 tower alone, ``reference`` plain-torch mask diffusion, one request after the other. All in fp32, greedy, to the end of
 sequence, with the same number of threads, on the same held-out prompts: questions, or beginnings of texts to be
 continued, where the demo model is rarely sure and takes some fifteen passes per canvas. ``mask_diffusion`` must write
 what ``reference`` writes and ``self_speculation`` what ``ar`` writes, else there is no figure.
+
+All engines live in one process and take turns, one step each, always the one that has used the least time so far. So
+a slow second of a shared machine is every engine's; run one after the other, two engines with equal work have been
+seen to differ by a third. Each has a clock of its own, which stands while another one works.
 """
 
 import contextlib
@@ -43,12 +47,31 @@ BEGINNING = 60
 """Characters of a text that is to be continued."""
 
 
+class OwnClock:
+    """Seconds that one of several engines has worked; it stands while it is that of nobody's turn."""
+
+    def __init__(self) -> None:
+        self._before, self._since = 0.0, None
+
+    def read(self) -> float:
+        return self._before + (0.0 if self._since is None else read_clock() - self._since)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Our turn."""
+        self._since = read_clock()
+        try:
+            yield
+        finally:
+            self._before, self._since = self.read(), None
+
+
 @dataclass
 class Timing:
     """One workload on one engine. Seconds."""
 
+    clock: OwnClock = field(default_factory=OwnClock)
     outputs: list[list[int]] = field(default_factory=list)
-    total: float = 0.0
     first_token: list[float] = field(default_factory=list)
     between_arrivals: list[float] = field(default_factory=list)
     """Gaps between the arrivals of one request's tokens: of canvases, in AR of single tokens."""
@@ -61,21 +84,21 @@ class Timing:
     errors: int = 0
 
     def row(self, engine: str, batch: int) -> dict[str, Any]:
-        tokens = sum(len(o) for o in self.outputs)
-        host = self.total - self.context - self.denoiser
+        tokens, total = sum(len(o) for o in self.outputs), self.clock.read()
+        host = total - self.context - self.denoiser
         per_canvas = 1e3 / self.canvases if self.canvases else None
         return {
             "engine": engine,
             "batch": batch,
             "requests": len(self.outputs),
             "tokens": tokens,
-            "tokens_per_s": round(tokens / self.total, 1),
+            "tokens_per_s": round(tokens / total, 1),
             "tokens_per_forward": round(tokens / (self.denoise_passes + self.context_passes), 2),
             "ttft_ms_p50": round(1e3 * statistics.median(self.first_token), 1),
             "gap_ms_p50": round(1e3 * statistics.median(self.between_arrivals or [0.0]), 1),
-            "context_share": round(self.context / self.total, 3),
-            "denoiser_share": round(self.denoiser / self.total, 3),
-            "host_share": round(host / self.total, 3),
+            "context_share": round(self.context / total, 3),
+            "denoiser_share": round(self.denoiser / total, 3),
+            "host_share": round(host / total, 3),
             "towers_ms_per_canvas": per_canvas and round((self.context + self.denoiser) * per_canvas, 1),
             "host_ms_per_canvas": per_canvas and round(host * per_canvas, 1),
             "errors": self.errors,
@@ -125,18 +148,17 @@ class EngineRun:
             for name in ("forward", "logits"):
                 timed(network.denoiser, name, lambda s: setattr(self.timing, "denoiser", self.timing.denoiser + s))
 
-    def run(self, prompts: Sequence[str], batch: int) -> Timing:
-        """``batch`` requests at a time, the next one as soon as one ends; stepped by hand to see when tokens arrive."""
+    def steps(self, prompts: Sequence[str], batch: int, timing: Timing) -> Iterator[None]:
+        """``batch`` requests at a time, the next one as soon as one ends; a turn is an engine's step."""
         from vllm import SamplingParams
 
         from vllm_twotower import diffusion_stats
 
-        engine, timing = self.llm.llm_engine, Timing()
+        engine, now = self.llm.llm_engine, timing.clock.read
         self.timing = timing
         params = SamplingParams(temperature=0.0, max_tokens=self.max_tokens)
         if self.diffusion:
             diffusion_stats(self.llm, reset=True)
-        started = read_clock()
         queue = iter(enumerate(prompts))
         last_seen: dict[str, float] = {}
         outputs: dict[str, list[int]] = {}
@@ -144,7 +166,7 @@ class EngineRun:
         def send(count: int) -> None:
             for index, prompt in itertools.islice(queue, count):
                 engine.add_request(str(index), prompt, params.clone())
-                last_seen[str(index)] = read_clock()
+                last_seen[str(index)] = now()
 
         send(batch)
         while engine.has_unfinished_requests():
@@ -152,11 +174,11 @@ class EngineRun:
                 tokens = list(output.outputs[0].token_ids)
                 if len(tokens) > len(outputs.get(output.request_id, [])):
                     gaps = timing.between_arrivals if output.request_id in outputs else timing.first_token
-                    gaps.append(read_clock() - last_seen[output.request_id])
-                    last_seen[output.request_id], outputs[output.request_id] = read_clock(), tokens
+                    gaps.append(now() - last_seen[output.request_id])
+                    last_seen[output.request_id], outputs[output.request_id] = now(), tokens
                 timing.errors += output.outputs[0].finish_reason not in (None, "stop", "length")
                 send(int(output.finished))
-        timing.total = read_clock() - started
+            yield
         timing.outputs = [outputs[str(i)] for i in range(len(prompts))]
         if self.diffusion:
             stats = diffusion_stats(self.llm)
@@ -165,7 +187,6 @@ class EngineRun:
             timing.canvases = stats["canvases"]
         else:
             timing.context_passes = sum(len(o) - 1 for o in timing.outputs)
-        return timing
 
 
 class ReferenceRun:
@@ -180,16 +201,14 @@ class ReferenceRun:
         self.tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         self.eos, self.max_tokens = json.loads((model / "config.json").read_text())["eos_token_id"], max_tokens
 
-    @torch.inference_mode()
-    def run(self, prompts: Sequence[str], batch: int) -> Timing:
+    def steps(self, prompts: Sequence[str], batch: int, timing: Timing) -> Iterator[None]:
+        """A turn is a request."""
         assert batch == 1
-        timing = Timing()
-        started = read_clock()
         for prompt in prompts:
             self._one(self.tokenizer.encode(prompt).ids, timing)
-        timing.total = read_clock() - started
-        return timing
+            yield
 
+    @torch.inference_mode()
     def _one(self, prompt: list[int], timing: Timing) -> None:
         from vllm_twotower.oracle.plain_towers import ContextCache
         from vllm_twotower.oracle.reference import MaskDiffusion, generate_mask_diffusion
@@ -244,20 +263,35 @@ def started(engine: str, args: Any) -> Iterator[EngineRun | ReferenceRun]:
         yield EngineRun(llm, diffusion is not None, args.max_tokens)
 
 
+def run_in_turns(runs: dict[str, EngineRun | ReferenceRun], prompts: Sequence[str], batch: int) -> dict[str, Timing]:
+    """One workload on every engine; the next turn is always that of the engine which has worked least."""
+    timings = {engine: Timing() for engine in runs}
+    left = {engine: run.steps(prompts, batch, timings[engine]) for engine, run in runs.items()}
+    while left:
+        engine = min(left, key=lambda one: timings[one].clock.read())
+        with timings[engine].clock.running():
+            try:
+                next(left[engine])
+            except StopIteration:
+                del left[engine]
+    return timings
+
+
 def measure(args: Any) -> list[dict[str, Any]]:
     """Every engine at every batch; the reference, which has no batches, once."""
-    rows, written, threads = [], {}, None
+    rows, written = [], {}
     prompts = WORKLOADS[args.workload](args.requests)
-    for engine in args.engine:
-        with started(engine, args) as run:
-            torch.set_num_threads(args.threads)
-            threads = torch.get_num_threads()
-            for batch in [1] if engine == "reference" else args.batches:
-                run.run(prompts, batch)  # untimed: oneDNN compiles a product for every new number of tokens
-                timing = run.run(prompts, batch)
+    with contextlib.ExitStack() as engines:
+        runs = {engine: engines.enter_context(started(engine, args)) for engine in args.engine}
+        torch.set_num_threads(args.threads)
+        for batch in args.batches:
+            batched = {engine: run for engine, run in runs.items() if batch == 1 or engine != "reference"}
+            run_in_turns(batched, prompts, batch)  # untimed: oneDNN compiles a product for every new number of tokens
+            for engine, timing in run_in_turns(batched, prompts, batch).items():
                 written[engine, batch] = timing.outputs
-                rows.append({**timing.row(engine, batch), "threads": threads})
+                rows.append({**timing.row(engine, batch), "threads": torch.get_num_threads()})
                 print("| " + " | ".join(str(v) for v in rows[-1].values()) + " |", flush=True)
+    rows.sort(key=lambda row: args.engine.index(row["engine"]))
     require_same(written)
     return rows
 

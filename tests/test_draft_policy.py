@@ -7,6 +7,7 @@ import pytest
 
 from vllm_twotower.runtime.draft_policy import (
     FIRST_CREDIT,
+    LOOK_AGAIN,
     MAX_AGE,
     MAX_LOSS,
     MIN_LOSS,
@@ -215,3 +216,13 @@ def test_fewer_draft_where_all_drafts_cost_twice_what_half_of_them_do():
         counts.append(len(chosen))
     assert max(counts[:3]) > 100
     assert sum(counts[100:]) / 100 < 85
+
+
+def test_who_waits_for_credit_sees_within_some_steps_that_drafts_have_become_cheap():
+    policy = DraftPolicy(memory_bound(draft=6.0))
+    while policy.choose(["a"], 1, 0):
+        policy.record_round("a", 1)
+    for _ in range(40):
+        policy.costs.record(StepClass.DRAFT, 1, 0.1)
+    answers = [bool(policy.choose(["a"], 1, 0)) for _ in range(LOOK_AGAIN + 1)]
+    assert answers == [False] * LOOK_AGAIN + [True]

@@ -63,6 +63,10 @@ FIRST_CREDIT = 8.0
 MAX_LOSS, MIN_LOSS = 1e-2, 1e-3
 """Share of the time of AR steps that drafting may lose, and what it falls to while tries fail, by half each time."""
 
+LOOK_AGAIN = 16
+"""AR steps after which costs are looked at again, where only time was missing for a draft: a look at eight requests
+takes two percent of a small model's step."""
+
 
 BUCKETS = 2
 """Of costs, for every doubling of rows: requests that fall into the bucket of others seem to draft for nothing."""
@@ -155,6 +159,25 @@ class RunningMean:
         self.value += max(least_share, 1 / self._num_rounds) * (num_tokens - self.value)
 
 
+class Question(NamedTuple):
+    """What a policy is asked."""
+
+    candidates: tuple[str, ...]
+    num_passes: int
+    num_others: int
+
+
+@dataclass
+class Wait:
+    """A question that was answered with nobody, for want of credit."""
+
+    question: Question
+    credit: float
+    """In AR steps, what would have been enough."""
+    looks_left: int = LOOK_AGAIN
+    """Answers until costs are looked at again."""
+
+
 class DraftPolicy:
     """Chooses who drafts; learns from every round.
 
@@ -171,6 +194,7 @@ class DraftPolicy:
         self._allowance = MAX_LOSS
         self._unpaid: tuple[int, int, int] | None = None  # passes, drafts and requests of the newest round
         self._num_requests = 1  # among whom it was
+        self._wait: Wait | None = None
 
     def choose(self, candidates: Sequence[str], num_passes: int, num_others: int) -> frozenset[str]:
         """Those of some requests that draft in the coming round.
@@ -182,12 +206,16 @@ class DraftPolicy:
 
         """
         self._charge_round()
+        question = Question(tuple(candidates), num_passes, num_others)
+        if self._is_still_waiting(question):
+            return frozenset()
         total = len(candidates) + num_others
         if not candidates or not self.costs.is_decode_known(total):
             return frozenset()
         ordered = sorted(candidates, key=self.expect_tokens, reverse=True)
         count = self._count_best(ordered, num_passes, total)
-        if not self._can_afford(ordered, count, num_passes, total):
+        if (needed := self._find_needed_credit(ordered, count, num_passes, total)) > self._credit:
+            self._wait = Wait(question, needed)
             return frozenset()
         if count:
             self._allowance = MAX_LOSS
@@ -212,12 +240,21 @@ class DraftPolicy:
                 best, best_rate = count, rate
         return best
 
-    def _can_afford(self, ordered: list[str], count: int, num_passes: int, total: int) -> bool:
-        """Whether a round that seems to pay is not forbidden by debt, or one that does not is paid for in advance."""
+    def _is_still_waiting(self, question: Question) -> bool:
+        """Whether the last answer was nobody, and is again: the same was asked, and nothing but time has passed."""
+        wait = self._wait
+        if wait is None or wait.question != question or self._credit >= wait.credit or not wait.looks_left:
+            self._wait = None
+            return False
+        wait.looks_left -= 1
+        return True
+
+    def _find_needed_credit(self, ordered: list[str], count: int, num_passes: int, total: int) -> float:
+        """For a round that seems to pay, no debt; for one that does not, what it would lose."""
         gained = sum(self.expect_tokens(req_id) - 1 for req_id in ordered)
         loss = self._price_round(num_passes, len(ordered), total) - 1 - gained / total
         self._credit = min(self._credit, max(FIRST_CREDIT, loss))
-        return self._credit >= (0 if count else loss)
+        return 0 if count else loss
 
     def _price_round(self, num_passes: int, count: int, total: int) -> float:
         """Time of a round, in AR steps."""
@@ -242,6 +279,7 @@ class DraftPolicy:
         self._tokens[req_id].record(num_tokens, NEWEST_SHARE)
         self._of_all.record(num_tokens, NEWEST_SHARE / len(self._tokens))
         self._credit += (num_tokens - 1) / self._num_requests
+        self._wait = None
 
     def expect_tokens(self, req_id: str) -> float:
         """Tokens of the request's next round: its own running mean, a newcomer's that of all."""

@@ -104,12 +104,14 @@ class TwoTowerModelState(MambaHybridModelState):
         options = [self.request_options.get(req_id) for req_id in batch.req_ids]
         # prefill_len is the request's length here: it grows with every emission
         slots, widths = batch.idx_mapping_np[:num_reqs].tolist(), batch.num_scheduled_tokens[:num_reqs].tolist()
+        lengths = batch.prefill_len_np[:num_reqs].tolist()
         denoised = []
-        for row, (one, computed) in enumerate(zip(options, computed_np.tolist(), strict=True)):
-            length = int(batch.prefill_len_np[row])
+        for one, slot, width, computed, length in zip(
+            options, slots, widths, computed_np.tolist(), lengths, strict=True
+        ):
             if one is not None and one.mode is Mode.SELF_SPECULATION:
-                is_canvas = computed >= length and widths[row] > 1
-                denoised.append(is_canvas and not self.canvases.has_draft(slots[row]))
+                is_canvas = width > 1 and computed >= length
+                denoised.append(is_canvas and not self.canvases.has_draft(slot))
             else:
                 denoised.append(one is not None and one.is_denoisable(computed, length))
         assert all(denoised) or not any(denoised), "an engine step runs one tower"

@@ -89,7 +89,8 @@ class CanvasSampler:
         if not all(emits_nothing):
             output = self.sample_ar_rows(step, logits, batch)
             if output.num_nans is None:
-                output.num_nans = logits.isnan().sum(dim=-1, dtype=torch.int32)
+                # whether, not how many: a maximum hands a NaN on, and needs no second tensor of the logits' size
+                output.num_nans = logits.amax(dim=-1).isnan().to(torch.int32)
             if step.verify is not None:
                 output = accept_drafts(output, step.verify, batch)
                 hint_VS = self.find_hints(logits, output, step.verify, batch)
@@ -117,8 +118,10 @@ class CanvasSampler:
         return find_hints(logits, accepted, verify, batch, self.canvases.mask_token_id)
 
     def _count_context_step(self, step: Step, is_diffusion: list[bool]) -> None:
-        prompt_len_np = self.base.req_states.prompt_len.np[step.slots]
-        num_commits = int(np.count_nonzero(np.array(is_diffusion) & (step.computed_np >= prompt_len_np)))
+        num_commits = 0
+        if any(is_diffusion):
+            prompt_len_np = self.base.req_states.prompt_len.np[step.slots]
+            num_commits = int(np.count_nonzero(np.array(is_diffusion) & (step.computed_np >= prompt_len_np)))
         self.stats.count_context_step(len(step.req_ids), num_commits)
 
     def _report_canvases(self, step: Step) -> SamplerOutput:

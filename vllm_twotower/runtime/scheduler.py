@@ -10,6 +10,7 @@ noisy is ever hashed.
 """
 
 import logging
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -26,6 +27,18 @@ from vllm_twotower.runtime.stat_loggers import StepCounts
 from vllm_twotower.runtime.step import ScheduledStep
 
 logger = logging.getLogger("vllm.twotower")
+
+
+@dataclass(kw_only=True)
+class RunningRequests:
+    """Those that run, by what is next for them."""
+
+    canvases: list[Request] = field(default_factory=list)
+    """A denoise step."""
+    commits: list[Request] = field(default_factory=list)
+    """A context step that ends a canvas: its commit, or a draft's verification."""
+    others: list[Request] = field(default_factory=list)
+    """A context step for a prompt or an AR row."""
 
 
 class BlockCommitScheduler(Scheduler):
@@ -70,11 +83,11 @@ class BlockCommitScheduler(Scheduler):
         """Schedule one step of one kind; a context step that finds nothing to do becomes a denoise step in the same
         call."""
         self._decide_who_drafts()
-        denoisable = [r for r in self.running if self._is_denoisable(r)]
-        kind = self.step_policy.choose_kind(self._runnable_rows())
+        rows = self._sort_running()
+        kind = self.step_policy.choose_kind(self._count_runnable(rows))
         if kind is StepKind.CONTEXT:
-            output = self._schedule_context(denoisable, args, kwargs)
-            if denoisable and not output.total_num_scheduled_tokens:
+            output = self._schedule_context(rows, args, kwargs)
+            if rows.canvases and not output.total_num_scheduled_tokens:
                 # Nothing was admissible (no KV blocks, a grammar still compiling). Denoise instead of spinning, and let
                 # that step carry what the empty one had to tell the workers.
                 self.finished_req_ids |= output.finished_req_ids
@@ -87,18 +100,25 @@ class BlockCommitScheduler(Scheduler):
         self._time_step()
         return output
 
-    def _runnable_rows(self) -> RunnableRows:
-        commits = canvases = context_only = 0
+    def _sort_running(self) -> RunningRequests:
+        rows = RunningRequests()
         for request in self.running:
             if self._is_denoisable(request):
-                canvases += 1
+                rows.canvases.append(request)
             elif self._is_commit(request):
-                commits += 1
+                rows.commits.append(request)
             else:
-                context_only += 1
+                rows.others.append(request)
+        return rows
+
+    def _count_runnable(self, rows: RunningRequests) -> RunnableRows:
         somebody_waits = bool(self.waiting or self.kv_holding_waiting) and not self._queue_is_stuck
-        admissible = somebody_waits and len(self.running) < self.max_num_active_reqs
-        return RunnableRows(commits=commits, canvases=canvases, context_only=context_only, admissible=admissible)
+        return RunnableRows(
+            commits=len(rows.commits),
+            canvases=len(rows.canvases),
+            context_only=len(rows.others),
+            admissible=somebody_waits and len(self.running) < self.max_num_active_reqs,
+        )
 
     def _is_commit(self, request: Request) -> bool:
         """Whether a context step ends a canvas: one that is finished is all there is to compute (no prompt, and not all
@@ -129,12 +149,13 @@ class BlockCommitScheduler(Scheduler):
             and request.num_tokens > self._prefill_len.get(request.request_id, request.num_prompt_tokens)
             and request.request_id not in self._drafted
             and not request.use_structured_output
-            and compat.can_report_passes()  # else nobody says when a draft is done
             and self._canvas_width(request) > 1
         )
 
     def _decide_who_drafts(self) -> None:
         """Ask the policy about those who have come to where a draft is possible since it was last asked."""
+        if not compat.can_report_passes():  # nobody would say when a draft is done
+            return
         undecided = [r for r in self.running if r.request_id not in self._drafts_next and self._can_draft(r)]
         if not undecided:
             return
@@ -162,13 +183,13 @@ class BlockCommitScheduler(Scheduler):
             self._request_options[request.request_id] = options
         return options
 
-    def _schedule_context(self, hidden: list[Request], args: Any, kwargs: Any) -> SchedulerOutput:
+    def _schedule_context(self, rows: RunningRequests, args: Any, kwargs: Any) -> SchedulerOutput:
         """Commits, prompts and AR rows. Commits that the budget does not hold take turns, the longest finished first;
         where they left nothing for somebody else, they step aside once."""
         self._denoising = frozenset()
-        commits = [r for r in self.running if not self._is_denoisable(r) and self._is_commit(r)]
-        prompts = [r for r in self.running if not self._is_commit(r) and self._is_prompt(r)]
-        hidden = [*hidden, *(commits if self._commits_step_aside else self._late_commits(commits))]
+        commits = rows.commits
+        prompts = [r for r in rows.others if self._is_prompt(r)]
+        hidden = [*rows.canvases, *(commits if self._commits_step_aside else self._late_commits(commits))]
         for request in commits:
             if request not in hidden and request.request_id in self._drafted:
                 # as for a canvas: upstream allocates slots for draft tokens, and these stay in the worker
