@@ -224,5 +224,14 @@ def test_who_waits_for_credit_sees_within_some_steps_that_drafts_have_become_che
         policy.record_round("a", 1)
     for _ in range(40):
         policy.costs.record(StepClass.DRAFT, 1, 0.1)
-    answers = [bool(policy.choose(["a"], 1, 0)) for _ in range(LOOK_AGAIN + 1)]
-    assert answers == [False] * LOOK_AGAIN + [True]
+    assert [policy.is_resting() for _ in range(LOOK_AGAIN + 1)] == [True] * LOOK_AGAIN + [False]
+    assert policy.choose(["a"], 1, 0)
+
+
+def test_a_newcomer_ends_a_rest():
+    policy = DraftPolicy(memory_bound(draft=6.0))
+    while policy.choose(["a"], 1, 0):
+        policy.record_round("a", 1)
+    assert policy.is_resting()
+    policy.look_again()
+    assert not policy.is_resting()

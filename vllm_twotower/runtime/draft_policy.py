@@ -159,23 +159,14 @@ class RunningMean:
         self.value += max(least_share, 1 / self._num_rounds) * (num_tokens - self.value)
 
 
-class Question(NamedTuple):
-    """What a policy is asked."""
-
-    candidates: tuple[str, ...]
-    num_passes: int
-    num_others: int
-
-
 @dataclass
-class Wait:
-    """A question that was answered with nobody, for want of credit."""
+class Rest:
+    """Nobody drafts until there is more credit, and until then nobody needs to ask."""
 
-    question: Question
     credit: float
     """In AR steps, what would have been enough."""
-    looks_left: int = LOOK_AGAIN
-    """Answers until costs are looked at again."""
+    num_steps: int = LOOK_AGAIN
+    """Steps left after which one looks again all the same."""
 
 
 class DraftPolicy:
@@ -194,7 +185,21 @@ class DraftPolicy:
         self._allowance = MAX_LOSS
         self._unpaid: tuple[int, int, int] | None = None  # passes, drafts and requests of the newest round
         self._num_requests = 1  # among whom it was
-        self._wait: Wait | None = None
+        self._rest: Rest | None = None
+
+    def is_resting(self) -> bool:
+        """Whether the coming step is an AR step for everybody, because the last answer was that and nothing but time
+        has passed; whoever knows of new candidates says so before (``look_again``)."""
+        rest = self._rest
+        if rest is None or self._credit >= rest.credit or not rest.num_steps:
+            self._rest = None
+            return False
+        rest.num_steps -= 1
+        return True
+
+    def look_again(self) -> None:
+        """Somebody has come who may draft."""
+        self._rest = None
 
     def choose(self, candidates: Sequence[str], num_passes: int, num_others: int) -> frozenset[str]:
         """Those of some requests that draft in the coming round.
@@ -206,16 +211,13 @@ class DraftPolicy:
 
         """
         self._charge_round()
-        question = Question(tuple(candidates), num_passes, num_others)
-        if self._is_still_waiting(question):
-            return frozenset()
         total = len(candidates) + num_others
         if not candidates or not self.costs.is_decode_known(total):
             return frozenset()
         ordered = sorted(candidates, key=self.expect_tokens, reverse=True)
         count = self._count_best(ordered, num_passes, total)
         if (needed := self._find_needed_credit(ordered, count, num_passes, total)) > self._credit:
-            self._wait = Wait(question, needed)
+            self._rest = Rest(needed)
             return frozenset()
         if count:
             self._allowance = MAX_LOSS
@@ -239,15 +241,6 @@ class DraftPolicy:
             if rate > best_rate:
                 best, best_rate = count, rate
         return best
-
-    def _is_still_waiting(self, question: Question) -> bool:
-        """Whether the last answer was nobody, and is again: the same was asked, and nothing but time has passed."""
-        wait = self._wait
-        if wait is None or wait.question != question or self._credit >= wait.credit or not wait.looks_left:
-            self._wait = None
-            return False
-        wait.looks_left -= 1
-        return True
 
     def _find_needed_credit(self, ordered: list[str], count: int, num_passes: int, total: int) -> float:
         """For a round that seems to pay, no debt; for one that does not, what it would lose."""
@@ -279,7 +272,7 @@ class DraftPolicy:
         self._tokens[req_id].record(num_tokens, NEWEST_SHARE)
         self._of_all.record(num_tokens, NEWEST_SHARE / len(self._tokens))
         self._credit += (num_tokens - 1) / self._num_requests
-        self._wait = None
+        self.look_again()
 
     def expect_tokens(self, req_id: str) -> float:
         """Tokens of the request's next round: its own running mean, a newcomer's that of all."""

@@ -189,11 +189,9 @@ class TwoTowerModelState(MambaHybridModelState):
         num_computed_tokens: torch.Tensor,
     ) -> VerifyRows | None:
         """The rows of a context step that hold drafts; their tokens go into the batch, and each asks for logits."""
-        drafted = [
-            row
-            for row, mode in enumerate(step.modes)
-            if mode is Mode.SELF_SPECULATION and self.canvases.has_draft(step.slots[row])
-        ]
+        drafted = [row for row, slot in enumerate(step.slots) if self.canvases.has_draft(slot)]
+        if not drafted:
+            return None
         rows = [row for row in drafted if step.widths[row] > 1]
         self.canvases.drop_drafts([step.slots[row] for row in drafted if step.widths[row] == 1])
         if not rows:

@@ -66,6 +66,7 @@ class BlockCommitScheduler(Scheduler):
         self._drafted: dict[str, int] = {}
         self._verifying: dict[str, int] = {}
         self._prefill_len: dict[str, int] = {}  # tokens that a preempted request starts again with
+        self._can_report_passes = compat.can_report_passes()  # else nobody says when a draft is done
         self.draft_policy = DraftPolicy()
         self.step_timer = StepTimer(self.draft_policy.costs)
         self._drafts_next: dict[str, bool] = {}  # whether a request's next round is a draft or an AR step
@@ -154,7 +155,7 @@ class BlockCommitScheduler(Scheduler):
 
     def _decide_who_drafts(self) -> None:
         """Ask the policy about those who have come to where a draft is possible since it was last asked."""
-        if not compat.can_report_passes():  # nobody would say when a draft is done
+        if not self._can_report_passes or self.draft_policy.is_resting():
             return
         undecided = [r for r in self.running if r.request_id not in self._drafts_next and self._can_draft(r)]
         if not undecided:
@@ -206,6 +207,8 @@ class BlockCommitScheduler(Scheduler):
         output.scheduled_spec_decode_tokens.clear()
         nobody_came = not output.scheduled_new_reqs and not output.scheduled_cached_reqs.resumed_req_ids
         self._commits_step_aside = self._commits_took_all(output, commits, hidden, nobody_came)
+        if prompts or not nobody_came:
+            self.draft_policy.look_again()
         wrote_a_prompt = any(r.request_id in output.num_scheduled_tokens for r in prompts)
         self._queue_is_stuck |= nobody_came and not wrote_a_prompt and not self._commits_step_aside
         return output
@@ -328,6 +331,8 @@ class BlockCommitScheduler(Scheduler):
 
     def _hold_prompt_logprobs(self, result: Any) -> None:
         dicts = compat.prompt_logprobs_of(result)
+        if not any(dicts) and not self._held_prompt_logprobs:
+            return
         for req_id in result.req_ids:
             row = result.req_id_to_index[req_id]
             if req_id not in self.requests:  # aborted while the step ran
