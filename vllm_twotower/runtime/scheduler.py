@@ -66,7 +66,6 @@ class BlockCommitScheduler(Scheduler):
         self._drafted: dict[str, int] = {}
         self._verifying: dict[str, int] = {}
         self._prefill_len: dict[str, int] = {}  # tokens that a preempted request starts again with
-        self._can_report_passes = compat.can_report_passes()  # else nobody says when a draft is done
         self.draft_policy = DraftPolicy()
         self.step_timer = StepTimer(self.draft_policy.costs)
         self._drafts_next: dict[str, bool] = {}  # whether a request's next round is a draft or an AR step
@@ -155,7 +154,7 @@ class BlockCommitScheduler(Scheduler):
 
     def _decide_who_drafts(self) -> None:
         """Ask the policy about those who have come to where a draft is possible since it was last asked."""
-        if not self._can_report_passes or self.draft_policy.is_resting():
+        if self.draft_policy.is_resting() or not compat.can_report_passes():  # nobody would say when a draft is done
             return
         undecided = [r for r in self.running if r.request_id not in self._drafts_next and self._can_draft(r)]
         if not undecided:
