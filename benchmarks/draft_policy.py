@@ -6,7 +6,8 @@
 
 BlockCommitScheduler runs as in an engine, and its draft policy learns as in one: from tokens that rounds bring and from
 the time that steps take. Both are made up (scripted_worker.py): tokens a round are drawn, the same for every policy,
-and steps take the time that roofline_parts/ prices them at for the 30B model. So this measures decisions, not a GPU.
+and steps take the time that vllm_twotower/planning/ prices them at for the 30B model, at the memory floor. So this
+measures decisions, not a GPU.
 Learning counts: the clock runs from the first request on, and no run starts with what another has learned.
 """
 
@@ -21,11 +22,11 @@ from benchmarks.markdown_table import table
 from benchmarks.paths import REAL_MODEL, RESULTS
 from benchmarks.policy import commit
 from benchmarks.roofline import REFERENCE, SETUPS, Setup, read_towers, step_times
-from benchmarks.roofline_parts.canvas_passes import CanvasPasses
-from benchmarks.roofline_parts.gpus import Assumptions
 from benchmarks.roofline_parts.self_speculation import RoundPrices
-from benchmarks.roofline_parts.throughput import Workload
 from benchmarks.scripted_worker import DraftingRun, client_of, make_scheduler
+from vllm_twotower.planning.assumptions import MEMORY_FLOOR
+from vllm_twotower.planning.canvas_passes import CanvasPasses
+from vllm_twotower.planning.throughput import Workload
 from vllm_twotower.runtime.draft_policy import DraftPolicy
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -157,7 +158,7 @@ def compare_policies(prices: RoundPrices, load: Load, batch: int) -> dict[str, s
 def make_prices(setup: Setup, num_passes: int = 1) -> RoundPrices:
     """Of the 30B model's steps; every pass of a draft has its logits at the positions masked on average."""
     passes = CanvasPasses(mean=num_passes)
-    return RoundPrices(times=step_times(read_towers(), setup, Workload(passes=passes), Assumptions()))
+    return RoundPrices(times=step_times(read_towers(), setup, Workload(passes=passes), MEMORY_FLOOR))
 
 
 def list_break_evens(setup: Setup) -> list[dict[str, str]]:

@@ -5,7 +5,8 @@
     python -m benchmarks.headline --demo                                 # small numbers, demo model, any CPU
 
 `colocated`, both towers on both GPUs, is the default placement: with `split`, the published one, half of the GPUs wait
-in every step, and by our count (docs/roofline.md) it runs at 0.9 times AR at batch 64 where `colocated` runs at 1.7.
+in every step, and by our count (docs/roofline.md) it runs at 0.9 to 1.0 times AR at batch 64 where `colocated` runs at
+1.7.
 
 Each arm is `vllm serve` with the same options but for --diffusion, measured by `vllm bench serve`: the same prompts in
 the same order, greedy, outputs of one length, at each of --concurrency. The report holds these commands. Writes

@@ -5,7 +5,7 @@
     python -m benchmarks.policy --write               # also benchmarks/results/policy.json and policy.md
 
 BlockCommitScheduler runs as in an engine; the model is played from a script (scripted_worker.py): passes per canvas are
-drawn, the same for every policy, and steps take the time that roofline_parts/ prices them at. So this measures
+drawn, the same for every policy, and steps take the time that vllm_twotower/planning/ prices them at. So this measures
 decisions, not a GPU. Two workloads: `decoding` (long outputs, no prompts after the start) and `serving` (every client
 sends its next prompt when an answer ends, so prompts keep arriving).
 """
@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from benchmarks.machine import output_of
 from benchmarks.paths import REAL_MODEL, RESULTS
 from benchmarks.roofline import REFERENCE, SETUPS, Setup, read_towers, step_times
-from benchmarks.roofline_parts.canvas_passes import CanvasPasses
-from benchmarks.roofline_parts.forward_cost import context_step
-from benchmarks.roofline_parts.gpus import Assumptions
-from benchmarks.roofline_parts.throughput import StepTimes, Workload
 from benchmarks.scripted_worker import STEP_BUDGET, ScriptedRun, Tally, make_scheduler
 from vllm_twotower.core import Mode
+from vllm_twotower.planning.assumptions import MEMORY_FLOOR
+from vllm_twotower.planning.canvas_passes import CanvasPasses
+from vllm_twotower.planning.forward_cost import context_step
+from vllm_twotower.planning.throughput import StepTimes, Workload
 from vllm_twotower.planning.tower_sizes import Tower
 
 BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 100, 128, 256)
@@ -112,7 +112,7 @@ class Study:
 
     def times(self, ar: bool) -> StepTimes:
         """Prices of the machine's steps."""
-        return step_times(read_towers(), self.setup, Workload(passes=self.passes), Assumptions(), ar)
+        return step_times(read_towers(), self.setup, Workload(passes=self.passes), MEMORY_FLOOR, ar)
 
 
 def list_studies(setup: Setup, batches: list[int], everything: bool) -> list[Study]:

@@ -2,9 +2,11 @@
 
     python -m benchmarks.roofline             # tables to the terminal
     python -m benchmarks.roofline --write     # docs/roofline.md's tables, docs/roofline.png, results/roofline.json
+    python -m benchmarks.roofline --fit       # the fixed time of a forward beside the published runs it is fitted to
 
-An estimate by bytes and FLOPs (roofline_parts/), no measurement: no GPU is touched, nothing is loaded. --write
-needs matplotlib (the `bench` extra).
+An estimate by bytes and FLOPs (vllm_twotower/planning/), no measurement: no GPU is touched, nothing is loaded. Twice:
+at the memory floor, and with the fixed time per forward that others measured. --write needs matplotlib (the `bench`
+extra).
 """
 
 import argparse
@@ -16,18 +18,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from benchmarks.paths import REAL_MODEL, RESULTS, ROOT
-from benchmarks.roofline_parts.canvas_passes import CanvasPasses
-from benchmarks.roofline_parts.forward_cost import (
+from benchmarks.roofline_parts.published import compare
+from vllm_twotower.planning.assumptions import MEMORY_FLOOR, WITH_OVERHEAD, Assumptions
+from vllm_twotower.planning.canvas_passes import CanvasPasses
+from vllm_twotower.planning.forward_cost import (
     Machine,
     ar_step,
     context_step,
     denoise_pass,
     expected_experts,
 )
-from benchmarks.roofline_parts.gpus import B200, GPUS, H100, H200, Assumptions, Gpu
-from benchmarks.roofline_parts.throughput import StepTimes, Workload, ar_tokens_per_s, diffusion_tokens_per_s
+from vllm_twotower.planning.gpus import B200, GPUS, H100, H200, Gpu
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.placement import Placement, Towers, fit
+from vllm_twotower.planning.throughput import StepTimes, Workload, ar_tokens_per_s, diffusion_tokens_per_s
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes
 
 CONFIG = REAL_MODEL / "config.json"
@@ -38,6 +42,7 @@ RESULT = RESULTS / "roofline.json"
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BREAKDOWN_BATCHES = (1, 8, 64, 256)
 PASSES = (2.0, 3.0, 4.0, 5.9, 8.0)
+CASES = {"overhead": WITH_OVERHEAD, "floor": MEMORY_FLOOR}
 
 
 @dataclass(frozen=True)
@@ -191,47 +196,82 @@ def policies(towers: Towers, load: Workload, assumed: Assumptions) -> list[dict]
     return rows
 
 
-def sensitivity(towers: Towers, load: Workload, assumed: Assumptions) -> list[dict]:
-    """What each assumption moves, on the reference set-up."""
-    longer = lambda n: replace(load, context_length=n)
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One change of what is assumed."""
+
+    name: str
+    load: Workload
+    assumed: Assumptions = WITH_OVERHEAD
+    setup: Setup = REFERENCE
+    diffusion_extra_s: float = 0.0
+    """Seconds that a denoise pass and a commit take beyond what is assumed of every forward."""
+
+    def speed_up(self, towers: Towers, batch: int) -> float:
+        """Over AR, at the same batch."""
+        dearer = replace(self.assumed, fixed_s=self.assumed.fixed_s + self.diffusion_extra_s)
+        rate = diffusion_tokens_per_s(step_times(towers, self.setup, self.load, dearer), batch)
+        return rate / ar_tokens_per_s(step_times(towers, self.setup, self.load, self.assumed, ar=True), batch)
+
+
+def list_cases(load: Workload, prompt_fraction: float) -> list[Case]:
+    """What is changed, one at a time; ``prompt_fraction``: of the peak of products, which others' prompts reached."""
     passes = lambda mean: replace(load, passes=CanvasPasses(mean=mean, max_steps=load.canvas_length))
-    cases: list[tuple[str, Workload, Assumptions, Setup]] = [
-        ("as above", load, assumed, REFERENCE),
-        ("3 passes per canvas (lower threshold, better training)", passes(3.0), assumed, REFERENCE),
-        ("8 passes per canvas (higher threshold, harder text)", passes(8.0), assumed, REFERENCE),
-        ("256 tokens of context", longer(256), assumed, REFERENCE),
-        ("32,768 tokens of context", longer(32_768), assumed, REFERENCE),
-        ("FP8 weights", load, assumed, replace(REFERENCE, precision=Precision.FP8)),
-        (
-            "half of a canvas's tokens choose the experts of others",
-            load,
-            replace(assumed, independent_share=0.5),
-            REFERENCE,
-        ),
-        ("2 ms of host time per step", load, replace(assumed, host_s=2e-3), REFERENCE),
-        ("memory at 70% of its peak", load, replace(assumed, memory_fraction=0.7), REFERENCE),
-        ("products at 30% of their peak", load, replace(assumed, compute_fraction=0.3), REFERENCE),
-        ("products at 70% of their peak", load, replace(assumed, compute_fraction=0.7), REFERENCE),
-        ("30 us per all-reduce", load, replace(assumed, message_s=30e-6), REFERENCE),
-    ]
+    change = lambda **fields: replace(WITH_OVERHEAD, **fields)
     return [
-        {"case": name, **{str(b): speed_up(towers, setup, b, work, given) for b in (1, 8, 32, 64, 128)}}
-        for name, work, given, setup in cases
+        Case(name="as above, with overhead", load=load),
+        Case(name="at the memory floor: nothing fixed", load=load, assumed=MEMORY_FLOOR),
+        Case(name="half of the fixed time", load=load, assumed=change(fixed_s=WITH_OVERHEAD.fixed_s / 2)),
+        Case(name="twice the fixed time", load=load, assumed=change(fixed_s=WITH_OVERHEAD.fixed_s * 2)),
+        Case(name="passes and commits 2 ms dearer, AR steps not", load=load, diffusion_extra_s=2e-3),
+        Case(name="3 passes per canvas (lower threshold, better training)", load=passes(3.0)),
+        Case(name="8 passes per canvas (higher threshold, harder text)", load=passes(8.0)),
+        Case(name="256 tokens of context", load=replace(load, context_length=256)),
+        Case(name="32,768 tokens of context", load=replace(load, context_length=32_768)),
+        Case(name="FP8 weights", load=load, setup=replace(REFERENCE, precision=Precision.FP8)),
+        Case(
+            name="half of a canvas's tokens choose the experts of others",
+            load=load,
+            assumed=change(independent_share=0.5),
+        ),
+        Case(name="memory at 70% of its peak", load=load, assumed=change(memory_fraction=0.7)),
+        Case(
+            name=f"products at {prompt_fraction:.0%} of their peak, as others' prompts ran",
+            load=load,
+            assumed=change(compute_fraction=prompt_fraction),
+        ),
+        Case(name="products at 30% of their peak", load=load, assumed=change(compute_fraction=0.3)),
+        Case(name="products at 70% of their peak", load=load, assumed=change(compute_fraction=0.7)),
     ]
 
 
-def study(towers: Towers, load: Workload, assumed: Assumptions) -> dict:
+def sensitivity(towers: Towers, load: Workload, prompt_fraction: float) -> list[dict]:
+    """What each assumption moves."""
+    return [
+        {"case": case.name, **{str(batch): case.speed_up(towers, batch) for batch in (1, 8, 32, 64, 128)}}
+        for case in list_cases(load, prompt_fraction)
+    ]
+
+
+def study(towers: Towers, load: Workload) -> dict:
     """The whole of it, as plain data."""
+    published = compare(towers)
     return {
         "workload": {"context_length": load.context_length, "canvas_length": load.canvas_length,
                      "passes_per_canvas": load.passes.mean},
-        "assumptions": vars(assumed),
         "gpus": {name: vars(gpu) for name, gpu in GPUS.items()},
-        "breakdown": breakdown(towers, load, assumed),
-        "sweep": sweep(towers, load, assumed),
-        "crossovers": crossovers(towers, load, assumed),
-        "policies": policies(towers, load, assumed),
-        "sensitivity": sensitivity(towers, load, assumed),
+        "published": published,
+        "breakdown": breakdown(towers, load, MEMORY_FLOOR),
+        "cases": {
+            name: {
+                "assumptions": vars(assumed),
+                "sweep": sweep(towers, load, assumed),
+                "crossovers": crossovers(towers, load, assumed),
+            }
+            for name, assumed in CASES.items()
+        },
+        "policies": policies(towers, load, WITH_OVERHEAD),
+        "sensitivity": sensitivity(towers, load, round(published["prompt_compute_fraction"], 2)),
     }  # fmt: skip
 
 
@@ -240,14 +280,19 @@ def study(towers: Towers, load: Workload, assumed: Assumptions) -> dict:
 
 def tables(result: dict) -> dict[str, str]:
     """Markdown tables by the name of their place in docs/roofline.md."""
-    return {
+    by_name = {
+        "published": _published_table(result["published"]["runs"]),
         "breakdown": _breakdown_table(result["breakdown"]),
-        "speed-up": _sweep_table(result["sweep"], lambda r: f"{r['speed_up']:.2f}"),
-        "tokens": _sweep_table(result["sweep"], lambda r: f"{r['diffusion']:,.0f}", ar=True),
-        "crossovers": _crossover_table(result["crossovers"]),
         "policies": _plain_table(result["policies"]),
         "sensitivity": _plain_table(result["sensitivity"]),
     }
+    for case, of_case in result["cases"].items():
+        by_name |= {
+            f"speed-up, {case}": _sweep_table(of_case["sweep"], lambda r: f"{r['speed_up']:.2f}"),
+            f"crossovers, {case}": _crossover_table(of_case["crossovers"]),
+            f"tokens, {case}": _sweep_table(of_case["sweep"], lambda r: f"{r['diffusion']:,.0f}", ar=True),
+        }
+    return by_name
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -260,6 +305,18 @@ def _plain_table(rows: list[dict]) -> str:
         [v if isinstance(v, str) else f"{v}" if isinstance(v, int) else f"{v:.2f}" for v in r.values()] for r in rows
     ]
     return _markdown(list(rows[0]), shown)
+
+
+def _published_table(rows: list[dict]) -> str:
+    header = ["requests", "measured tokens/s", "measured ms per token", "memory floor ms", "with overhead ms",
+              "off by", "in the fit"]  # fmt: skip
+    shown = [
+        [f"{r['requests']}", f"{r['tokens_per_s']:,}", f"{r['measured_ms']:.2f}", f"{r['floor_ms']:.2f}",
+         f"{r['fitted_ms']:.2f}",
+         f"{r['error']:+.0%}", "yes" if r["in_fit"] else "no"]
+        for r in rows
+    ]  # fmt: skip
+    return _markdown(header, shown)
 
 
 def _breakdown_table(rows: list[dict]) -> str:
@@ -305,17 +362,34 @@ def fill_page(text: str, by_name: dict[str, str]) -> str:
     return text
 
 
+def describe_fit(published: dict) -> str:
+    """The fitted times and what they were fitted to."""
+    return "\n".join(
+        (
+            f"fixed time per forward: {published['fixed_ms']:.2f} ms",
+            f"a prompt's token: {published['prompt_token_us']:.2f} us, or {published['full_chunk_ms']:.1f} ms "
+            f"for a step of 8,192; products then run at {published['prompt_compute_fraction']:.0%} of their peak",
+            _published_table(published["runs"]),
+            *published["sources"],
+        )
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write docs/roofline.md, docs/roofline.png and the JSON")
+    parser.add_argument("--fit", action="store_true", help="print the fixed time per forward and its fit, nothing else")
     parser.add_argument(
         "--config", type=pathlib.Path, default=REAL_MODEL / "config.json", help="config.json of another two-tower model"
     )
     parser.add_argument("--context-length", type=int, default=2048)
     parser.add_argument("--passes-per-canvas", type=float, default=5.9)
     args = parser.parse_args()
+    if args.fit:
+        print(describe_fit(compare(read_towers(args.config))))
+        return
     load = Workload(context_length=args.context_length, passes=CanvasPasses(mean=args.passes_per_canvas))
-    result = study(read_towers(args.config), load, Assumptions())
+    result = study(read_towers(args.config), load)
     for name, table in tables(result).items():
         print(f"{name}\n{table}\n")
     if args.write:

@@ -15,10 +15,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before vLLM imports triton, on
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
-from benchmarks.roofline_parts.forward_cost import ar_step, context_step
 from benchmarks.roofline_parts.self_speculation import ContextRows, RoundPrices
-from benchmarks.roofline_parts.throughput import StepTimes
 from vllm_twotower.core import Mode, StepKind
+from vllm_twotower.planning.forward_cost import ar_step, context_step
+from vllm_twotower.planning.throughput import StepTimes
 from vllm_twotower.planning.tower_sizes import Tower
 from vllm_twotower.runtime.draft_policy import DraftPolicy, StepTimer
 

@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks import draft_policy, policy
 from benchmarks.machine import described, environment
-from benchmarks.roofline_parts.canvas_passes import CanvasPasses
 from benchmarks.roofline_parts.self_speculation import ContextRows
 from benchmarks.scripted_worker import DraftingRun, make_scheduler
 from vllm_twotower.core import Mode
+from vllm_twotower.planning.canvas_passes import CanvasPasses
 from vllm_twotower.runtime.draft_policy import DraftPolicy
 
 

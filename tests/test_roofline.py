@@ -1,18 +1,21 @@
 """The byte-counting model: its terms against hand counts, and the page in docs against what it gives today."""
 
+import dataclasses
 import json
 import random
 
 import pytest
 
 from benchmarks import roofline
-from benchmarks.roofline_parts.canvas_passes import CanvasPasses
-from benchmarks.roofline_parts.forward_cost import Machine, ar_step, context_step, denoise_pass, expected_experts
-from benchmarks.roofline_parts.gpus import H100, H200, Assumptions
-from benchmarks.roofline_parts.throughput import StepTimes, Workload, diffusion_tokens_per_s
+from benchmarks.roofline_parts import published
 from tests.test_loading import REAL_CONFIG
+from vllm_twotower.planning.assumptions import FITTED_FIXED_S, MEMORY_FLOOR, WITH_OVERHEAD, Assumptions
+from vllm_twotower.planning.canvas_passes import CanvasPasses
+from vllm_twotower.planning.forward_cost import Machine, ar_step, context_step, denoise_pass, expected_experts
+from vllm_twotower.planning.gpus import B200, H100, H200
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.placement import Placement
+from vllm_twotower.planning.throughput import StepTimes, Workload, count_steps, diffusion_tokens_per_s
 from vllm_twotower.planning.tower_sizes import Part, Precision, Tower, TowerSizes
 
 REAL = ModelFacts.from_config(REAL_CONFIG)
@@ -99,6 +102,49 @@ def test_no_policy_beats_full_sharing_and_one_request_needs_none():
     assert diffusion_tokens_per_s(ours, 1) == pytest.approx(roofline.perfect_tokens_per_s(ours, 1), rel=0.03)
 
 
+def test_a_simulation_counts_every_canvas_once():
+    passes, rows = CanvasPasses(mean=5.9), 8
+    steps = count_steps(passes, rows, 0.4)
+    assert sum(held * count for held, count in steps.commits.items()) == steps.canvases
+    a_canvas = sum(held * count for held, count in steps.denoise.items()) / steps.canvases
+    assert a_canvas == pytest.approx(5.9, rel=0.05)
+    assert max(steps.denoise) <= rows
+
+
+def test_a_fixed_time_is_paid_once_per_forward():
+    shape = ar_step(8, 2048)
+    at_floor, dearer = (Machine(gpu=H200, assumed=a).seconds(CONTEXT, shape) for a in (MEMORY_FLOOR, WITH_OVERHEAD))
+    assert dearer - at_floor == pytest.approx(WITH_OVERHEAD.fixed_s)
+
+
+def test_the_fit_finds_the_times_that_made_the_figures():
+    made = published.Overhead(fixed_s=3e-3, prompt_token_s=2e-6)
+    floor = published.published_machine(TOWERS)
+    runs = tuple(
+        dataclasses.replace(run, time_per_token_s=made.time_per_token_s(run, floor.ar_s(run.requests)))
+        for run in published.RUNS
+    )
+    found = published.fit_overhead(TOWERS, runs)
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(made))
+
+
+def test_the_fixed_time_is_the_fit_to_the_published_figures():
+    shown = published.compare(TOWERS)
+    assert round(shown["fixed_ms"], 1) == FITTED_FIXED_S * 1e3
+    fitted = [run for run in shown["runs"] if run["in_fit"]]
+    assert len(fitted) == 7
+    assert max(abs(run["error"]) for run in fitted) < 0.06
+    assert 40 < shown["full_chunk_ms"] < 49, "the longest gaps of the source, which were not fitted: 40.7 to 48.2 ms"
+
+
+def test_with_one_request_the_fixed_time_decides():
+    """AR pays it for every token, mask diffusion 6.9 times for 16."""
+    fast = roofline.Setup(B200, 2, Placement.COLOCATED, Precision.FP8)
+    floor, overhead = (roofline.speed_up(TOWERS, fast, 1, Workload(), a) for a in (MEMORY_FLOOR, WITH_OVERHEAD))
+    assert floor == pytest.approx(1.0, abs=0.02)
+    assert overhead > 1.6
+
+
 def test_winning_ranges():
     assert roofline.winning_ranges(lambda b: 13 <= b <= 200) == [(13, 200)]
     assert roofline.winning_ranges(lambda b: b < 3 or b > 90) == [(1, 2), (91, 256)]
@@ -110,13 +156,16 @@ def test_the_page_shows_what_the_model_gives_today():
     result = json.loads(roofline.RESULT.read_text())
     page = roofline.PAGE.read_text()
     assert roofline.fill_page(page, roofline.tables(result)) == page, "run python -m benchmarks.roofline --write"
-    towers, load, assumed = roofline.read_towers(), Workload(), Assumptions()
-    assert result["breakdown"] == roofline.breakdown(towers, load, assumed)
-    shown = next(r for r in result["sweep"] if r["setup"] == roofline.REFERENCE.name and r["batch"] == 64)
-    assert shown["speed_up"] == pytest.approx(roofline.speed_up(towers, roofline.REFERENCE, 64, load, assumed))
+    towers, load = roofline.read_towers(), Workload()
+    assert result["breakdown"] == roofline.breakdown(towers, load, MEMORY_FLOOR)
+    assert result["published"]["fixed_ms"] == pytest.approx(published.compare(towers)["fixed_ms"])
+    for name, assumed in roofline.CASES.items():
+        sweep = result["cases"][name]["sweep"]
+        shown = next(r for r in sweep if r["setup"] == roofline.REFERENCE.name and r["batch"] == 64)
+        assert shown["speed_up"] == pytest.approx(roofline.speed_up(towers, roofline.REFERENCE, 64, load, assumed))
     assert roofline.PICTURE.stat().st_size > 10_000
     with pytest.raises(ValueError, match="one pair of marks"):
-        roofline.fill_page("", {"speed-up": "x"})
+        roofline.fill_page("", {"speed-up, floor": "x"})
 
 
 def test_the_benchmarks_model_is_the_real_one():

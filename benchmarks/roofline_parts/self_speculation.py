@@ -7,9 +7,9 @@ steps and prompts share the context step.
 
 from dataclasses import dataclass
 
-from benchmarks.roofline_parts.forward_cost import Forward
-from benchmarks.roofline_parts.throughput import StepTimes
+from vllm_twotower.planning.forward_cost import Forward
 from vllm_twotower.planning.placement import Placement
+from vllm_twotower.planning.throughput import StepTimes
 from vllm_twotower.planning.tower_sizes import Tower
 
 

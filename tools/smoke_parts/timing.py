@@ -1,7 +1,7 @@
 """Engine steps timed against their byte floors: AR step, commit, denoise pass, with dummy weights.
 
 A step is the model runner's work for it, input preparation, forward and sampling, between two device synchronisations.
-Its floor is the memory traffic that ``benchmarks/roofline_parts/forward_cost.py`` counts over the GPU's peak
+Its floor is the memory traffic that ``vllm_twotower/planning/forward_cost.py`` counts over the GPU's peak
 bandwidth; routed experts are taken to be chosen independently.
 """
 
@@ -134,7 +134,7 @@ def this_gpu() -> Any:
     """The GPU by its data sheet, with its own memory; bandwidth 0 where it is none that is known; None on a CPU."""
     import torch
 
-    from benchmarks.roofline_parts.gpus import GPUS, H100
+    from vllm_twotower.planning.gpus import GPUS, H100
 
     if not torch.cuda.is_available():
         return None
@@ -163,8 +163,8 @@ def config_that_fits(config: dict[str, Any], gpu: Any, args: Any) -> tuple[dict[
 
 def floor_of(config: dict[str, Any], gpu: Any, args: Any) -> Callable[[str, int], tuple[float, float | None]]:
     """Bytes of a step, and the seconds they take at the GPU's peak bandwidth."""
-    from benchmarks.roofline_parts.forward_cost import Machine, ar_step, context_step, denoise_pass
-    from benchmarks.roofline_parts.gpus import H100
+    from vllm_twotower.planning.forward_cost import Machine, ar_step, context_step, denoise_pass
+    from vllm_twotower.planning.gpus import H100
     from vllm_twotower.planning.tower_sizes import Tower
 
     machine, towers = Machine(gpu=gpu or H100, precision=precision_of(args)), sizes_of(config)

@@ -4,14 +4,17 @@ chosen by the engine's own step policy, passes per canvas are drawn. An estimate
 Steady decoding only: no prompts arrive, and every request has the same context length.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 
-from benchmarks.roofline_parts.canvas_passes import CanvasPasses
-from benchmarks.roofline_parts.forward_cost import Machine, ar_step, context_step, denoise_pass
-from benchmarks.roofline_parts.gpus import Assumptions, Gpu
 from vllm_twotower.config import DEFAULT_COMMIT_QUORUM
 from vllm_twotower.core import StepKind
+from vllm_twotower.planning.assumptions import Assumptions
+from vllm_twotower.planning.canvas_passes import CanvasPasses
+from vllm_twotower.planning.forward_cost import Machine, ar_step, context_step, denoise_pass
+from vllm_twotower.planning.gpus import Gpu
 from vllm_twotower.planning.placement import Placement, SplitTraffic, Towers, ranks_per_tower
 from vllm_twotower.planning.tower_sizes import Precision, Tower
 from vllm_twotower.runtime.policy import RunnableRows, StepPolicy
@@ -75,15 +78,27 @@ def ar_tokens_per_s(times: StepTimes, rows: int) -> float:
     return rows / times.ar_s(rows)
 
 
-def diffusion_tokens_per_s(
-    times: StepTimes, rows: int, commit_quorum: float = DEFAULT_COMMIT_QUORUM, seed: int = 0
-) -> float:
-    """Throughput of mask diffusion with one kind of step at a time, chosen by the engine's policy."""
-    policy, denoise_s, commit_s = StepPolicy(commit_quorum), cache(times.denoise_s), cache(times.commit_s)
-    counts = [times.workload.passes.draw_counts(row, seed) for row in range(rows)]
+@dataclass(frozen=True, kw_only=True)
+class StepCounts:
+    """Steps of a simulation after its first quarter, by how many rows they held."""
+
+    denoise: Mapping[int, int]
+    """Rows -> denoise passes."""
+    commits: Mapping[int, int]
+    """Rows -> commits."""
+    canvases: int
+    """Committed in those steps."""
+
+
+@cache
+def count_steps(passes: CanvasPasses, rows: int, commit_quorum: float, seed: int = 0) -> StepCounts:
+    """Simulate one kind of step at a time, chosen by the engine's policy, which does not look at a step's price."""
+    policy, counts = StepPolicy(commit_quorum), [passes.draw_counts(row, seed) for row in range(rows)]
     passes_left = [next(count) for count in counts]
     num_canvases = max(rows * CANVASES_PER_ROW, MIN_CANVASES)
-    now_s, done, warm = 0.0, 0, None
+    denoise: Counter[int] = Counter()
+    commits: Counter[int] = Counter()
+    done, warm = 0, None
     while done < num_canvases:
         finished = [row for row, left in enumerate(passes_left) if left == 0]
         unfinished = rows - len(finished)
@@ -91,14 +106,27 @@ def diffusion_tokens_per_s(
         kind = policy.choose_kind(runnable)
         policy.record_step(kind)
         if kind is StepKind.DENOISE:
-            now_s += denoise_s(unfinished)
+            denoise[unfinished] += 1
             passes_left = [max(0, left - 1) for left in passes_left]
             continue
-        now_s += commit_s(len(finished))
+        commits[len(finished)] += 1
         done += len(finished)
         for row in finished:
             passes_left[row] = next(counts[row])
         if warm is None and done >= num_canvases // 4:
-            warm = done, now_s
+            warm = done
+            denoise.clear()
+            commits.clear()
     assert warm is not None
-    return (done - warm[0]) * times.workload.canvas_length / (now_s - warm[1])
+    return StepCounts(denoise=denoise, commits=commits, canvases=done - warm)
+
+
+def diffusion_tokens_per_s(
+    times: StepTimes, rows: int, commit_quorum: float = DEFAULT_COMMIT_QUORUM, seed: int = 0
+) -> float:
+    """Throughput of mask diffusion: the policy's steps at their prices."""
+    load = times.workload
+    steps = count_steps(load.passes, rows, commit_quorum, seed)
+    denoise_s = sum(count * times.denoise_s(held) for held, count in steps.denoise.items())
+    commit_s = sum(count * times.commit_s(held) for held, count in steps.commits.items())
+    return steps.canvases * load.canvas_length / (denoise_s + commit_s)

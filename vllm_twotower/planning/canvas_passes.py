@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 
 GAMMA_SHAPE = 2.2
 """Skew of the released model's passes per canvas: most take few, some take all (by eye, from third-party counts)."""
@@ -32,26 +32,28 @@ class CanvasPasses:
 
     def draw_counts(self, request: int, seed: int = 0) -> Iterator[int]:
         """Passes of one request's canvases, one after the other without end; the same whatever else is drawn."""
-        source = random.Random(seed * 1_000_003 + request)
+        source, scale = random.Random(seed * 1_000_003 + request), fit_scale(self.mean, self.max_steps)
         while True:
-            yield self._round(source.gammavariate(GAMMA_SHAPE, self._scale))
+            yield _round(source.gammavariate(GAMMA_SHAPE, scale), self.max_steps)
 
     @property
     def masked_fraction(self) -> float:
         """Share of a canvas that is masked in an average pass, if every pass reveals as much: (k + 1) / 2k."""
         return (self.mean + 1) / (2 * self.mean)
 
-    @cached_property
-    def _scale(self) -> float:
-        """Scale of the gamma distribution that gives the mean, by bisection on a fixed sample."""
-        source = random.Random(0)
-        sample = [source.gammavariate(GAMMA_SHAPE, 1.0) for _ in range(NUM_FIT_DRAWS)]
-        low, high = 0.0, 1000.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            mean = sum(self._round(middle * x) for x in sample) / NUM_FIT_DRAWS
-            low, high = (middle, high) if mean < self.mean else (low, middle)
-        return high
 
-    def _round(self, x: float) -> int:
-        return min(self.max_steps, 1 + math.floor(x))
+@cache
+def fit_scale(mean: float, max_steps: int) -> float:
+    """Scale of the gamma distribution that gives the mean, by bisection on a fixed sample."""
+    source = random.Random(0)
+    sample = [source.gammavariate(GAMMA_SHAPE, 1.0) for _ in range(NUM_FIT_DRAWS)]
+    low, high = 0.0, 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        found = sum(_round(middle * x, max_steps) for x in sample) / NUM_FIT_DRAWS
+        low, high = (middle, high) if found < mean else (low, middle)
+    return high
+
+
+def _round(x: float, max_steps: int) -> int:
+    return min(max_steps, 1 + math.floor(x))

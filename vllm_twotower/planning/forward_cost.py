@@ -7,7 +7,8 @@ tiles that grouped products fill in part; both belong to the assumed fractions o
 
 from dataclasses import dataclass, field
 
-from benchmarks.roofline_parts.gpus import Assumptions, Gpu
+from vllm_twotower.planning.assumptions import Assumptions
+from vllm_twotower.planning.gpus import Gpu
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.tower_sizes import FP8_PARTS, Part, Precision, TowerSizes, kv_shards
 
@@ -144,9 +145,9 @@ class Machine:
         return cost.num_all_reduces * one
 
     def seconds(self, sizes: TowerSizes, forward: Forward) -> float:
-        """Time of one forward: the slower of memory and arithmetic, then the links, then the host."""
+        """Time of one forward: the slower of memory and arithmetic, then the links, then what is fixed."""
         cost = self.cost(sizes, forward)
-        return max(self.memory_s(cost), self.compute_s(cost)) + self.link_s(cost) + self.assumed.host_s
+        return max(self.memory_s(cost), self.compute_s(cost)) + self.link_s(cost) + self.assumed.fixed_s
 
 
 def _flops(sizes: TowerSizes, forward: Forward) -> tuple[float, float]:
