@@ -40,6 +40,8 @@ def test_the_real_config_as_a_page(real_config, capsys):
         "1 x H100 (80 GB)",
         "auto is colocated",
         "4,667,392 B to the denoiser",
+        "tokens/s of all requests, at the memory floor / with the overhead others measured",
+        "2.2 ms more for each forward",
         "`python -m benchmarks.roofline`",
     ):
         assert expected in page
@@ -55,6 +57,24 @@ def test_the_real_config_as_json(real_config, capsys):
     assert requests["H100", 1, "colocated", "bf16"] == 0
     assert requests["H100", 1, "colocated", "fp8"] > 64
     assert 0 < requests["H100", 2, "split", "bf16"] < requests["H100", 2, "colocated", "bf16"]
+    speeds = {(s["gpu"], s["num_gpus"], s["precision"], s["requests"]): s for s in report["speeds"]}
+    assert ("H100", 1, "bf16", 1) not in speeds, "both towers do not fit"
+    assert ("H100", 1, "fp8", 64) in speeds
+    one = speeds["B200", 2, "fp8", 1]
+    assert one["overhead"]["ar"] == pytest.approx(1 / 2.91e-3, rel=0.05), "published: 2.91 ms per token"
+    for speed in speeds.values():
+        assert all(speed["overhead"][kind] < speed["floor"][kind] for kind in ("ar", "diffusion"))
+
+
+def test_canvases_of_one_token_have_a_speed(real_config):
+    report = inspect(str(real_config), canvas_length=1)
+    assert report["assumptions"]["passes_per_canvas"] == 1
+    assert all(speed["floor"]["diffusion"] < speed["floor"]["ar"] for speed in report["speeds"]), "a pass and a commit"
+
+
+def test_where_no_gpu_holds_both_towers_no_speed_is_shown(real_config, capsys):
+    assert main(["inspect", str(real_config), "--gpu-memory-utilization", "0.05"]) == 0
+    assert "none: no such GPUs hold both towers" in capsys.readouterr().out
 
 
 def test_shards_are_counted_by_their_headers(golden_copy, tiny_mlp):

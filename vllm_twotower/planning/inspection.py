@@ -7,10 +7,12 @@ returns plain data (``--json``), ``inspection_text.describe`` the same for a per
 import itertools
 import math
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from vllm_twotower.core import MAX_CANVAS_LENGTH
 from vllm_twotower.models.tensor_shapes import checkpoint_shapes, checkpoint_tensors, list_names
+from vllm_twotower.planning.assumptions import WITH_OVERHEAD
 from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
 from vllm_twotower.planning.gpus import GPUS
 from vllm_twotower.planning.model_facts import ARCHITECTURE, LAYER_KINDS, ModelFacts
@@ -22,6 +24,7 @@ from vllm_twotower.planning.placement import (
     SplitTraffic,
     fit,
 )
+from vllm_twotower.planning.speed import estimate_speeds, expected_passes
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes, tower_of
 
 Report = dict[str, Any]
@@ -54,12 +57,8 @@ def inspect(
     facts = ModelFacts.from_config(folder.config, str(folder.config_file))
     longest = facts.max_position_embeddings
     tokens = min(DEFAULT_TOKENS, longest) if tokens_per_request is None else tokens_per_request
-    for option, number, most in (
-        ("--tokens-per-request", tokens, longest),
-        ("--canvas-length", canvas_length, MAX_CANVAS_LENGTH),
-    ):
-        if not 1 <= number <= most:
-            raise ValueError(f"{option} {number} is not allowed: use an integer from 1 to {most}")
+    _check_range("--tokens-per-request", tokens, longest)
+    _check_range("--canvas-length", canvas_length, MAX_CANVAS_LENGTH)
     if not 0 < gpu_memory_utilization <= 1:
         raise ValueError(
             f"--gpu-memory-utilization {gpu_memory_utilization} is not allowed: use a number above 0 and at most 1"
@@ -82,11 +81,22 @@ def inspect(
             "canvas_length": canvas_length,
             "gpu_memory_utilization": gpu_memory_utilization,
             "reserved_bytes": RESERVED_BYTES,
+            "passes_per_canvas": expected_passes(canvas_length).mean,
+            "fixed_s_per_forward": WITH_OVERHEAD.fixed_s,
         },
         "fits": [
             {**vars(one), "precision": _precisions(facts)[one.precision], "requests": one.num_requests} for one in fits
         ],
+        "speeds": [
+            {**asdict(one), "precision": _precisions(facts)[one.precision]}
+            for one in estimate_speeds(towers, fits, tokens, canvas_length)
+        ],
     }
+
+
+def _check_range(option: str, number: int, most: int) -> None:
+    if not 1 <= number <= most:
+        raise ValueError(f"{option} {number} is not allowed: use an integer from 1 to {most}")
 
 
 def _precisions(facts: ModelFacts) -> dict[Precision, str]:

@@ -8,12 +8,8 @@ from vllm_twotower.planning.gpus import GIB, GPUS
 Report = dict[str, Any]
 
 PLACEMENT_NAMES = {"ar": "AR", "colocated": "colocated", "split": "split"}
+SPEED_NAMES = {"ar": "AR", "diffusion": "diffusion"}
 PRECISION_NAMES = {"bf16": "unquantized", "fp8": "fp8", "stored": "as stored"}
-
-SPEED = (
-    "SPEED is not shown: no GPU has been timed. `python -m benchmarks.roofline` in the repository counts what could be",
-    "gained; its docs/roofline.md says with which assumptions.",
-)
 
 
 def describe(report: Report) -> str:
@@ -30,7 +26,7 @@ def describe(report: Report) -> str:
         _cache(report["cache"]),
         _fits(report),
         _traffic(report["split_traffic"]),
-        SPEED,
+        _speeds(report),
     )
     return "\n\n".join("\n".join(lines) for lines in sections)
 
@@ -118,6 +114,30 @@ def _fits(report: Report) -> Iterable[str]:
         f"vLLM takes {assumed['gpu_memory_utilization']:.0%} of a GPU's memory; "
         f"{assumed['reserved_bytes'] / GIB:.0f} GiB of it are left for activations, graphs and buffers"
     )
+
+
+def _speeds(report: Report) -> Iterable[str]:
+    assumed = report["assumptions"]
+    yield "SPEED, ESTIMATED: tokens/s of all requests, at the memory floor / with the overhead others measured"
+    if not report["speeds"]:
+        yield "none: no such GPUs hold both towers"
+        return
+    batches = list(dict.fromkeys(row["requests"] for row in report["speeds"]))
+    columns = [(requests, kind) for requests in batches for kind in SPEED_NAMES]
+    lines: dict[str, dict[tuple[int, str], str]] = {}
+    for row in report["speeds"]:
+        line = lines.setdefault(f"{row['num_gpus']} x {row['gpu']}, {_precision(report, row['precision'])}", {})
+        for kind in SPEED_NAMES:
+            line[row["requests"], kind] = f"{row['floor'][kind]:,.0f} / {row['overhead'][kind]:,.0f}"
+    rows = [[name, *(line.get(column, "-") for column in columns)] for name, line in lines.items()]
+    yield from _table(["requests at once", *(f"{requests}, {SPEED_NAMES[kind]}" for requests, kind in columns)], rows)
+    yield f"floor: bytes and products counted, at {assumed['passes_per_canvas']} passes per canvas; no GPU was timed"
+    yield (
+        f"overhead: {assumed['fixed_s_per_forward'] * 1e3:.1f} ms more for each forward, fitted to AR steps of the 30B "
+        "backbone on two B200 that others published,"
+    )
+    yield "and taken to be the same for denoise passes, commits and other GPUs; prompts are not counted"
+    yield "more of it: `python -m benchmarks.roofline` in the repository, and its docs/roofline.md"
 
 
 def _traffic(traffic: Report) -> Iterable[str]:
