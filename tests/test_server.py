@@ -1,5 +1,6 @@
 """A real ``vllm serve --diffusion`` process, over HTTP, with the openai client."""
 
+import collections
 import concurrent.futures
 import json
 import pathlib
@@ -232,6 +233,67 @@ def test_metrics_count_what_was_asked_for(server, client):
     assert grown["vllm:twotower_denoise_passes_total"] == 32
     assert grown["vllm:twotower_committed_tokens_total"] == 32
     assert grown["vllm:twotower_passes_per_canvas_count"] == 2
+
+
+VLLMS = {
+    "vllm:prompt_tokens_total": "prompt",
+    "vllm:generation_tokens_total": "tokens",
+    "vllm:request_prompt_tokens_sum": "prompt",
+    "vllm:request_generation_tokens_sum": "tokens",
+    "vllm:iteration_tokens_total_sum": "both",
+    "vllm:time_to_first_token_seconds_count": "requests",
+    "vllm:inter_token_latency_seconds_count": "gaps",
+    "vllm:request_time_per_output_token_seconds_count": "requests",
+    "vllm:e2e_request_latency_seconds_count": "requests",
+    "vllm:request_queue_time_seconds_count": "requests",
+    "vllm:request_decode_time_seconds_count": "requests",
+}
+"""What dashboards ask vLLM for, and what a client can count of it."""
+
+
+def read_vllms_metrics(server):
+    """Name -> value, summed over labels; of requests that succeeded by their reason."""
+    text = urllib.request.urlopen(f"{server[0]}/metrics", timeout=10).read().decode()
+    values = collections.Counter()
+    for name, labels, value in re.findall(r"^(vllm:\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+        reason = re.search(r'finished_reason="(\w+)"', labels)
+        values[f"{name} {reason[1]}" if reason else name] += float(value)
+    return values
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "self_speculation", "ar", "mock_ar"])
+def test_vllms_metrics_say_what_a_client_got(server, client, mode):
+    before, started = read_vllms_metrics(server), time.perf_counter()
+    answers, first_tokens = [], []
+    for prompt, more in ((LONG, {}), (OPEN, {"max_tokens": 7}), (SHORT, {"stop": "\n"}), (SHORT, {"max_tokens": 30})):
+        asked_at = time.perf_counter()
+        settings = {"stream": True, "stream_options": {"include_usage": True}, "xargs": {"diffusion_mode": mode}}
+        chunks = []
+        for chunk in complete(client, prompt, **settings, **more):
+            if not any(c.choices for c in chunks):
+                first_tokens.append(time.perf_counter() - asked_at)
+            chunks.append(chunk)
+        reason = next(c.choices[0].finish_reason for c in reversed(chunks) if c.choices)
+        answers.append((chunks[-1].usage, reason))
+    took = time.perf_counter() - started
+    time.sleep(1)
+    after = read_vllms_metrics(server)
+    grown = after - before
+    seen = collections.Counter(requests=len(answers))
+    for usage, reason in answers:
+        seen += {"prompt": usage.prompt_tokens, "tokens": usage.completion_tokens, f"reason {reason}": 1}
+    seen["both"], seen["gaps"] = seen["prompt"] + seen["tokens"], seen["tokens"] - seen["requests"]
+    assert {name: grown[name] for name in VLLMS} == {name: seen[of] for name, of in VLLMS.items()}
+    for reason in ("stop", "length"):
+        assert grown[f"vllm:request_success_total {reason}"] == seen[f"reason {reason}"], reason
+    # seconds, which a client sees from further away
+    waited = grown["vllm:time_to_first_token_seconds_sum"]
+    between, decoding = (grown[f"vllm:{name}_seconds_sum"] for name in ("inter_token_latency", "request_decode_time"))
+    assert 0 < waited <= sum(first_tokens)
+    assert between == pytest.approx(decoding, abs=0.05)
+    assert waited + between <= grown["vllm:e2e_request_latency_seconds_sum"] + 0.05 <= took + 0.1
+    assert after["vllm:kv_cache_usage_perc"] == 0
+    assert after["vllm:num_requests_running"] == 0
 
 
 def test_the_dashboard_asks_for_metrics_that_exist(server):

@@ -91,6 +91,8 @@ def extend_stat_loggers(
             upstream(self, vllm_config, *args, **kwargs)
             ours = vllm_config.model_config.architecture == architecture and is_diffusion_on(vllm_config)
             self.twotower = make(self) if ours else None
+            if ours:
+                count_latency_per_token()
 
         @wrap(logger_class, "record")
         def record(
@@ -112,3 +114,29 @@ def extend_stat_loggers(
         upstream(self, *args, **kwargs)
         if self.twotower is not None:
             self.twotower.log()
+
+
+@functools.cache
+def count_latency_per_token() -> None:
+    """``vllm:inter_token_latency_seconds`` has a value for every token of a request but the first, from now on and for
+    all engines of the process.
+
+    Symptom: vLLM observes the time between two outputs, and calls it that between two tokens. Ours hold a canvas, or
+        what a verification kept. Now a token's is its share of that time, and 0 where it came with the first; so
+        the mean is that of vLLM's time per output token.
+    Upstream: vllm.v1.metrics.stats.IterationStats.update_from_output,
+        vllm.v1.metrics.stats.IterationStats.inter_token_latencies_iter
+    Removed when: vLLM counts so for its own speculation.
+    Test: tests/test_server.py::test_vllms_metrics_say_what_a_client_got
+    """
+    from vllm.v1.metrics.stats import IterationStats
+
+    @wrap(IterationStats, "update_from_output")
+    def update_from_output(upstream: Any, self: Any, output: Any, *args: Any, **kwargs: Any) -> None:
+        latencies: list[float] = self.inter_token_latencies_iter
+        before, num_tokens = len(latencies), len(output.new_token_ids)
+        upstream(self, output, *args, **kwargs)
+        if latencies[before:]:
+            latencies[before:] = [latencies[before] / num_tokens] * num_tokens if num_tokens else []
+        else:
+            latencies += [0.0] * (num_tokens - 1)
