@@ -84,6 +84,7 @@ bench: bench-extras
 	$(BIN)/python -m benchmarks.run generate
 
 bench-vllm: setup
+	$(BIN)/pip install -q pandas    # vLLM's benchmark reads a file of prompts with it
 	$(BIN)/python -m benchmarks.vllm_bench
 
 # vLLM's own API tests in every mode; fetches vLLM's source, 45 MB
