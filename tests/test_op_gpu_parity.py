@@ -1,10 +1,10 @@
-"""The ops beside other people's kernels for the same thing: mamba-ssm's chunk scan, flashinfer's norm and sampling.
+"""The ops beside flashinfer's kernels for the same thing: its norm, and its sampling.
 
-    pip install mamba-ssm flashinfer-python
+    pip install flashinfer-python
     TRITON_INTERPRET=0 python -m pytest tests/test_op_gpu_parity.py
 
 Only where there is a GPU and the package is installed; skipped elsewhere. NEVER RUN YET: what these calls take and
-return is from the packages' documentation.
+return is from the package's documentation.
 """
 
 import pytest
@@ -12,38 +12,14 @@ import torch
 
 from tests.op_forms import NATIVE
 from tests.test_op_canvas_sample import logits
-from tests.test_op_seeded_scan import difference, scan_arguments
+from tests.test_op_seeded_scan import difference
 from tests.tolerances import BF16_OP
 from vllm_twotower.ops.adaln import kernel as adaln
 from vllm_twotower.ops.adaln.reference import UNMODULATED, Modulation
 from vllm_twotower.ops.canvas_sample import kernel as canvas_sample
-from vllm_twotower.ops.seeded_scan import kernel as seeded_scan
-from vllm_twotower.ops.seeded_scan.reference import ScanInputs
 
 pytestmark = pytest.mark.skipif(not NATIVE, reason="needs a CUDA device and TRITON_INTERPRET=0")
-REAL_LAYER = {"heads": 64, "head_dim": 64, "groups": 8, "state_size": 128}
 MASK = 3
-
-
-@pytest.mark.parametrize("width", [16, 32])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_scan_is_mamba_ssms_from_initial_states(dtype, width):
-    """To bf16's tolerance in fp32 as well: mamba-ssm's products there are TF32."""
-    ssd = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined", reason="mamba-ssm is not installed")
-    case = {name: t.cuda() for name, t in scan_arguments(3, width, **REAL_LAYER, dtype=dtype).items()}
-    expected = ssd.mamba_chunk_scan_combined(
-        case["x_RSHP"],
-        case["dt_RSH"],
-        case["a_H"],
-        case["b_RSGN"],
-        case["c_RSGN"],
-        chunk_size=64,
-        D=case["skip_H"],
-        dt_bias=case["dt_bias_H"],
-        initial_states=case["state_ZHPN"][case["slot_R"]],
-        dt_softplus=True,
-    )
-    assert difference(seeded_scan.seeded_scan(ScanInputs(**case)), expected) < BF16_OP
 
 
 @pytest.mark.parametrize("vocab", [512, 131_072])
