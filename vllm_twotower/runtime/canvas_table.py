@@ -159,8 +159,9 @@ class CanvasTable:
         """Keep the rows as a step left them; the canvas of a finished one starts from masks next time."""
         self.token_BS[rows.slot_R] = outcome.token_RS
         self.pass_index_B[rows.slot_R] = outcome.pass_index_R
-        for row, slot in enumerate(rows.slots):
-            self._undecided[slot], self._pass_index[slot] = outcome.undecided[row], outcome.pass_index[row]
-            self._started[slot] = not outcome.finished[row]
-            if outcome.finished[row] and step.modes[row] is Mode.SELF_SPECULATION:
+        of_rows = zip(rows.slots, outcome.undecided, outcome.pass_index, outcome.finished, step.modes, strict=True)
+        for slot, undecided, pass_index, is_finished, mode in of_rows:
+            self._undecided[slot], self._pass_index[slot] = undecided, pass_index
+            self._started[slot] = not is_finished
+            if is_finished and mode is Mode.SELF_SPECULATION:
                 self._drafts.add(slot)

@@ -187,7 +187,7 @@ class DenoiseOutcome:
     num_forwards: int
     """Forwards of the denoiser tower."""
 
-    @property
+    @cached_property
     def finished(self) -> list[bool]:
         """Per row: nothing is masked any more, and the canvas can be emitted."""
         return [bits == 0 and not broken for bits, broken in zip(self.undecided, self.broken, strict=True)]
@@ -222,7 +222,7 @@ class Step:
     """With split towers of a context step, the other rows whose states the denoiser's ranks advance by themselves; None
     where there are none."""
 
-    @property
+    @cached_property
     def modes(self) -> list[Mode | None]:
         """Per row; None as in ``options``."""
         return [options.mode if options else None for options in self.options]
