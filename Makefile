@@ -11,8 +11,8 @@ endif
 export VLLM_NO_USAGE_STATS := 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-slow rehearsal oracles mixes fuzz soak check docs bench bench-extras bench-vllm conformance \
-	clients lm-eval quality clean
+.PHONY: setup demo test test-slow try-readme rehearsal oracles mixes fuzz soak check docs bench bench-extras bench-vllm \
+	conformance clients lm-eval quality clean
 
 setup: $(STAMP)
 
@@ -58,6 +58,11 @@ oracles: $(ORACLES)/.done
 
 test-slow: setup
 	$(BIN)/python -m pytest
+
+# README's commands, in a fresh clone in an empty folder; make try-readme LONG=--long for those that take longer
+LONG ?=
+try-readme: setup
+	$(BIN)/python -m tools.try_readme $(LONG)
 
 # random mixes of requests for as long as you like: `make mixes TWOTOWER_MIXES=5000 TWOTOWER_FIRST_MIX=7000`
 mixes: export TWOTOWER_MIXES ?= 1000
