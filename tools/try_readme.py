@@ -46,10 +46,10 @@ CPU = "TRITON_INTERPRET=1 VLLM_CPU_KVCACHE_SPACE=1"
 SMALL = "--dtype float32 --max-model-len 512 --enforce-eager"
 NVIDIA = "nvidia/Nemotron-Labs-TwoTower-30B-A3B-Base-BF16"
 INSTEAD = {
-    "pip install '.[gpu]'": "python3 -m venv gpu && gpu/bin/pip install --quiet --dry-run '.[gpu]'",
+    "pip install '.[gpu]'": "python3 -m venv ../gpu && ../gpu/bin/pip install --quiet --dry-run '.[gpu]'",
     f"vllm serve {NVIDIA} --diffusion": f"{CPU} .venv/bin/vllm serve {DEMO} --diffusion {SMALL}",
-    "vllm-twotower quantize BF16_FOLDER FP8_FOLDER": f".venv/bin/vllm-twotower quantize {DEMO} int8 --scheme int8",
-    "vllm serve FP8_FOLDER --diffusion": f"{CPU} .venv/bin/vllm serve int8 --diffusion {SMALL}",
+    "vllm-twotower quantize BF16_FOLDER FP8_FOLDER": f".venv/bin/vllm-twotower quantize {DEMO} ../int8 --scheme int8",
+    "vllm serve FP8_FOLDER --diffusion": f"{CPU} .venv/bin/vllm serve ../int8 --diffusion {SMALL}",
     "vllm-twotower inspect MODEL": f".venv/bin/vllm-twotower inspect {DEMO}",
     # README says both of these in the sentence after the example
     EXAMPLE: f"TRITON_INTERPRET=1 .venv/bin/{EXAMPLE}",
