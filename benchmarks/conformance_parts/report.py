@@ -39,7 +39,19 @@ LEFT_OUT = """## Left out
 """
 
 REFUSAL = re.compile(r"(?P<text>[^\"']* cannot be honoured in .*?send diffusion_mode='ar'[\w ]*)")
-REASONS: dict[str, str] = {}
+CANVAS_OF_ENDS = (
+    "the canvas behind the answer is all end-of-sequence tokens, which have no text; the test counts on text"
+)
+REASONS: dict[str, str] = {
+    "test_metrics_counts": "the engine takes fewer steps than there are tokens, and the test counts one for each",
+    "test_completion_streaming": CANVAS_OF_ENDS,
+    "test_comparison_with_prompt_logprobs_and_logprobs": CANVAS_OF_ENDS,
+    "test_generate_stream": "draws one answer at random and not the other, and expects them to be equally long",
+    "test_function_calling_with_streaming": "refused like the others (structured output); what it got is how vLLM's "
+    "responses API ends a stream whose request is refused, by breaking it off",
+    "test_anthropic_streaming_cache_usage": "**open**: vLLM estimates what a request adds to the prefix cache at its "
+    "first token; here that comes some steps after the prompt, when its Mamba state is the cache's alone, and usage says 0",
+}
 """Why a test fails in a mode though the control passes, by a part of its name, where its message is no refusal."""
 
 
