@@ -89,3 +89,9 @@ def single_process_group():
             cleanup_dist_env_and_memory()
 
     return group
+
+
+@pytest.fixture
+def without_amx(monkeypatch):
+    """vLLM's eight-bit layers as on any CPU: with AMX it packs their weights, and its INT8 kernel takes no fp32."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)

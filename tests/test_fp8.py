@@ -112,6 +112,7 @@ def quantise(x, scale):
 CHECKPOINT_NAME = {"model": "context_tower", "denoiser": "denoiser_tower"}
 
 
+@pytest.mark.usefixtures("without_amx")
 def test_a_checkpoint_is_quantised_as_it_loads_and_still_answers(monkeypatch, tiny_moe):
     """The engine in bf16 on a CPU, dense layers in FP8 (the portable experts stay as they are)."""
     monkeypatch.setattr(online_fp8, "ops", SimpleNamespace(scaled_fp8_quant=quantise))

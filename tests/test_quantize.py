@@ -170,6 +170,7 @@ def divergence(p_NV, q_NV):
     return (p_NV.exp() * (p_NV - q_NV)).nan_to_num(0.0).sum(-1)
 
 
+@pytest.mark.usefixtures("without_amx")
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 def test_both_towers_compute_in_eight_bits_what_the_format_says(tiny_moe, folder_of, monkeypatch, scheme):
     """vLLM's eight-bit layers against the plain towers with numbers rounded as the format rounds them: experts, Mamba,
@@ -193,6 +194,7 @@ def scheme_layers(engine):
     return [m for m in engine.model.modules() if isinstance(m, LinearBase) and getattr(m, "scheme", None) is not None]
 
 
+@pytest.mark.usefixtures("without_amx")
 def test_the_demo_model_in_int8_stays_close_to_its_bf16_self(folder_of):
     folder = folder_of(DEMO_MODEL, "int8")
     with start_engine(folder, max_logprobs=-1) as e:
