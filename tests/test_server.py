@@ -12,6 +12,7 @@ import urllib.request
 import openai
 import pytest
 
+from benchmarks.soak_metrics import read_metrics as read_metrics_text
 from tests.demo_questions import LONG, OPEN, SHORT
 from tests.harness.server import VLLM, vllm_server
 from tools import make_readme
@@ -41,13 +42,12 @@ def complete(client, prompt=LONG, xargs=None, extra_body=None, **more):
     return client.completions.create(**settings, extra_body={"vllm_xargs": xargs or {}, **(extra_body or {})})
 
 
-def metrics(server):
-    text = urllib.request.urlopen(f"{server[0]}/metrics", timeout=10).read().decode()
-    values = {}
-    for line in text.splitlines():
-        if line.startswith("vllm:twotower") and "_bucket" not in line and "_created" not in line:
-            name, value = line.rsplit(" ", 1)
-            values[name.split("{")[0]] = float(value)
+def read_metrics(server):
+    """Name -> value, summed over labels; of requests that succeeded by their reason."""
+    values = collections.Counter()
+    for name, labels, value in re.findall(r"^(vllm:\w+)\{(.*)\} (\S+)$", read_metrics_text(server[0]), re.MULTILINE):
+        reason = re.search(r'finished_reason="(\w+)"', labels)
+        values[f"{name} {reason[1]}" if reason else name] += float(value)
     return values
 
 
@@ -224,11 +224,10 @@ def test_logprobs_and_seeds_over_http(client):
 
 
 def test_metrics_count_what_was_asked_for(server, client):
-    before = metrics(server)
+    before = read_metrics(server)
     complete(client, max_tokens=32, xargs={"diffusion_confidence_threshold": 1.0})
     time.sleep(1)
-    after = metrics(server)
-    grown = {name: after[name] - before[name] for name in after}
+    grown = read_metrics(server) - before
     assert grown["vllm:twotower_canvases_total"] == 2
     assert grown["vllm:twotower_denoise_passes_total"] == 32
     assert grown["vllm:twotower_committed_tokens_total"] == 32
@@ -251,19 +250,9 @@ VLLMS = {
 """What dashboards ask vLLM for, and what a client can count of it."""
 
 
-def read_vllms_metrics(server):
-    """Name -> value, summed over labels; of requests that succeeded by their reason."""
-    text = urllib.request.urlopen(f"{server[0]}/metrics", timeout=10).read().decode()
-    values = collections.Counter()
-    for name, labels, value in re.findall(r"^(vllm:\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
-        reason = re.search(r'finished_reason="(\w+)"', labels)
-        values[f"{name} {reason[1]}" if reason else name] += float(value)
-    return values
-
-
 @pytest.mark.parametrize("mode", ["mask_diffusion", "self_speculation", "ar", "mock_ar"])
 def test_vllms_metrics_say_what_a_client_got(server, client, mode):
-    before, started = read_vllms_metrics(server), time.perf_counter()
+    before, started = read_metrics(server), time.perf_counter()
     answers, first_tokens = [], []
     for prompt, more in ((LONG, {}), (OPEN, {"max_tokens": 7}), (SHORT, {"stop": "\n"}), (SHORT, {"max_tokens": 30})):
         asked_at = time.perf_counter()
@@ -277,7 +266,7 @@ def test_vllms_metrics_say_what_a_client_got(server, client, mode):
         answers.append((chunks[-1].usage, reason))
     took = time.perf_counter() - started
     time.sleep(1)
-    after = read_vllms_metrics(server)
+    after = read_metrics(server)
     grown = after - before
     seen = collections.Counter(requests=len(answers))
     for usage, reason in answers:
@@ -299,8 +288,7 @@ def test_vllms_metrics_say_what_a_client_got(server, client, mode):
 def test_the_dashboard_asks_for_metrics_that_exist(server):
     panels = json.loads((ROOT / "examples" / "deploy" / "grafana" / "dashboard.json").read_text())["panels"]
     asked = {name for panel in panels for t in panel["targets"] for name in re.findall(r"vllm:\w+", t["expr"])}
-    text = urllib.request.urlopen(f"{server[0]}/metrics", timeout=10).read().decode()
-    served = set(re.findall(r"^(vllm:\w+)", text, re.MULTILINE))
+    served = set(re.findall(r"^(vllm:\w+)", read_metrics_text(server[0]), re.MULTILINE))
     assert len(asked) > 12
     assert asked <= served, asked - served
 

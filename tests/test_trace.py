@@ -4,7 +4,6 @@ real browser."""
 import html
 import json
 import re
-import shutil
 import subprocess
 
 import pytest
@@ -13,6 +12,7 @@ from benchmarks.quality_parts.questions import held_out
 from tests.harness.engine import start_engine
 from tests.harness.goldens import golden_params
 from tests.test_self_speculation import params
+from tools.screenshot import find_browser
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.commands.live import Recording
 from vllm_twotower.commands.trace_page import canvases_of, render_page
@@ -197,7 +197,7 @@ def test_every_draft_is_shown_as_it_was_verified(rounds):
 
 def play(recording, threshold, tmp_path):
     """The page in a browser, driven by ``CLICKS``: what it showed."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    browser = find_browser()
     if browser is None:
         pytest.skip("no browser: apt-get install chromium")
     page = render_page(recording, decode, "A title", "About it", threshold)

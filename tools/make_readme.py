@@ -12,12 +12,12 @@ import os
 import pathlib
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 
 from tests.harness.server import vllm_server
+from tools.screenshot import find_browser, take_screenshot
 from vllm_twotower.commands.cli import DEMO_MODEL
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -130,7 +130,7 @@ def training_sentence(log: list[dict]) -> str:
 
 def take_picture(readme: str) -> None:
     """README's trace, half way through its first canvas."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    browser = find_browser()
     if browser is None:
         print(f"no browser: {PICTURE.name} is left as it is", file=sys.stderr)
         return
@@ -139,9 +139,7 @@ def take_picture(readme: str) -> None:
         page = pathlib.Path(folder) / "trace.html"
         run_command(f"{command} --html {page}", VLLM_CPU_KVCACHE_SPACE="1")  # as README sets it
         page.write_text(page.read_text(encoding="utf-8").replace("</body>", HALF_WAY), encoding="utf-8")
-        shoot = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,690", "--hide-scrollbars"]
-        shoot += [f"--user-data-dir={folder}/profile", f"--screenshot={PICTURE}", f"file://{page}"]
-        subprocess.run(shoot, check=True, capture_output=True, timeout=120)
+        take_screenshot(browser, f"file://{page}", PICTURE, "1100,690")
 
 
 def with_figures(text: str) -> str:

@@ -16,7 +16,6 @@ import math
 import pathlib
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,8 +26,9 @@ import urllib.request
 from collections.abc import Iterator
 
 from benchmarks.quality_parts.questions import held_out
-from tests.harness.server import vllm_server
+from tests.harness.server import find_free_port, vllm_server
 from tools.make_readme import serve_arguments
+from tools.screenshot import find_browser, take_screenshot
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "examples" / "deploy"
@@ -89,9 +89,7 @@ def prometheus(server: str, page: str, folder: pathlib.Path) -> Iterator[str]:
     assert TARGET in config
     (folder / "prometheus.yml").write_text(config.replace(TARGET, urllib.parse.urlsplit(server).netloc))
     (folder / "dashboard.html").write_text(page)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{find_free_port()}"
     command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     command += [f"--web.listen-address={address}", f"--web.console.templates={folder}"]
     command += [f"--web.console.libraries={folder}"]
@@ -157,21 +155,14 @@ def check_queries(address: str, panels: list[dict]) -> list[str]:
     return empty
 
 
-def take_picture(address: str, picture: pathlib.Path, folder: pathlib.Path) -> None:
-    shoot = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1400,820"]
-    shoot += [f"--user-data-dir={folder}/profile", "--virtual-time-budget=20000", f"--screenshot={picture}"]
-    page = f"{address}/consoles/dashboard.html"
-    subprocess.run([*shoot, page], check=True, capture_output=True, timeout=180)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=3)
     parser.add_argument("--picture", type=pathlib.Path, default=PICTURE)
     args = parser.parse_args()
-    missing = [program for program in ("prometheus", "chromium") if shutil.which(program) is None]
-    if missing:
-        sys.exit(f"not installed: {', '.join(missing)}")
+    browser = find_browser()
+    if browser is None or shutil.which("prometheus") is None:
+        sys.exit("prometheus and chromium have to be installed: apt-get install prometheus chromium")
     panels, seconds = read_panels(), round(60 * args.minutes)
     served = serve_arguments((ROOT / "README.md").read_text(encoding="utf-8"))
     with contextlib.ExitStack() as stack:
@@ -181,7 +172,8 @@ def main() -> None:
         with load(server):
             time.sleep(seconds)
             empty = check_queries(address, panels)
-            take_picture(address, args.picture.resolve(), folder)
+            page = f"{address}/consoles/dashboard.html"
+            take_screenshot(browser, page, args.picture.resolve(), "1400,820", "--virtual-time-budget=20000")
     if empty:
         sys.exit("no answer to\n" + "\n".join(empty))
 

@@ -46,14 +46,19 @@ def vllm_server(
         yield url
 
 
+def find_free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextlib.contextmanager
 def starting_server(
     model: pathlib.Path | str, *options: str, log: pathlib.Path, cwd: pathlib.Path | None = None
 ) -> Iterator[tuple[str, subprocess.Popen]]:
     """``vllm_server`` that does not wait for the server to come up: its address to be, and its process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_free_port()
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     command = [str(VLLM), "serve", str(model), "--port", str(port), *options]
