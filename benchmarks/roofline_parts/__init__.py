@@ -1,1 +1,1 @@
-"""What the roofline and the policy benchmark count: GPUs, forwards, passes per canvas, throughput."""
+"""What the roofline and the policy benchmark add to ``vllm_twotower.planning``: published runs, rounds of drafts."""

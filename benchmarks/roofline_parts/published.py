@@ -2,8 +2,7 @@
 
 The source is a cloud provider's inference cookbook (11 March 2026): Nemotron-3-Nano-30B-A3B-FP8, vLLM 0.16.0, two B200
 with tensor parallelism, random prompts of 2,048 tokens, 512 tokens written; 50 requests sent with one at once, 400
-otherwise. One machine, one engine, each run once: a fit to it is no
-measurement of ours.
+otherwise. One machine, one engine, each run once: a fit to it is no measurement of ours.
 """
 
 from dataclasses import dataclass

@@ -187,9 +187,9 @@ class DraftPolicy:
         self._num_requests = 1  # among whom it was
         self._rest: Rest | None = None
 
-    def is_resting(self) -> bool:
-        """Whether the coming step is an AR step for everybody, because the last answer was that and nothing but time
-        has passed; whoever knows of new candidates says so before (``look_again``)."""
+    def keep_resting(self) -> bool:
+        """Rest for one more step, an AR step for everybody, if the last answer was that and only time has passed since;
+        whoever knows of new candidates says so before (``look_again``). Returns whether it rests."""
         rest = self._rest
         if rest is None or self._credit >= rest.credit or not rest.num_steps:
             self._rest = None

@@ -92,9 +92,9 @@ class BlockCommitScheduler(Scheduler):
                 # that step carry what the empty one had to tell the workers.
                 self.finished_req_ids |= output.finished_req_ids
                 self.reset_preempted_req_ids |= output.preempted_req_ids or set()
-                kind = StepKind.DENOISE
+                kind, rows = StepKind.DENOISE, self._sort_running()
         if kind is StepKind.DENOISE:
-            output = self._schedule_denoise(args, kwargs)
+            output = self._schedule_denoise(rows.canvases, args, kwargs)
         self.step_policy.record_step(kind)
         self.last_step = ScheduledStep(kind=kind, req_ids=frozenset(output.num_scheduled_tokens))
         self._time_step()
@@ -154,7 +154,7 @@ class BlockCommitScheduler(Scheduler):
 
     def _decide_who_drafts(self) -> None:
         """Ask the policy about those who have come to where a draft is possible since it was last asked."""
-        if self.draft_policy.is_resting() or not compat.can_report_passes():  # nobody would say when a draft is done
+        if self.draft_policy.keep_resting() or not compat.can_report_passes():  # nobody would say when a draft is done
             return
         undecided = [r for r in self.running if r.request_id not in self._drafts_next and self._can_draft(r)]
         if not undecided:
@@ -238,24 +238,20 @@ class BlockCommitScheduler(Scheduler):
         """Tokens of one step."""
         return min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens)
 
-    def _schedule_denoise(self, args: Any, kwargs: Any) -> SchedulerOutput:
+    def _schedule_denoise(self, canvases: list[Request], args: Any, kwargs: Any) -> SchedulerOutput:
         """Whole canvases only, as many as the budget holds, the least recently served first; nobody is admitted."""
-        waiting_longest_first = sorted(
-            (r for r in self.running if self._is_denoisable(r)), key=lambda r: self._last_denoised.get(r.request_id, 0)
-        )
-        budget = self._budget()
-        rows: list[Request] = []
-        for request in waiting_longest_first:
-            width = self._canvas_width(request)
-            if width <= budget:
-                budget -= width
-                rows.append(request)
         self._num_denoise_steps += 1
         self._verifying = {}
-        for request in rows:
+        budget = self._budget()
+        rows: list[Request] = []
+        for request in sorted(canvases, key=lambda r: self._last_denoised.get(r.request_id, 0)):
+            width = self._canvas_width(request)
+            if width > budget:
+                continue
+            budget -= width
+            rows.append(request)
             # upstream allocates KV slots for draft tokens: what of the canvas lies past the end of the request
-            past_end = self._canvas_width(request) - self._options_of(request).context_lag
-            request.spec_token_ids = [MASK_TOKEN_ID] * past_end
+            request.spec_token_ids = [MASK_TOKEN_ID] * (width - self._options_of(request).context_lag)
             self._last_denoised[request.request_id] = self._num_denoise_steps
         self._denoising = frozenset(r.request_id for r in rows)
         hidden = [r for r in self.running if r.request_id not in self._denoising]
