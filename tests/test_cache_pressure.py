@@ -109,6 +109,17 @@ def test_shared_prefixes_cut_around_a_kv_block_and_canvas_boundaries(tiny_moe, c
     assert hits == {cut: KV_BLOCK if cut >= KV_BLOCK else 0 for cut in cuts}
 
 
+@pytest.mark.parametrize("mode", ["ar", "self_speculation", "mask_diffusion", "mock_ar"])
+def test_every_mode_reports_what_a_prompt_found_in_the_cache_and_added_to_it(tiny_moe, mode):
+    """Of 300 tokens two blocks can be shared; mock-AR does not read the cache."""
+    prompt = [(31 * i) % 500 + 4 for i in range(300)]
+    params = greedy(mode, 2 * CANVAS)
+    with start_engine(tiny_moe.path, {"passes_per_step": 4}, enable_prefix_caching=True, max_num_seqs=4) as e:
+        outputs = [e.generate([prompt], params)[0] for _ in range(2)]
+    reported = [(o.num_cached_tokens, o.num_cache_creation_tokens) for o in outputs]
+    assert reported == [(0, 2 * KV_BLOCK), (0, 2 * KV_BLOCK) if mode == "mock_ar" else (2 * KV_BLOCK, 0)]
+
+
 def test_a_prefix_that_is_being_written_holds_the_queue_up_for_four_steps_at_most(tiny_moe):
     """vLLM admits nobody whose prefix another one writes in the same step, nor anybody behind it in the queue. The
     first prompt takes two such steps, a denoise step of its canvas follows, and then all have to come in."""

@@ -27,6 +27,7 @@ from vllm_twotower.compat.requests import check_requests, decode_beams_in_ar, en
 from vllm_twotower.compat.scheduler import (
     end_with_error,
     is_warmup_request,
+    keep_largest_cache_estimate,
     nan_rows,
     passing_over,
     prompt_logprobs_of,

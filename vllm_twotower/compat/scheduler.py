@@ -5,6 +5,8 @@ import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from vllm_twotower.compat.wrapping import wrap
+
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -68,6 +70,28 @@ def end_with_error(scheduler: "Scheduler", req_id: str) -> None:
 def nan_rows(result: "ModelRunnerOutput") -> list[str]:
     """Whom to ``end_with_error``: rows of a context step whose logits held a NaN, as far as somebody counted."""
     return [req_id for req_id, count in (result.num_nans_in_logits or {}).items() if count > 0]
+
+
+@functools.cache
+def keep_largest_cache_estimate() -> None:
+    """``PrefillStats.finalize`` may be called when a prompt is computed, and again by upstream at the first token: what
+    a request reports as ``num_cache_creation_tokens`` is the larger.
+
+    Symptom: upstream calls it once, at the first token, and asks which of the request's blocks are in the prefix cache.
+        A canvas' first token comes steps after its prompt, when the request has given that Mamba state back: the answer
+        is 0.
+    Upstream: vllm.v1.metrics.stats.PrefillStats.finalize, vllm.v1.request.Request.prefill_stats,
+        vllm.v1.core.kv_cache_manager.KVCacheManager.estimate_cached_tokens
+    Removed when: upstream asks when a prompt is computed.
+    Test: tests/test_cache_pressure.py::test_every_mode_reports_what_a_prompt_found_in_the_cache_and_added_to_it
+    """
+    from vllm.v1.metrics.stats import PrefillStats
+
+    @wrap(PrefillStats, "finalize")
+    def finalize(upstream: Any, self: Any, num_cached_tokens: int) -> None:
+        before = self.num_cache_creation_tokens
+        upstream(self, num_cached_tokens)
+        self.num_cache_creation_tokens = max(before, self.num_cache_creation_tokens)
 
 
 def is_warmup_request(req_id: str) -> bool:

@@ -51,6 +51,7 @@ class BlockCommitScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         options = EngineOptions.from_additional_config(self.vllm_config.additional_config.get(CONFIG_KEY))
         assert options is not None, "the config hook sets this scheduler with diffusion on only"
+        compat.keep_largest_cache_estimate()
         self.options = options
         self.step_policy = StepPolicy(options.commit_quorum)
         self.last_step = ScheduledStep(kind=StepKind.CONTEXT, req_ids=frozenset())
@@ -309,6 +310,7 @@ class BlockCommitScheduler(Scheduler):
         self._count(scheduler_output, model_runner_output)
         self._take_back_rejected(model_runner_output)
         self._hold_prompt_logprobs(model_runner_output)
+        self._estimate_cached_prompts(scheduler_output)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _take_back_rejected(self, result: Any) -> None:
@@ -323,6 +325,15 @@ class BlockCommitScheduler(Scheduler):
                     self._speculation = SpecDecodingStats.new(self.options.canvas_length - 1)
                 self._speculation.observe_draft(width - 1, num_sampled - 1)
         self._verifying = {}
+
+    def _estimate_cached_prompts(self, scheduler_output: SchedulerOutput) -> None:
+        """What prompts that this context step ended added to the prefix cache: of canvases, nobody can say later."""
+        if self._denoising:
+            return
+        for req_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests.get(req_id)
+            if request is not None and request.prefill_stats is not None and self._is_denoisable(request):
+                request.prefill_stats.finalize(self.kv_cache_manager.estimate_cached_tokens(request))
 
     def _hold_prompt_logprobs(self, result: Any) -> None:
         dicts = compat.prompt_logprobs_of(result)
