@@ -7,6 +7,7 @@
 
 Parts, each in a process of its own, so that what fails, or takes its GPU down, is reported and the next one runs:
 
+    expert_tables  whether vLLM's kernel for the experts has been tuned for this GPU, and the command that does it
     goldens_fp32   tests/goldens through the engine in fp32, Triton attention; every token must equal NVIDIA's
     goldens_graphs the same with CUDA graphs: the context tower's pieces, and whole denoise passes
     goldens_bf16   the same in bf16 with FlashAttention; agreement of tokens is reported, equality is not expected
@@ -36,7 +37,7 @@ from benchmarks.machine import output_of, version_of
 from benchmarks.paths import REAL_MODEL
 from tests.harness.goldens import GOLDENS
 
-PARTS = ("goldens_fp32", "goldens_graphs", "goldens_bf16", "timing_eager", "timing_graphs")
+PARTS = ("expert_tables", "goldens_fp32", "goldens_graphs", "goldens_bf16", "timing_eager", "timing_graphs")
 EXACT_PARTS = ("goldens_fp32", "goldens_graphs")
 GPU_ONLY = {
     "goldens_graphs": "CUDA graphs need a GPU",
@@ -48,10 +49,11 @@ ERROR_CHARACTERS = 4000
 
 def part(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Run one part in this process."""
-    from tools.smoke_parts import golden_runs, timing
+    from tools.smoke_parts import expert_tables, golden_runs, timing
 
     attention = "CPU_ATTN" if args.dry_run else "TRITON_ATTN"
     functions: dict[str, Callable[[], dict[str, Any]]] = {
+        "expert_tables": functools.partial(expert_tables.run, args),
         "goldens_fp32": functools.partial(golden_runs.run, args, "float32", attention),
         "goldens_graphs": functools.partial(golden_runs.run, args, "float32", "TRITON_ATTN", eager=False),
         "goldens_bf16": functools.partial(golden_runs.run, args, "bfloat16", "FLASH_ATTN"),
@@ -153,7 +155,7 @@ def main() -> None:
         print(f"{name} ...", flush=True)
         report["parts"][name] = found = run_part(name, args)
         args.out.write_text(json.dumps(report, indent=1) + "\n")  # after each part: a later one may end the machine
-        print(f"{name}: {found['status']}", flush=True)
+        print(f"{name}: {found['status']}", *found.get("missing", []), sep="\n  ", flush=True)
     report["all_well"] = all_well(report["parts"])
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written: {args.out}")

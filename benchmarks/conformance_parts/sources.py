@@ -1,12 +1,11 @@
 """vLLM's own tests, fetched and unpacked, and an environment that runs them."""
 
-import io
 import pathlib
 import re
-import tarfile
 
 from benchmarks.paths import DEMO, ROOT
 from tools.environments import make_environment
+from tools.vllm_source import fetch_source, walk_source
 
 MODEL = "demo-model"
 """What the demo model is called there: a link beside the tests, so that servers, tokenizers and tests agree."""
@@ -29,28 +28,6 @@ BEYOND_VOCABULARY = re.compile(r"""(?<=[\[ :])(5000|9454|2753)(?=[\]},"])""")
 REQUIREMENTS = ("pytest-asyncio", "tblib", "pytest-timeout")
 
 
-def fetch_source(version: str) -> bytes:
-    """vLLM's source distribution, from wherever pip is told to look.
-
-    ``pip download`` would build its metadata, for which it wants a compiler's worth of requirements; so pip finds the
-    file and reads it, and does nothing else.
-    """
-    from pip._internal.commands import create_command
-    from pip._vendor.packaging.specifiers import SpecifierSet
-
-    command = create_command("download")
-    with command.main_context():
-        options, _ = command.parse_args(["--no-deps", "--no-binary", ":all:"])
-        session = command.get_default_session(options)
-        finder = command._build_package_finder(options, session)
-        found = finder.find_best_candidate("vllm", SpecifierSet(f"=={version}")).best_candidate
-        if found is None:
-            raise SystemExit(f"pip finds no source distribution of vllm {version}")
-        answer = session.get(found.link.url_without_fragment)
-        answer.raise_for_status()
-        return answer.content
-
-
 def replace_token_ids(text: str) -> str:
     """A test's text with ids from 1,000 up, each by another, for those that the demo model does not have."""
     return BEYOND_VOCABULARY.sub(lambda match: str(1000 + int(match[1]) % 536), text)
@@ -58,19 +35,16 @@ def replace_token_ids(text: str) -> str:
 
 def unpack_tests(archive: bytes, target: pathlib.Path) -> None:
     """Unpack the tests and chat templates, with the demo model's name for every model's, and token ids it has."""
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        for member in tar:
-            path = pathlib.PurePosixPath(*pathlib.PurePosixPath(member.name).parts[1:])
-            wanted = (path.parts[:1] == ("tests",) and path.suffix == ".py") or path.match("examples/*.jinja")
-            wanted = wanted or str(path) == "pyproject.toml"  # pytest's settings
-            if not wanted or not member.isfile() or ".." in path.parts:
-                continue
-            text = tar.extractfile(member).read().decode()
-            for name in MODELS_OF_THEIRS:
-                text = text.replace(f'"{name}"', f'"{MODEL}"')
-            text = replace_token_ids(text)
-            (target / path).parent.mkdir(parents=True, exist_ok=True)
-            (target / path).write_text(text, encoding="utf-8")
+    for path, content in walk_source(archive):
+        wanted = (path.parts[:1] == ("tests",) and path.suffix == ".py") or path.match("examples/*.jinja")
+        wanted = wanted or str(path) == "pyproject.toml"  # pytest's settings
+        if not wanted:
+            continue
+        text = content.decode()
+        for name in MODELS_OF_THEIRS:
+            text = text.replace(f'"{name}"', f'"{MODEL}"')
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        (target / path).write_text(replace_token_ids(text), encoding="utf-8")
     (target / MODEL).symlink_to(ROOT / DEMO, target_is_directory=True)
 
 
