@@ -12,7 +12,7 @@ export VLLM_NO_USAGE_STATS := 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
 .PHONY: setup demo test test-slow try-readme rehearsal oracles mixes fuzz soak check docs bench bench-extras bench-vllm \
-	conformance clients lm-eval quality clean
+	conformance conformance-next clients lm-eval quality clean
 
 setup: $(STAMP)
 
@@ -103,6 +103,8 @@ bench-vllm: setup
 # vLLM's own API tests in every mode; fetches vLLM's source, 45 MB
 conformance: setup
 	$(BIN)/python -m benchmarks.conformance
+conformance-next: $(NEXT)/bin/vllm
+	$(NEXT)/bin/python -m benchmarks.conformance
 
 # examples/clients, in an environment of their own
 clients: setup
