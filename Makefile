@@ -11,7 +11,7 @@ endif
 export VLLM_NO_USAGE_STATS := 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-slow try-readme rehearsal oracles mixes fuzz soak check docs bench bench-extras bench-vllm \
+.PHONY: setup demo test test-slow try-readme rehearsal oracles ray mixes fuzz soak check docs bench bench-extras bench-vllm \
 	conformance conformance-next clients lm-eval quality clean
 
 setup: $(STAMP)
@@ -55,6 +55,13 @@ $(ORACLES)/.done: tools/setup_oracles.py $(STAMP)
 	touch $@
 oracles: $(ORACLES)/.done
 	PYTHONPATH=$(ORACLES) $(BIN)/python -m pytest -m "slow or not slow" tests/test_op_mamba_ssm.py
+
+# examples/ray_data.py on a cluster of this machine; half a gigabyte, which nothing else uses
+RAY := $(VENV)/ray
+$(RAY)/done: tools/setup_ray.py $(STAMP)
+	$(BIN)/python -m tools.setup_ray
+ray: $(RAY)/done
+	$(BIN)/python -m pytest -m slow tests/test_batch.py
 
 test-slow: setup
 	$(BIN)/python -m pytest
