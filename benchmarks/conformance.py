@@ -71,8 +71,10 @@ IN_PROCESS = """
 openai/completion/test_completion_error.py
 openai/completion/test_completion_text_offset.py
 openai/chat_completion/test_chat_error.py
+openai/chat_completion/test_message_assembly.py
 openai/chat_completion/test_non_object_body_validation.py
 openai/chat_completion/test_serving_chat.py
+openai/chat_completion/test_stream_processor.py
 openai/chat_completion/test_thinking_token_budget_validation.py
 openai/responses/test_function_call_parsing.py
 openai/responses/test_protocol.py
@@ -90,6 +92,7 @@ openai/test_tool_calls_serialization.py
 openai/test_tool_choice_content_none.py
 openai/test_watermarking.py
 anthropic/test_anthropic_messages_conversion.py
+anthropic/test_error_type_mapping.py
 anthropic/test_protocol_exports.py
 serve/tokenize/test_serving_tokenization.py
 serve/exception_handling/test_error_sanitization.py

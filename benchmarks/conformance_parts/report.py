@@ -49,8 +49,6 @@ REASONS: dict[str, str] = {
     "test_generate_stream": "draws one answer at random and not the other, and expects them to be equally long",
     "test_function_calling_with_streaming": "refused like the others (structured output); what it got is how vLLM's "
     "responses API ends a stream whose request is refused, by breaking it off",
-    "test_anthropic_streaming_cache_usage": "**open**: vLLM estimates what a request adds to the prefix cache at its "
-    "first token; here that comes steps after the prompt, when its Mamba state is the cache's alone: usage says 0",
 }
 """Why a test fails in a mode though the control passes, by a part of its name, where its message is no refusal."""
 
