@@ -26,6 +26,8 @@ class Setup:
     rank: int = 0
     placement: str = "colocated"
     quantization: str | None = None
+    attention_backend: str | None = None
+    kv_cache_dtype: str = "auto"
 
     @property
     def title(self) -> str:
@@ -34,6 +36,10 @@ class Setup:
         if self.placement == "split":
             parts.append("context" if self.rank < self.tensor_parallel_size // 2 else "denoiser")
         parts.append(self.quantization or "bf16")
+        if self.attention_backend:
+            parts.append(f"attention {self.attention_backend}")
+        if self.kv_cache_dtype != "auto":
+            parts.append(f"cache {self.kv_cache_dtype}")
         return " ".join(parts)
 
 
@@ -53,6 +59,8 @@ def make_config(setup: Setup) -> Any:
         additional_config={"diffusion": {"tower_placement": setup.placement}},
         tensor_parallel_size=setup.tensor_parallel_size,
         quantization=setup.quantization,
+        attention_backend=setup.attention_backend,
+        kv_cache_dtype=setup.kv_cache_dtype,
     )
     return args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
