@@ -34,6 +34,9 @@ ENGINES = [
         "a100 --tp 2",
         "h200 --flashinfer --attention-backend FLASHINFER",
         "b200 --flashinfer --attention-backend FLASHINFER",
+        "b200 --flashinfer --quantization fp8_per_tensor",
+        "b200 --stored nvfp4-experts",
+        "b200 --flashinfer --stored nvfp4-experts",
     )
 ]
 """vLLM's version, and what the rehearsal is told."""

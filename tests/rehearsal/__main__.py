@@ -38,6 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--split", action="store_true")
     parser.add_argument("--quantization")
+    parser.add_argument("--stored", choices=engine.STORED, help="how the checkpoint is quantised")
     parser.add_argument("--attention-backend")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--rows", type=int, default=2, help="requests at once")
@@ -70,7 +71,14 @@ def main() -> None:
         flashinfer_kernels.stand_in_for_flashinfer(device.note_call)
     placement = "split" if args.split else "colocated"
     setup = engine.Setup(
-        args.gpu, args.tp, args.rank, placement, args.quantization, args.attention_backend, args.kv_cache_dtype
+        args.gpu,
+        args.tp,
+        args.rank,
+        placement,
+        args.quantization,
+        args.attention_backend,
+        args.kv_cache_dtype,
+        args.stored,
     )
     try:
         found = rehearse(setup, device, 0 if args.start_only else args.rows, args.compile)

@@ -23,6 +23,8 @@ Note = Callable[[str, str], None]
 def stand_in_for_flashinfer(note: Note) -> None:
     """Put the functions in the place of the kernels; to be called before vLLM's attention backends are imported."""
     _replace(note, "flashinfer.fused_moe", "trtllm_bf16_moe", lambda given: torch.empty_like(given["hidden_states"]))
+    _replace(note, "flashinfer.fused_moe", "trtllm_fp4_block_scale_moe", _make_fp4_output)
+    _replace(note, "flashinfer", "nvfp4_block_scale_interleave", lambda given: given["unswizzled_sf"].reshape(-1))
     _replace(
         note,
         "flashinfer.prefill",
@@ -58,6 +60,14 @@ def _replace(
         return make_result(bound.arguments)
 
     setattr(module, name, stand_in)
+
+
+def _make_fp4_output(given: dict[str, Any]) -> list[torch.Tensor]:
+    """In bfloat16, where it was to go, if anywhere."""
+    if given["output"] is not None:
+        return [given["output"]]
+    rows, packed = given["hidden_states"].shape
+    return [given["hidden_states"].new_empty(rows, 2 * packed, dtype=torch.bfloat16)]
 
 
 def _describe_decode(given: dict[str, Any]) -> str:
