@@ -1,11 +1,14 @@
 """What start-up refuses and what it sets, on vLLM's real configuration objects."""
 
+import contextlib
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_twotower import compat, register, registration
 from vllm_twotower.config import EngineOptions
@@ -47,8 +50,8 @@ REFUSALS = [
     ("`--pipeline", _set("parallel_config.pipeline_parallel_size", 2), "pipeline_parallel_size=2.*tensor-parallel"),
     ("`--decode", _set("parallel_config.decode_context_parallel_size", 2), "decode_context_parallel_size=2"),
     ("`--decode", _set("parallel_config.prefill_context_parallel_size", 2), "prefill_context_parallel_size=2"),
-    ("`--kv", _set("kv_transfer_config", object()), "kv_transfer_config.*leave it out"),
-    ("`--kv", _set("ec_transfer_config", object()), "ec_transfer_config.*leave it out"),
+    ("`--kv-transfer", _set("kv_transfer_config", object()), "kv_transfer_config.*leave it out"),
+    ("`--kv-transfer", _set("ec_transfer_config", object()), "ec_transfer_config.*leave it out"),
     ("`--speculative", _set("speculative_config", object()), "speculative_config.*leave it out"),
     ("`--enable-lora", _set("lora_config", object()), "lora_config.*--enable-lora"),
     ("`--enable-dbo", _set("parallel_config.enable_dbo", True), "--enable-dbo"),
@@ -57,6 +60,7 @@ REFUSALS = [
     ("watermarking", _set("watermark_config", object()), "watermark_config"),
     ("`--mamba", _set("cache_config.mamba_cache_mode", "all"), "mamba_cache_mode=all.*align"),
     ("ReplaySSM", _set("cache_config.use_replayssm", True), "use_replayssm"),
+    ("`--kv-cache", _set("cache_config.cache_dtype", "nvfp4"), "kv_cache_dtype=nvfp4: .*--kv-cache-dtype fp8"),
     ("`--scheduling", _set("scheduler_config.policy", "priority"), "policy=priority.*fcfs"),
     (
         "`--data-parallel-size` above 1 with",
@@ -87,6 +91,7 @@ REFUSALS = [
 REFUSED_ELSEWHERE = {
     "`VLLM_USE_BREAKABLE_CUDAGRAPH`",
     "vLLM's deprecated model runner (V1)",
+    "an FP8 cache with `--attention-backend FLASHINFER` on Blackwell",
 }
 
 
@@ -122,6 +127,29 @@ def test_breakable_graphs_are_refused(make_config, monkeypatch):
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
     with pytest.raises(ValueError, match="VLLM_USE_BREAKABLE_CUDAGRAPH=0"):
         make_config()
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "family", "refused"),
+    [
+        ("FLASHINFER", "fp8", 100, True),
+        (None, "fp8_e5m2", 100, True),  # which vLLM gives to FlashInfer
+        ("FLASHINFER", "auto", 100, False),
+        ("FLASHINFER", "fp8", 90, False),
+        ("TRITON_ATTN", "fp8_e5m2", 100, False),
+        (None, "fp8", 100, False),
+    ],
+)
+def test_fp8_queries_of_canvases_are_refused_where_flashinfer_takes_none(
+    make_config, monkeypatch, backend, dtype, family, refused
+):
+    config = make_config()
+    monkeypatch.setattr(type(current_platform), "is_device_capability_family", lambda _, asked: asked == family)
+    config.attention_config.backend = AttentionBackendEnum[backend] if backend else None
+    config.cache_config.cache_dtype = dtype
+    message = f"kv_cache_dtype={dtype} with attention backend FLASHINFER: .*--kv-cache-dtype fp8 without"
+    with pytest.raises(ValueError, match=message) if refused else contextlib.nullcontext():
+        check_settings(config, EngineOptions())
 
 
 def test_without_the_interpreter_a_cpu_says_what_to_type(make_config, monkeypatch):

@@ -8,10 +8,13 @@ import functools
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
+
+from tests.rehearsal.passes import PROMPT_TOKENS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".venv-rehearsal"
@@ -23,20 +26,46 @@ ENGINES = [
     for engine in (
         "h200",
         "b200",
+        "b200 --flashinfer",
         "h100 --quantization fp8_per_tensor",
         "h100 --tp 2 --rank 1",
         "h100 --tp 2 --split",
         "h100 --tp 2 --split --rank 1",
         "a100 --tp 2",
+        "h200 --flashinfer --attention-backend FLASHINFER",
+        "b200 --flashinfer --attention-backend FLASHINFER",
+        "b200 --flashinfer --quantization fp8_per_tensor",
+        "b200 --stored nvfp4-experts",
+        "b200 --flashinfer --stored nvfp4-experts",
     )
 ]
 """vLLM's version, and what the rehearsal is told."""
 
+PLANNED = [one for one in ENGINES if "FLASHINFER" in one[1]]
+"""Those of these whose attention FlashInfer plans."""
+
 CONTEXT_ONLY = ("0.33.0", "h100 --tp 2 --split")
 """The one of these whose rank has no denoiser."""
 
-REFUSED = [("0.33.0", "h100 --start-only")]
-"""Engines that vLLM does not start."""
+REFUSED = {
+    ("0.33.0", "h100 --start-only"): "memory",
+    ("0.33.0", "b200 --flashinfer --attention-backend FLASHINFER --kv-cache-dtype fp8 --start-only"): "no FP8 queries",
+    ("0.33.0", "b200 --flashinfer --kv-cache-dtype nvfp4 --start-only"): "not causal",
+}
+"""Engines that vLLM or this package does not start, and what it says."""
+
+PLANNED = [one for one in ENGINES if "FLASHINFER" in one[1]]
+"""Those of these whose attention FlashInfer plans."""
+
+CONTEXT_ONLY = ("0.33.0", "h100 --tp 2 --split")
+"""The one of these whose rank has no denoiser."""
+
+REFUSED = {
+    ("0.33.0", "h100 --start-only"): "memory",
+    ("0.33.0", "b200 --flashinfer --attention-backend FLASHINFER --kv-cache-dtype fp8 --start-only"): "no FP8 queries",
+    ("0.33.0", "b200 --flashinfer --kv-cache-dtype nvfp4 --start-only"): "not causal",
+}
+"""Engines that vLLM or this package does not start, and what it says."""
 
 STARTED = [("0.33.0", "b200 --flashinfer --start-only")]
 """Engines of which only the start is rehearsed."""
@@ -71,7 +100,7 @@ def rehearse(version, engine):
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize(("version", "engine"), ENGINES + REFUSED + STARTED)
+@pytest.mark.parametrize(("version", "engine"), [*ENGINES, *REFUSED])
 def test_rehearsal_finds_what_it_found(version, engine):
     found = rehearse(version, engine)
     path = GOLDEN / f"{version}-{engine.replace(' --', '-').replace(' ', '-')}.json"
@@ -112,8 +141,33 @@ def test_denoise_passes_launch_the_kernels(version, engine):
 
 
 @pytest.mark.parametrize(("version", "engine"), REFUSED)
-def test_what_does_not_fit_is_refused(version, engine):
-    assert "memory" in rehearse(version, engine)["refused"]
+def test_what_cannot_be_is_refused(version, engine):
+    assert REFUSED[version, engine] in rehearse(version, engine)["refused"]
+
+
+PLAN = re.compile(
+    r"flashinfer plans on the host \(\w+\): "
+    r"causal=(\w+), queries (\[.*?\]), keys (\[.*?\]), pages (\[.*?\]) of (\d+)"
+)
+"""How FlashInfer's attention is told of a step."""
+
+
+@pytest.mark.parametrize(("version", "engine"), PLANNED)
+def test_canvases_are_planned_to_see_their_context_and_themselves(version, engine):
+    """On the host, once for all layers; every query of a row attends to all its keys: the context's and the canvas'."""
+    steps = rehearse(version, engine)["steps"]
+    for name, width in {"denoise pass": 16, "draft": 16, "mock-AR pass": 1}.items():
+        launches = steps[name]["launches"]
+        plans = [found for launch in launches["outside layers"] if (found := PLAN.fullmatch(launch))]
+        if width == 1 and "h200" in engine:  # Hopper's kernel for rows of one token plans nothing and masks nothing
+            assert launches["denoiser attention"]["flashinfer xqa_batch_decode_with_kv_cache 1 tokens a row"] == 1
+            continue
+        (plan,) = plans
+        prompt = PROMPT_TOKENS - (width == 1)  # the last token is mock-AR's canvas
+        keys, page = prompt + width, int(plan[5])
+        assert plan.groups() == ("False", f"{[width] * 2}", f"{[keys] * 2}", f"{[-(-keys // page)] * 2}", plan[5])
+        attended = [n for n in launches["denoiser attention"] if n.startswith("flashinfer paged attention")]
+        assert [name.endswith("not causal") for name in attended] == [True]
 
 
 @pytest.mark.parametrize(("version", "engine"), [("0.33.0", "h200 --rows 8 --compile")])

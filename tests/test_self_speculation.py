@@ -98,6 +98,34 @@ def test_drafts_by_an_oracle_around_every_boundary(tiny_moe, prefix_caching):
         assert e.stats()["accepted_tokens"] == 0
 
 
+@pytest.mark.parametrize("settings", [{}, pytest.param({"num_gpu_blocks_override": 14}, marks=pytest.mark.slow)])
+def test_the_host_knows_the_lengths_that_the_device_has(tiny_moe, settings):
+    """Where FlashInfer plans attention on the host it goes by lengths that vLLM calls an upper bound. They are exact in
+    every mode, also after drafts were accepted in part and after preemptions."""
+    cases, modes = tiny_moe.ar[5:9], ["self_speculation", "mask_diffusion", "mock_ar", "ar"]
+    on_device, on_host = [], []
+    with start_engine(tiny_moe.path, **settings) as e:
+        state, answers = e.runner.model_state, {str(i): (c["prompt"], c["output"]) for i, c in enumerate(cases)}
+        OracleDrafts(speculating(e), answers, lambda tokens: torch.cat([tokens[:3], (tokens[3:] + 1) % 100]))
+        prepare_attn = state.prepare_attn
+
+        def note_lengths(batch, *args, **kwargs):
+            n = batch.num_reqs
+            on_device.append([x.tolist() for x in (batch.seq_lens[:n], batch.query_start_loc[: n + 1])])
+            on_host.append(
+                [x.tolist() for x in (batch.seq_lens_cpu_upper_bound[:n], batch.query_start_loc_np[: n + 1])]
+            )
+            return prepare_attn(batch, *args, **kwargs)
+
+        state.prepare_attn = note_lengths
+        asked = [params(mode, max_tokens=20) for mode in modes for _ in cases]
+        e.tokens([c["prompt"] for c in cases] * len(modes), asked, 1000)
+        stats = e.stats()
+        assert (e.num_preemptions > 0) == ("num_gpu_blocks_override" in settings)
+    assert on_host == on_device
+    assert 0 < stats["accepted_tokens"] < stats["draft_tokens"]
+
+
 def cached_hashes(e):
     return set(e.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block._cache)
 

@@ -8,6 +8,7 @@ So start-up decides what it would decide, and a step shows every launch, every t
 | --- | --- |
 | `gpu.py` | the GPUs that are made up, and `torch.cuda` for them |
 | `operators.py` | vLLM's CUDA operators, declared as in its libraries, doing nothing |
+| `flashinfer_kernels.py` | FlashInfer's Python as it is, and functions in the place of its kernels |
 | `device.py` | the device: fake tensors, and a record of what happens to them |
 | `engine.py` | an engine core and one rank's model runner on it |
 | `passes.py` | the steps that are rehearsed |

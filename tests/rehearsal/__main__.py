@@ -26,7 +26,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 # ruff: noqa: E402 - torch and vLLM read these when they are imported
 from tests.rehearsal import device as devices
-from tests.rehearsal import engine, gpu, operators
+from tests.rehearsal import engine, flashinfer_kernels, gpu, operators
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / ".venv-rehearsal"
 
@@ -38,6 +38,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--split", action="store_true")
     parser.add_argument("--quantization")
+    parser.add_argument("--stored", choices=engine.STORED, help="how the checkpoint is quantised")
+    parser.add_argument("--attention-backend")
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--rows", type=int, default=2, help="requests at once")
     parser.add_argument("--flashinfer", action="store_true", help="as if FlashInfer's compiled kernels were installed")
     parser.add_argument(
@@ -63,8 +66,20 @@ def main() -> None:
     devices.read_lists(device)
     devices.look_inside_operators(device)
     devices.keep_materialised_parameters_fake()
-    operators.stand_in_for_python_kernels(device.note_call, args.flashinfer)
-    setup = engine.Setup(args.gpu, args.tp, args.rank, "split" if args.split else "colocated", args.quantization)
+    operators.stand_in_for_fa4(device.note_call)
+    if args.flashinfer:
+        flashinfer_kernels.stand_in_for_flashinfer(device.note_call)
+    placement = "split" if args.split else "colocated"
+    setup = engine.Setup(
+        args.gpu,
+        args.tp,
+        args.rank,
+        placement,
+        args.quantization,
+        args.attention_backend,
+        args.kv_cache_dtype,
+        args.stored,
+    )
     try:
         found = rehearse(setup, device, 0 if args.start_only else args.rows, args.compile)
     except ValueError as refusal:  # vLLM's way to say that an engine cannot be; anything else is a fault here

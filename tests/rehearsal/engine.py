@@ -1,8 +1,8 @@
 """An engine core and one rank's model runner on the made-up device, for the real model's configuration."""
 
 import contextlib
+import json
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +17,21 @@ CONFIG = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "models" /
 """The real model's."""
 
 
+def describe_nvfp4_experts() -> dict[str, Any]:
+    """What llm-compressor writes of a checkpoint whose experts are NVFP4."""
+    from compressed_tensors.quantization import QuantizationConfig
+
+    experts = [r"re:.*\.experts\.\d+\.(up|down)_proj$"]
+    config = QuantizationConfig(
+        config_groups={"NVFP4": experts}, format="nvfp4-pack-quantized", ignore=["lm_head", "context_lm_head"]
+    )
+    return config.model_dump(mode="json")
+
+
+STORED = {"nvfp4-experts": describe_nvfp4_experts}
+"""``quantization_config`` of checkpoints that are stored quantised, by what the rehearsal is told."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """One engine to rehearse."""
@@ -26,6 +41,9 @@ class Setup:
     rank: int = 0
     placement: str = "colocated"
     quantization: str | None = None
+    attention_backend: str | None = None
+    kv_cache_dtype: str = "auto"
+    stored: str | None = None
 
     @property
     def title(self) -> str:
@@ -33,7 +51,11 @@ class Setup:
         parts = [self.gpu, f"tp{self.tensor_parallel_size}" if self.placement == "colocated" else "split"]
         if self.placement == "split":
             parts.append("context" if self.rank < self.tensor_parallel_size // 2 else "denoiser")
-        parts.append(self.quantization or "bf16")
+        parts.append(self.quantization or self.stored or "bf16")
+        if self.attention_backend:
+            parts.append(f"attention {self.attention_backend}")
+        if self.kv_cache_dtype != "auto":
+            parts.append(f"cache {self.kv_cache_dtype}")
         return " ".join(parts)
 
 
@@ -43,16 +65,21 @@ def make_config(setup: Setup) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    folder = tempfile.mkdtemp()
-    shutil.copy(CONFIG, f"{folder}/config.json")
+    folder = pathlib.Path(tempfile.mkdtemp())
+    content = json.loads(CONFIG.read_text(encoding="utf-8"))
+    if setup.stored is not None:
+        content["quantization_config"] = STORED[setup.stored]()
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
     vllm.plugins.load_general_plugins()
     args = EngineArgs(
-        model=folder,
+        model=str(folder),
         skip_tokenizer_init=True,
         load_format="dummy",
         additional_config={"diffusion": {"tower_placement": setup.placement}},
         tensor_parallel_size=setup.tensor_parallel_size,
         quantization=setup.quantization,
+        attention_backend=setup.attention_backend,
+        kv_cache_dtype=setup.kv_cache_dtype,
     )
     return args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 

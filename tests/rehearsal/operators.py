@@ -33,9 +33,9 @@ def declare_operators(capability: tuple[int, int]) -> None:
                 _declare(namespace, declaration, capability[0] * 10 + capability[1])
 
 
-def stand_in_for_python_kernels(note: Callable[[str, str], None], with_flashinfer: bool) -> None:
-    """Put functions that note their name and give a result of the right shape in the place of kernels that vLLM calls
-    in Python: FlashAttention 4 and FlashInfer's experts. Both would be compiled here, or fetched."""
+def stand_in_for_fa4(note: Callable[[str, str], None]) -> None:
+    """Put a function that notes its name and gives a result of the right shape in the place of FlashAttention 4, which
+    would be compiled here."""
     interface = types.ModuleType("vllm.vllm_flash_attn.cute.interface")
 
     def attend_fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, out: torch.Tensor | None, **more: Any) -> Any:
@@ -45,14 +45,6 @@ def stand_in_for_python_kernels(note: Callable[[str, str], None], with_flashinfe
 
     interface._flash_attn_fwd = attend_fa4  # type: ignore[attr-defined]
     sys.modules[interface.__name__] = interface
-    if with_flashinfer:
-        import flashinfer.fused_moe
-
-        def run_experts(*, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
-            note("flashinfer", "trtllm_bf16_moe")
-            return torch.empty_like(hidden_states)
-
-        flashinfer.fused_moe.trtllm_bf16_moe = run_experts
 
 
 def _declare(namespace: str, declaration: str, capability: int) -> None:

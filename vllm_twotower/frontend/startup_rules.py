@@ -116,6 +116,22 @@ def _breakable_graphs(c: "VllmConfig", _: EngineOptions) -> str | None:
     return "VLLM_USE_BREAKABLE_CUDAGRAPH is on (VLLM_BATCH_INVARIANT turns it on too)" if on else None
 
 
+def _fp8_queries(c: "VllmConfig", _: EngineOptions) -> str | None:
+    """FlashInfer's own kernels for attention that is not causal, where vLLM gives them FP8 queries and they take none:
+    on Blackwell, where its causal attention runs on other kernels."""
+    from vllm.platforms import current_platform
+
+    attention, dtype = c.attention_config, c.cache_config.cache_dtype
+    given = attention.backend_per_kind.get("full_attention", attention.backend)
+    # FlashAttention has no E5M2: vLLM goes on to FlashInfer by itself
+    backend = given.name if given is not None else "FLASHINFER" if dtype == "fp8_e5m2" else ""
+    if backend != "FLASHINFER" or dtype not in ("fp8", "fp8_e4m3", "fp8_e5m2"):
+        return None
+    if attention.disable_flashinfer_q_quantization or not current_platform.is_device_capability_family(100):
+        return None
+    return f"kv_cache_dtype={dtype} with attention backend {backend}"
+
+
 def _step_budget(c: "VllmConfig", options: EngineOptions) -> str | None:
     s = c.scheduler_config
     budget = min(s.max_num_batched_tokens, getattr(s, "max_num_scheduled_tokens", None) or s.max_num_batched_tokens)
@@ -196,6 +212,18 @@ STARTUP_RULES = (
         "use --mamba-cache-mode align, or none without prefix caching",
     ),
     StartupRule("ReplaySSM", "the denoiser reads whole states, not replay rings", _given("cache_config.use_replayssm")),
+    StartupRule(
+        "`--kv-cache-dtype nvfp4`",
+        "vLLM's one backend for it, FlashInfer, reads it in causal attention only, and a canvas' is not causal",
+        _find("cache_config.cache_dtype", refused=lambda d: str(d).startswith("nvfp4"), shown="kv_cache_dtype={1}"),
+        "leave it out, or use --kv-cache-dtype fp8",
+    ),
+    StartupRule(
+        "an FP8 cache with `--attention-backend FLASHINFER` on Blackwell",
+        "FlashInfer's kernels for a canvas, whose attention is not causal, take no FP8 queries there",
+        _fp8_queries,
+        "use --kv-cache-dtype fp8 without --attention-backend FLASHINFER",
+    ),
     StartupRule(
         "`--scheduling-policy priority`",
         "untried with two kinds of step",

@@ -43,7 +43,9 @@ MOST_SPLIT_ROWS = 128
 """Rows times FlashAttention's splits of a row's keys."""
 
 CAPTURABLE_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
-"""Attention backends whose kernels read lengths and block tables on the device, and plan nothing on the host."""
+"""Attention backends whose kernels read lengths and block tables on the device, and plan nothing on the host.
+
+FlashInfer plans: every step has new tensors and a new division of the work, and a graph would keep the capture's."""
 
 
 @dataclass(frozen=True)
@@ -237,10 +239,10 @@ def row_counts(vllm_config: VllmConfig, canvas_length: int) -> list[int]:
     return sorted(n for n in vllm_config.compilation_config.cudagraph_capture_sizes or [] if n <= most)
 
 
-def can_capture(attn_groups: list[list[Any]]) -> bool:
-    """Whether every attention layer's backend can be replayed."""
+def find_uncapturable(attn_groups: list[list[Any]]) -> list[str]:
+    """Names of the attention backends of which no graph can be replayed."""
     groups = [g for gs in attn_groups for g in gs if not isinstance(g.kv_cache_spec, MambaSpec)]
-    return all(group.backend.get_name() in CAPTURABLE_BACKENDS for group in groups)
+    return sorted({group.backend.get_name() for group in groups} - set(CAPTURABLE_BACKENDS))
 
 
 def record_cuda_graph(

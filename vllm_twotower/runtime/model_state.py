@@ -31,7 +31,7 @@ from vllm_twotower.models.kernel_names import describe_kernels
 from vllm_twotower.models.mamba import mamba_mixers
 from vllm_twotower.runtime import denoise_graphs
 from vllm_twotower.runtime.canvas_table import CanvasTable, resolve_seed
-from vllm_twotower.runtime.denoise_graphs import CAPTURABLE_BACKENDS, DenoiseGraphs, can_capture
+from vllm_twotower.runtime.denoise_graphs import CAPTURABLE_BACKENDS, DenoiseGraphs, find_uncapturable
 from vllm_twotower.runtime.denoise_loop import DenoiseLoop
 from vllm_twotower.runtime.host_copies import copy_together
 from vllm_twotower.runtime.proposals import ProposalSampler
@@ -333,8 +333,12 @@ class TwoTowerModelState(MambaHybridModelState):
         """Capture denoise passes; vLLM asks after its own captures, and once before to measure the memory."""
         if self.model.denoiser is None:
             return
-        if not can_capture(attn_groups):
-            logger.warning_once("Denoise passes run without CUDA graphs: only %s can be captured", CAPTURABLE_BACKENDS)
+        if planning := find_uncapturable(attn_groups):
+            logger.warning_once(
+                "Denoise passes run without CUDA graphs: %s cannot be captured, --attention-backend %s can",
+                ", ".join(planning),
+                " or ".join(CAPTURABLE_BACKENDS),
+            )
             return
         self.graphs = DenoiseGraphs(
             self.vllm_config,
