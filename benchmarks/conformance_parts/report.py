@@ -38,7 +38,10 @@ LEFT_OUT = """## Left out
 - Tests of parts that no request of a text model reaches (multimodal serde, weight transfer, elastic servers).
 """
 
-REFUSAL = re.compile(r"(?P<text>[^\"']* cannot be honoured in .*?send diffusion_mode='ar'[\w ]*)")
+REFUSAL = re.compile(
+    r"(?P<setting>structured_outputs|logprob_token_ids|beam search)\b.*? (?P<why>cannot be honoured in .*?'ar'[\w ]*)",
+    re.DOTALL,
+)
 CANVAS_OF_ENDS = (
     "the canvas behind the answer is all end-of-sequence tokens, which have no text; the test counts on text"
 )
@@ -72,7 +75,7 @@ def shorten(text: str, length: int = 160) -> str:
 def find_reason(test: str, message: str) -> str | None:
     """Why a test may fail in a mode: the refusal it got, or what ``REASONS`` says."""
     if refusal := REFUSAL.search(message):
-        return "refused: " + shorten(refusal["text"].split("400 - ")[-1], 300)
+        return f"refused: {refusal['setting']} {refusal['why']}"
     return next((reason for part, reason in REASONS.items() if part in test), None)
 
 
