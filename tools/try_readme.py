@@ -1,6 +1,6 @@
 """Do what README says as a new user would: every command of it, in order, in a fresh clone in an empty folder.
 
-    make try-readme                  # a quarter of an hour on two busy cores
+    make try-readme                  # eleven minutes on two busy cores
     make try-readme LONG=--long      # also what takes longer, `make test` first
 
 The commands are README's, read from it: those of its blocks and those in its text. What a machine without a GPU cannot
