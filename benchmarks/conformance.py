@@ -7,7 +7,6 @@ the servers that they start, which become one that already runs (``conformance_p
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -17,8 +16,8 @@ from benchmarks.conformance_parts.report import write_page
 from benchmarks.conformance_parts.sources import MODEL, prepare_python, prepare_tests
 from benchmarks.paths import ROOT
 from tests.harness.server import vllm_server
+from tools.vllm_source import VERSION
 
-VERSION = importlib.metadata.version("vllm").split("+")[0]
 FOLDER = ROOT / ".venv" / "conformance" / VERSION
 """Everything fetched and every raw result; ignored by git."""
 TESTS = pathlib.PurePosixPath("tests/entrypoints")

@@ -54,22 +54,6 @@ REFUSED = {
 }
 """Engines that vLLM or this package does not start, and what it says."""
 
-PLANNED = [one for one in ENGINES if "FLASHINFER" in one[1]]
-"""Those of these whose attention FlashInfer plans."""
-
-CONTEXT_ONLY = ("0.33.0", "h100 --tp 2 --split")
-"""The one of these whose rank has no denoiser."""
-
-REFUSED = {
-    ("0.33.0", "h100 --start-only"): "memory",
-    ("0.33.0", "b200 --flashinfer --attention-backend FLASHINFER --kv-cache-dtype fp8 --start-only"): "no FP8 queries",
-    ("0.33.0", "b200 --flashinfer --kv-cache-dtype nvfp4 --start-only"): "not causal",
-}
-"""Engines that vLLM or this package does not start, and what it says."""
-
-STARTED = [("0.33.0", "b200 --flashinfer --start-only")]
-"""Engines of which only the start is rehearsed."""
-
 OURS = {
     "denoiser attention": ("_norm_and_modulate", "_gate_add"),
     "denoiser mamba": ("_norm_and_modulate", "_seeded_conv", "_seeded_scan", "_gated_norm", "_gate_add"),

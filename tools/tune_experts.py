@@ -65,12 +65,10 @@ def write_backbone(config: dict[str, Any], folder: pathlib.Path) -> None:
 
 def tune(config: dict[str, Any], args: argparse.Namespace) -> int:
     """Run vLLM's script; returns its exit status."""
-    import vllm
-
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         script = folder / pathlib.PurePosixPath(SCRIPT).name
-        script.write_bytes(read_source(vllm.__version__.split("+")[0], [SCRIPT])[SCRIPT])
+        script.write_bytes(read_source([SCRIPT])[SCRIPT])
         write_backbone(config, folder)
         command = [sys.executable, script, "--tune", "--model", folder, "--save-dir", args.tune.resolve()]
         command += ["--tp-size", str(args.tensor_parallel_size), "--dtype", args.dtype]

@@ -1,9 +1,13 @@
 """vLLM's source distribution: its tests and its tuning scripts, which no wheel has."""
 
+import importlib.metadata
 import io
 import pathlib
 import tarfile
 from collections.abc import Iterator, Sequence
+
+VERSION = importlib.metadata.version("vllm").split("+")[0]
+"""Of the vLLM that is installed, as its source distribution is called."""
 
 
 def fetch_source(version: str) -> bytes:
@@ -37,9 +41,9 @@ def walk_source(archive: bytes) -> Iterator[tuple[pathlib.PurePosixPath, bytes]]
                 yield path, tar.extractfile(member).read()
 
 
-def read_source(version: str, paths: Sequence[str]) -> dict[str, bytes]:
-    """Some files of vLLM's source distribution, fetched."""
-    found = {str(path): content for path, content in walk_source(fetch_source(version)) if str(path) in paths}
+def read_source(paths: Sequence[str]) -> dict[str, bytes]:
+    """Some files of the installed vLLM's source distribution, fetched."""
+    found = {str(path): content for path, content in walk_source(fetch_source(VERSION)) if str(path) in paths}
     if missing := set(paths) - found.keys():
-        raise SystemExit(f"vllm {version} has no {', '.join(sorted(missing))}: see what took its place")
+        raise SystemExit(f"vllm {VERSION} has no {', '.join(sorted(missing))}: see what took its place")
     return found
