@@ -13,7 +13,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # step the engine in this pr
 from vllm import LLM
 
 from vllm_twotower import diffusion_params
-from vllm_twotower.config import mask_token_id_of
+from vllm_twotower.config import read_mask_token_id
 
 llm = LLM(
     "vllm_twotower/assets/demo",
@@ -24,7 +24,7 @@ llm = LLM(
     kv_cache_memory_bytes=64 << 20,
 )
 tokenizer, engine = llm.get_tokenizer(), llm.llm_engine
-mask = mask_token_id_of(engine.model_config.hf_config)
+mask = read_mask_token_id(engine.model_config.hf_config)
 llm.collective_rpc("diffusion_trace_start")
 question = "Kai has 58 of book, then drops 26, finds 5, gets 20, drops 26. How many now?\nAnswer:"
 engine.add_request("0", question, diffusion_params(max_tokens=16, temperature=0.0, max_steps=6))

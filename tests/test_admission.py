@@ -30,7 +30,8 @@ def make_config(diffusion=True, **overrides):
 
 
 def check(params, **settings):
-    check_params(params, make_config(**settings))
+    config = make_config(**settings)
+    check_params(params, EngineOptions.read(config), config)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +191,7 @@ def test_a_server_may_decode_in_another_mode_what_it_would_refuse():
     asked = SamplingParams(logprob_token_ids=[5], max_tokens=4)
     for mode in ("ar", "self_speculation"):
         diffusion = json.dumps({"unsupported": mode})
+        options = EngineOptions.read(make_config(diffusion))
         admitted = process(asked, diffusion).sampling_params
         assert admitted.extra_args == {"diffusion_mode": mode}
         assert asked.extra_args is None
@@ -198,11 +200,11 @@ def test_a_server_may_decode_in_another_mode_what_it_would_refuse():
             process(diffusion_params(mode="mask_diffusion", logprob_token_ids=[5]), diffusion)
         with pytest.raises(VLLMValidationError, match="allows the mask only"):
             process(SamplingParams(allowed_token_ids=[3]), diffusion)
-        check_beam_search({}, make_config(diffusion))
+        check_beam_search({}, options)
         with pytest.raises(ValueError, match="beam search cannot be honoured in mock_ar"):
-            check_beam_search({"diffusion_mode": "mock_ar"}, make_config(diffusion))
+            check_beam_search({"diffusion_mode": "mock_ar"}, options)
         with pytest.raises(ValueError, match="diffusion_max_steps=0 is not allowed"):
-            check_beam_search({"diffusion_max_steps": 0}, make_config(diffusion))
+            check_beam_search({"diffusion_max_steps": 0}, options)
     with pytest.raises(ValueError, match="unsupported='drop' is not allowed: use one of refuse, self_speculation, ar"):
         EngineOptions(unsupported="drop")
 

@@ -18,20 +18,20 @@ from vllm_twotower.cpu import shims
 
 
 def test_vllms_experts_still_refuse_this_model_on_a_cpu(tiny_moe, monkeypatch):
-    """Death test of ``portable_moe_layers``."""
-    monkeypatch.setattr(shims, "portable_moe_layers", contextlib.nullcontext)
+    """Death test of ``portable_experts``."""
+    monkeypatch.setattr(shims, "portable_experts", contextlib.nullcontext)
     with pytest.raises(Exception) as refusal, start_engine(tiny_moe.path, diffusion=None):  # noqa: PT011 - upstream's choice
         pass
     assert not isinstance(refusal.value, SystemExit)
 
 
-def test_the_layer_table_is_restored():
+def test_vllms_experts_are_back_afterwards():
     from vllm.model_executor.models import nemotron_h
 
-    before = dict(nemotron_h.ALL_DECODER_LAYER_TYPES)
-    with shims.portable_moe_layers():
-        assert before != nemotron_h.ALL_DECODER_LAYER_TYPES
-    assert before == nemotron_h.ALL_DECODER_LAYER_TYPES
+    before = nemotron_h.NemotronHMoE
+    with shims.portable_experts():
+        assert before is not nemotron_h.NemotronHMoE
+    assert before is nemotron_h.NemotronHMoE
 
 
 def test_vllm_still_refuses_variables_it_does_not_know(monkeypatch):

@@ -65,7 +65,7 @@ REFUSALS = [
     (
         "`--data-parallel-size` above 1 with",
         _both(
-            _set("model_config.hf_config", SimpleNamespace(hybrid_override_pattern="ME")),
+            _set("model_config.hf_config", SimpleNamespace(hybrid_override_pattern="ME", n_group=1, topk_group=1)),
             _set("parallel_config.data_parallel_size", 2),
             _set("parallel_config.enable_expert_parallel", True),
         ),
@@ -78,6 +78,11 @@ REFUSALS = [
     ("`--max-num-b", _set("scheduler_config.max_num_batched_tokens", 12), "max_num_batched_tokens=12.*16 or more"),
     ("`--long", _set("scheduler_config.long_prefill_token_threshold", 10), "threshold=10.*16 or more"),
     ("`--max-model-len", _set("model_config.max_model_len", 16), "max_model_len=16.*17 or more"),
+    (
+        "a `--tensor",
+        _set("parallel_config.tensor_parallel_size", 64),
+        r"size=64 \(32 ranks do not divide.*that divides",
+    ),
     ("an odd", _set("parallel_config.tensor_parallel_size", 3), "tensor_parallel_size=3.*colocated"),
     (
         "`--data-parallel-size` above 1 or",
@@ -110,6 +115,13 @@ def test_start_up_refuses(make_config, rule, change, message):
 def test_every_rule_is_tested():
     tested = {r.refuses for r in STARTUP_RULES if r.refuses.startswith(tuple(rule for rule, _, _ in REFUSALS))}
     assert tested | REFUSED_ELSEWHERE == {r.refuses for r in STARTUP_RULES}
+
+
+def test_experts_in_groups_are_refused_on_a_cpu(make_config):
+    config = make_config(diffusion=None)
+    config.model_config.hf_config = SimpleNamespace(hybrid_override_pattern="ME", n_group=2, topk_group=1)
+    with pytest.raises(ValueError, match=r"n_group=2, topk_group=1.*use a GPU"):
+        check_settings(config, None)
 
 
 def test_one_device_cannot_be_split(make_config):

@@ -63,8 +63,7 @@ ATTRIBUTES = """
 ASKED_FOR = """
     config.model.ModelConfig: verify_and_update_model_config
     config.vllm.VllmConfig: verify_and_update_config
-    model_executor.models.nemotron_h.NemotronHModel: ALL_DECODER_LAYER_TYPES
-    model_executor.models.nemotron_h.NemotronHMoEDecoderLayer.forward: mixer norm
+    model_executor.models.nemotron_h.NemotronHMoEDecoderLayer: NemotronHMoE
     model_executor.models.nemotron_h.NemotronHForCausalLM: n_routed_experts n_shared_experts n_logical_experts
         n_physical_experts n_local_physical_experts n_redundant_experts
     model_executor.models.utils.AutoWeightsLoader: load_weights

@@ -3,9 +3,9 @@
 Imports neither torch nor vLLM: the front end, the scheduler and the workers all read settings through here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm_twotower.core import MASK_TOKEN_ID, MAX_CANVAS_LENGTH, Mode
 
@@ -19,9 +19,6 @@ MAX_STEPS_LIMIT = 1024
 """Most denoise passes per canvas; beyond the canvas length they never happen."""
 
 PLACEMENTS = ("auto", "colocated", "split")
-
-SHARDED_SIZES = ("num_attention_heads", "mamba_num_heads", "n_groups")
-"""Fields of ``config.json`` that tensor parallelism has to divide."""
 
 REFUSE = "refuse"
 UNSUPPORTED = (REFUSE, "self_speculation", "ar")
@@ -65,23 +62,14 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         where = "engine option"
-        _check_int(where, "canvas_length", self.canvas_length, 1, MAX_CANVAS_LENGTH)
-        _check_int(where, "max_steps", self.max_steps, 1, MAX_STEPS_LIMIT)
-        _check_threshold(where, "confidence_threshold", self.confidence_threshold)
-        if not _is_number(self.commit_quorum) or not 0 <= self.commit_quorum <= 1:  # written so that NaN fails
-            raise ValueError(
-                _refusal(
-                    where, "commit_quorum", self.commit_quorum, "a number from 0 (commit at once) to 1 (wait for all)"
-                )
-            )
-        _check_mode(where, "mode", self.mode)
-        if self.unsupported not in UNSUPPORTED:
-            raise ValueError(_refusal(where, "unsupported", self.unsupported, f"one of {', '.join(UNSUPPORTED)}"))
+        shared = ("mode", "canvas_length", "max_steps", "confidence_threshold")
+        _check_shared(where, {name: getattr(self, name) for name in shared})
+        quorum = self.commit_quorum
+        is_share = _is_number(quorum) and 0 <= quorum <= 1  # written so that NaN fails
+        _check(is_share, where, "commit_quorum", quorum, "a number from 0 (commit at once) to 1 (wait for all)")
+        _check_choice(where, "unsupported", self.unsupported, UNSUPPORTED)
         _check_int(where, "passes_per_step", self.passes_per_step, 1, MAX_STEPS_LIMIT)
-        if self.tower_placement not in PLACEMENTS:
-            raise ValueError(
-                _refusal(where, "tower_placement", self.tower_placement, f"one of {', '.join(PLACEMENTS)}")
-            )
+        _check_choice(where, "tower_placement", self.tower_placement, PLACEMENTS)
 
     def allows_another_mode(self, extra_args: Mapping[str, Any] | None) -> bool:
         """Whether a request that its mode cannot honour is decoded in ``unsupported``: not if it names its mode."""
@@ -90,8 +78,18 @@ class EngineOptions:
     def is_split(self, tensor_parallel_size: int, hf_config: Any) -> bool:
         """Whether the towers live on different ranks of a tensor-parallel group of this size."""
         if self.tower_placement == "auto":
-            return not all(getattr(hf_config, name) % tensor_parallel_size == 0 for name in SHARDED_SIZES)
+            return find_indivisible(hf_config, tensor_parallel_size) is not None
         return self.tower_placement == "split"
+
+    @classmethod
+    def read(cls, vllm_config: Any) -> "EngineOptions | None":
+        """The options of an engine; None where diffusion is off.
+
+        Args:
+            vllm_config: vLLM's ``VllmConfig``, or its ``EngineArgs``.
+
+        """
+        return cls.from_additional_config((vllm_config.additional_config or {}).get(CONFIG_KEY))
 
     @classmethod
     def from_additional_config(cls, value: Any) -> "EngineOptions | None":
@@ -106,15 +104,8 @@ class EngineOptions:
         if value is True:
             return cls()
         if not isinstance(value, Mapping):
-            raise ValueError(
-                _refusal("setting", CONFIG_KEY, value, 'True, False or a dict such as {"canvas_length": 16}')
-            )
-        known = [f.name for f in fields(cls)]
-        if unknown := [key for key in value if key not in known]:
-            raise ValueError(
-                f"unknown diffusion engine option {unknown[0]!r} (value {value[unknown[0]]!r}); "
-                f"the options are {', '.join(known)}"
-            )
+            _refuse("setting", CONFIG_KEY, value, 'True, False or a dict such as {"canvas_length": 16}')
+        _check_names("diffusion engine option", value, [f.name for f in fields(cls)])
         return cls(**value)
 
 
@@ -147,15 +138,30 @@ class RequestOptions:
         return 1 if self.mode is Mode.MOCK_AR else 0
 
     def is_denoisable(self, num_computed: int, num_tokens: int) -> bool:
-        """Whether the denoiser is next for a request of so many tokens: the context holds all it may hold."""
-        return self.mode is not Mode.AR and num_computed == num_tokens - self.context_lag
+        """Whether the context of a request of so many tokens holds all it may hold when the denoiser runs. Then the
+        denoiser is next; in self-speculation it may be, an AR step or a verification may be too."""
+        return self.mode is not Mode.AR and num_computed >= num_tokens - self.context_lag
 
-    def canvas_width(self, num_computed: int, max_model_len: int) -> int:
-        """Tokens of the request's next canvas, narrower only at the end of ``max_model_len``; in mock-AR its last
-        token. A verified canvas gives one token more than it has drafts, for which there must be room."""
+    def canvas_width(self, num_computed: int, max_model_len: int, mamba_block_size: int | None = None) -> int:
+        """Tokens of the request's next canvas.
+
+        In mock-AR it is the request's last token. Others are narrower only at the end of ``max_model_len``; a verified
+        canvas gives one token more than it has drafts, for which there must be room, and the states after it lie in the
+        block where they began, where states are kept in blocks.
+
+        Args:
+            num_computed: tokens that the context holds.
+            max_model_len: the engine's.
+            mamba_block_size: tokens of a block of Mamba states with prefix caching; None without.
+
+        """
         if self.mode is Mode.MOCK_AR:
             return 1
-        room = max_model_len - num_computed - (1 if self.mode is Mode.SELF_SPECULATION else 0)
+        if self.mode is not Mode.SELF_SPECULATION:
+            return min(self.canvas_length, max_model_len - num_computed)
+        room = max_model_len - num_computed - 1
+        if mamba_block_size is not None:
+            room = min(room, mamba_block_size - num_computed % mamba_block_size)
         return min(self.canvas_length, room)
 
     @classmethod
@@ -167,12 +173,7 @@ class RequestOptions:
 
         """
         given = {k: v for k, v in (extra_args or {}).items() if isinstance(k, str) and k.startswith(REQUEST_PREFIX)}
-        known = [f"{REQUEST_PREFIX}{f.name}" for f in fields(cls)]
-        if unknown := [key for key in given if key not in known]:
-            raise ValueError(
-                f"unknown request setting {unknown[0]!r} (value {given[unknown[0]]!r}); "
-                f"the settings are {', '.join(known)}"
-            )
+        _check_names("request setting", given, [f"{REQUEST_PREFIX}{f.name}" for f in fields(cls)])
         values = {key.removeprefix(REQUEST_PREFIX): value for key, value in given.items()}
         check_request_values(values, max_canvas_length=engine.canvas_length)
         mode = Mode(values.get("mode", engine.mode))
@@ -188,38 +189,40 @@ class RequestOptions:
 
 def check_request_values(values: Mapping[str, Any], max_canvas_length: int = MAX_CANVAS_LENGTH) -> None:
     """Check those request settings that are there, named without their prefix."""
-    where = "request setting"
-    for name, value in values.items():
-        shown = f"{REQUEST_PREFIX}{name}"
-        if name == "mode":
-            _check_mode(where, shown, value)
-        elif name == "canvas_length":
-            _check_int(where, shown, value, 1, max_canvas_length)
-        elif name == "max_steps":
-            _check_int(where, shown, value, 1, MAX_STEPS_LIMIT)
-        elif name == "confidence_threshold":
-            _check_threshold(where, shown, value)
+    _check_shared("request setting", values, REQUEST_PREFIX, max_canvas_length)
 
 
 def is_diffusion_on(vllm_config: Any) -> bool:
-    """Whether an engine decodes by diffusion.
-
-    Args:
-        vllm_config: vLLM's ``VllmConfig``, or its ``EngineArgs``.
-
-    """
+    """Whether an engine decodes by diffusion, by its ``VllmConfig`` or ``EngineArgs``; its options are not checked."""
     return (vllm_config.additional_config or {}).get(CONFIG_KEY) not in (None, False)
 
 
-def mask_token_id_of(hf_config: Any) -> int:
-    """The model's mask id.
-
-    Args:
-        hf_config: the Hugging Face config.
-
-    """
+def read_mask_token_id(hf_config: Any) -> int:
+    """From the Hugging Face config, which may have none."""
     given = getattr(hf_config, "mask_token_id", None)
     return MASK_TOKEN_ID if given is None else given
+
+
+def find_indivisible(model: Any, num_ranks: int) -> str | None:
+    """What of a tower cannot be shared out over ``num_ranks`` ranks, or None: vLLM's rules and the denoiser's.
+
+    Args:
+        model: the Hugging Face config, or ``planning.ModelFacts``, whose names are the same.
+        num_ranks: that hold the tower.
+
+    """
+    pattern = model.hybrid_override_pattern
+    if "*" in pattern:
+        heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+        if heads % num_ranks or (kv_heads % num_ranks and num_ranks % kv_heads):
+            return f"{num_ranks} ranks do not divide {heads} attention heads and {kv_heads} KV heads"
+    if "M" in pattern and (model.mamba_num_heads % num_ranks or model.n_groups % num_ranks):
+        return f"{num_ranks} ranks do not divide {model.mamba_num_heads} Mamba heads and {model.n_groups} groups"
+    if "E" in pattern:
+        width, shared = model.moe_intermediate_size, model.moe_shared_expert_intermediate_size
+        if width % num_ranks or shared % num_ranks:
+            return f"{num_ranks} ranks do not divide the experts' widths {width} and {shared}"
+    return None
 
 
 def request_extra_args(**values: Any) -> dict[str, Any]:
@@ -230,14 +233,45 @@ def request_extra_args(**values: Any) -> dict[str, Any]:
     return {f"{REQUEST_PREFIX}{name}": getattr(value, "value", value) for name, value in given.items()}
 
 
-def _refusal(where: str, name: str, value: Any, allowed: str) -> str:
-    return f"{where} {name}={shorten(value)} is not allowed: use {allowed}"
-
-
 def shorten(value: Any) -> str:
     """A value as an error message shows it."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _refuse(where: str, name: str, value: Any, allowed: str) -> NoReturn:
+    raise ValueError(f"{where} {name}={shorten(value)} is not allowed: use {allowed}")
+
+
+def _check(is_allowed: bool, where: str, name: str, value: Any, allowed: str) -> None:
+    if not is_allowed:
+        _refuse(where, name, value, allowed)
+
+
+def _check_names(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    if unknown := [key for key in given if key not in known]:
+        raise ValueError(
+            f"unknown {what} {unknown[0]!r} (value {given[unknown[0]]!r}); "
+            f"the {what.rpartition(' ')[2]}s are {', '.join(known)}"
+        )
+
+
+def _check_shared(
+    where: str, values: Mapping[str, Any], prefix: str = "", max_canvas_length: int = MAX_CANVAS_LENGTH
+) -> None:
+    """Check what engines and requests both have, as far as it is given."""
+    for name, value in values.items():
+        full_name = f"{prefix}{name}"
+        if name == "mode":
+            _check_choice(where, full_name, value, [mode.value for mode in Mode])
+        elif name == "canvas_length":
+            _check_int(where, full_name, value, 1, max_canvas_length)
+        elif name == "max_steps":
+            _check_int(where, full_name, value, 1, MAX_STEPS_LIMIT)
+        elif name == "confidence_threshold":
+            is_share = _is_number(value) and 0 < value <= 1  # written so that NaN fails
+            allowed = "a number above 0 and at most 1 (1: one token per pass unless max_steps forces more)"
+            _check(is_share, where, full_name, value, allowed)
 
 
 def _is_number(value: Any) -> bool:
@@ -245,23 +279,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_int(where: str, name: str, value: Any, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(_refusal(where, name, value, f"an integer from {low} to {high}"))
+    is_allowed = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    _check(is_allowed, where, name, value, f"an integer from {low} to {high}")
 
 
-def _check_mode(where: str, name: str, value: Any) -> None:
-    allowed = [m.value for m in Mode]
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(_refusal(where, name, value, f"one of {', '.join(allowed)}"))
-
-
-def _check_threshold(where: str, name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 < value <= 1:  # written so that NaN fails
-        raise ValueError(
-            _refusal(
-                where,
-                name,
-                value,
-                "a number above 0 and at most 1 (1: one token per pass unless max_steps forces more)",
-            )
-        )
+def _check_choice(where: str, name: str, value: Any, choices: Sequence[str]) -> None:
+    _check(isinstance(value, str) and value in choices, where, name, value, f"one of {', '.join(choices)}")

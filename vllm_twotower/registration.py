@@ -90,20 +90,17 @@ class TwoTowerConfigHook:
 def read_engine_options(vllm_config: "VllmConfig") -> EngineOptions | None:
     """Read our options, taking vLLM's own ``--diffusion-config`` to mean the same."""
     upstream = vllm_config.diffusion_config
-    ours = vllm_config.additional_config.get(CONFIG_KEY)
     if upstream is not None:
-        if ours:
+        if is_diffusion_on(vllm_config):
             raise ValueError(
                 "diffusion is configured twice, by diffusion_config and by additional_config['diffusion']: "
                 "keep the second"
             )
-        ours = {"canvas_length": upstream.canvas_length}
-        if upstream.max_denoising_steps is not None:
-            ours["max_steps"] = upstream.max_denoising_steps
-        vllm_config.additional_config[CONFIG_KEY] = ours
+        given = {"canvas_length": upstream.canvas_length, "max_steps": upstream.max_denoising_steps}
+        vllm_config.additional_config[CONFIG_KEY] = {name: n for name, n in given.items() if n is not None}
         # left in place it would switch on vLLM's own diffusion path, which knows one tower only
         vllm_config.diffusion_config = None
-    return EngineOptions.from_additional_config(ours)
+    return EngineOptions.read(vllm_config)
 
 
 def apply_defaults(vllm_config: "VllmConfig") -> None:

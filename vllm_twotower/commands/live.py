@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_twotower import diffusion_stats
-from vllm_twotower.config import CONFIG_KEY, mask_token_id_of
+from vllm_twotower.config import CONFIG_KEY, read_mask_token_id
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -79,7 +79,7 @@ def write_live(llm: "LLM", prompts: list[str], params: "SamplingParams", title: 
     prompt_of = {str(index): prompt for index, prompt in enumerate(prompts)}
     for request, prompt in prompt_of.items():
         engine.add_request(request, prompt, params.clone())
-    mask = mask_token_id_of(engine.vllm_config.model_config.hf_config)
+    mask = read_mask_token_id(engine.vllm_config.model_config.hf_config)
     screen, finished = _Screen(tokenizer, prompt_of, mask), []
     records_of: dict[str, list[dict[str, Any]]] = {request: [] for request in prompt_of}
     started = time.perf_counter()

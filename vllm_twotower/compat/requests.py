@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm_twotower.compat.wrapping import find_argument, wrap
-from vllm_twotower.config import is_diffusion_on
+from vllm_twotower.config import REQUEST_PREFIX, EngineOptions
+from vllm_twotower.core import Mode
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -26,9 +27,7 @@ def _as_validation_error() -> Iterator[None]:
 
 
 @functools.cache
-def check_requests(
-    architecture: str, check_params: Callable[[Any, Any], None], check_request: Callable[[Any, Any], None]
-) -> None:
+def check_requests(architecture: str, check_params: Callable[..., None], check_request: Callable[..., None]) -> None:
     """A ``ValueError`` of our checks refuses a request of our architecture with a 400.
 
     Symptom: vLLM's own hook, ``LogitsProcessor.validate_params``, is given neither the engine's options nor the prompt,
@@ -40,8 +39,9 @@ def check_requests(
 
     Args:
         architecture: ours; requests for others are not looked at.
-        check_params: gets the client's ``SamplingParams`` and the ``VllmConfig``, before vLLM reads them.
-        check_request: gets the finished ``EngineCoreRequest`` and the ``VllmConfig``.
+        check_params: gets the client's ``SamplingParams``, the engine's options and the ``VllmConfig``, before vLLM
+            reads them.
+        check_request: gets the finished ``EngineCoreRequest`` and the same.
 
     """
     from vllm.sampling_params import SamplingParams
@@ -51,13 +51,16 @@ def check_requests(
     def process_inputs(upstream: Any, self: "InputProcessor", *args: Any, **kwargs: Any) -> Any:
         if self.model_config.architecture != architecture:
             return upstream(self, *args, **kwargs)
+        options = EngineOptions.read(self.vllm_config)
         params = find_argument(upstream, "params", self, *args, **kwargs)
         if isinstance(params, SamplingParams):
+            if options is not None and _in_beam_search.get():
+                params.extra_args = {f"{REQUEST_PREFIX}mode": Mode.AR.value, **(params.extra_args or {})}
             with _as_validation_error():
-                check_params(params, self.vllm_config)
+                check_params(params, options, self.vllm_config)
         request = upstream(self, *args, **kwargs)
         with _as_validation_error():
-            check_request(request, self.vllm_config)
+            check_request(request, options, self.vllm_config)
         return request
 
 
@@ -65,8 +68,9 @@ _in_beam_search: contextvars.ContextVar[bool] = contextvars.ContextVar("twotower
 
 
 @functools.cache
-def decode_beams_in_ar(architecture: str, check: Callable[[Any, Any], None]) -> None:
-    """``check(extra_args, vllm_config)`` may refuse a beam search; the beams of the others are decoded in ``ar``.
+def decode_beams_in_ar(architecture: str, check: Callable[..., None]) -> None:
+    """``check(extra_args, options)`` may refuse a beam search; of the others ``check_requests`` has the beams decoded
+    in ``ar``.
 
     Symptom: a beam is a request of one token that carries nothing of the user's request but its temperature, so a
         search over HTTP could not say ``diffusion_mode``. Every search calls ``resolve_watermarking`` with its
@@ -74,8 +78,7 @@ def decode_beams_in_ar(architecture: str, check: Callable[[Any, Any], None]) -> 
         (their ids do not, a client may choose any).
     Upstream: vllm.entrypoints.openai.completion.protocol.CompletionRequest.to_beam_search_params,
         vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest.to_beam_search_params,
-        vllm.v1.engine.input_processor.InputProcessor.resolve_watermarking,
-        vllm.v1.engine.input_processor.InputProcessor.process_inputs
+        vllm.v1.engine.input_processor.InputProcessor.resolve_watermarking
     Removed when: ``BeamSearchParams`` has ``extra_args`` and hands them to its beams.
     Test: tests/test_server.py::test_beam_search_in_ar_and_refused_in_mask_diffusion
     """
@@ -97,16 +100,8 @@ def decode_beams_in_ar(architecture: str, check: Callable[[Any, Any], None]) -> 
         params = find_argument(upstream, "params", self, *args, **kwargs)
         if self.model_config.architecture == architecture and isinstance(params, BeamSearchParams):
             with _as_validation_error():
-                check(params.__dict__.get("twotower_extra_args"), self.vllm_config)
+                check(params.__dict__.get("twotower_extra_args"), EngineOptions.read(self.vllm_config))
             _in_beam_search.set(True)
-        return upstream(self, *args, **kwargs)
-
-    @wrap(InputProcessor, "process_inputs")
-    def mark_beams(upstream: Any, self: "InputProcessor", *args: Any, **kwargs: Any) -> Any:
-        if self.model_config.architecture == architecture and _in_beam_search.get():
-            params = find_argument(upstream, "params", self, *args, **kwargs)
-            if is_diffusion_on(self.vllm_config):
-                params.extra_args = {"diffusion_mode": "ar", **(params.extra_args or {})}
         return upstream(self, *args, **kwargs)
 
 

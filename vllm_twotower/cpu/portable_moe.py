@@ -14,8 +14,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
-from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.models.nemotron_h import NemotronHMLP, NemotronHMoEDecoderLayer
+from vllm.model_executor.models.nemotron_h import NemotronHMLP
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_twotower.cpu.stored_matrices import multiply_out
@@ -92,15 +91,11 @@ class _Experts(nn.Module):
 
 
 class PortableMoE(nn.Module):
-    """Sigmoid router with a selection bias, top-k routed experts and one shared expert."""
+    """Sigmoid router with a selection bias, top-k routed experts of one group and one shared expert; takes the place of
+    vLLM's ``NemotronHMoE``."""
 
-    def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
+    def __init__(self, config: Any, quant_config: Any = None, parallel_config: Any = None, prefix: str = "") -> None:
         super().__init__()
-        if config.n_group != 1 or config.topk_group != 1:
-            raise ValueError(
-                f"n_group={config.n_group}, topk_group={config.topk_group}: the portable mixture of experts knows one "
-                "group only; set both to 1 or run on a GPU"
-            )
         self.top_k = config.num_experts_per_tok
         self.normalise = config.norm_topk_prob
         self.scaling = config.routed_scaling_factor
@@ -133,13 +128,3 @@ class PortableMoE(nn.Module):
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
         return out_TD if self.tp_size == 1 else tensor_model_parallel_all_reduce(out_TD)
-
-
-class PortableMoEDecoderLayer(NemotronHMoEDecoderLayer):
-    """Stands in for vLLM's ``E`` layer of the context tower; the same forward, another mixer."""
-
-    def __init__(self, config: Any, layer_idx: int, quant_config: Any = None, prefix: str = "", **_: Any) -> None:
-        nn.Module.__init__(self)  # not the parent's: it would build the fused experts that refuse
-        self.config = config
-        self.mixer = PortableMoE(config, quant_config, f"{prefix}.mixer")
-        self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)

@@ -14,50 +14,46 @@ from vllm_twotower.cpu.ops import use_cpp_ops
 
 
 @contextlib.contextmanager
-def running_on_cpu(model: Any, needed: bool) -> Iterator[None]:
-    """Build a model for a CPU while inside, if that is needed: ops in C++, and all shims of this file.
+def running_on_cpu(model: Any) -> Iterator[None]:
+    """Build a model for a CPU while inside: ops in C++, and all shims of this file. Elsewhere nothing happens.
 
     Args:
         model: what is built inside; its context layers are ``model.model.layers`` afterwards.
-        needed: whether the platform is a CPU; if not, nothing happens.
 
     """
-    if not needed:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
         yield
         return
     use_cpp_ops()
     use_torch_for_top_k_top_p()
     use_torch_for_runner_kernels()
     use_torch_for_sampler_kernels()
-    with portable_moe_layers():
+    with portable_experts():
         yield
     disable_prefill_checkpoints(model.model.layers)
 
 
 @contextlib.contextmanager
-def portable_moe_layers() -> Iterator[None]:
-    """Build Nemotron-H's ``E`` layers with our portable mixture of experts while inside.
-
-    ``NemotronHModel`` takes ``decoder_layer_types``, but ``NemotronHForCausalLM`` does not pass one on, so its default
-    table is changed for the duration of the constructor.
+def portable_experts() -> Iterator[None]:
+    """Build both towers' mixtures of experts as our portable one while inside.
 
     Symptom: vLLM on a CPU refuses the model at construction: its fused experts know gated activations only.
-    Upstream: vllm.model_executor.models.nemotron_h.ALL_DECODER_LAYER_TYPES,
-        vllm.model_executor.models.nemotron_h.NemotronHMoEDecoderLayer
+    Upstream: vllm.model_executor.models.nemotron_h.NemotronHMoE
     Removed when: vLLM's CPU experts take relu2.
     Test: tests/test_compat.py::test_vllms_experts_still_refuse_this_model_on_a_cpu
     """
     from vllm.model_executor.models import nemotron_h
 
-    from vllm_twotower.cpu.portable_moe import PortableMoEDecoderLayer
+    from vllm_twotower.cpu.portable_moe import PortableMoE
 
-    table = nemotron_h.ALL_DECODER_LAYER_TYPES
-    fused = table["E"]
-    table["E"] = PortableMoEDecoderLayer
+    fused = nemotron_h.NemotronHMoE
+    nemotron_h.NemotronHMoE = PortableMoE
     try:
         yield
     finally:
-        table["E"] = fused
+        nemotron_h.NemotronHMoE = fused
 
 
 def disable_prefill_checkpoints(layers: Iterable[Any]) -> None:

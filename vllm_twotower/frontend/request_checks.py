@@ -7,14 +7,7 @@ the model's stop tokens and the prompt. Imports neither torch nor vLLM.
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_twotower.config import (
-    CONFIG_KEY,
-    REQUEST_PREFIX,
-    EngineOptions,
-    RequestOptions,
-    mask_token_id_of,
-    shorten,
-)
+from vllm_twotower.config import REQUEST_PREFIX, EngineOptions, RequestOptions, read_mask_token_id, shorten
 from vllm_twotower.core import Mode
 
 if TYPE_CHECKING:
@@ -22,25 +15,26 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
 
-MAX_BIASED_TOKENS = 1024
-"""vLLM's worker raises beyond this many logit_bias or allowed_token_ids entries, which ends the engine."""
-MAX_STOP_TOKENS_WITH_MIN_TOKENS = 128
-"""The same for stop token ids, the model's own included, together with min_tokens."""
 SEED_LIMIT = 2**63
 
 MIN_MOCK_AR_PROMPT = 2
 """The denoiser needs a last token and a context before it."""
 
 
-def check_params(params: "SamplingParams", vllm_config: "VllmConfig") -> None:
+def check_params(params: "SamplingParams", options: EngineOptions | None, vllm_config: "VllmConfig") -> None:
     """Refuse settings of ours that are wrong, and what the request's mode cannot honour.
+
+    Args:
+        params: the client's.
+        options: the engine's; None where diffusion is off.
+        vllm_config: the engine's.
 
     Raises:
         ValueError: the message says what to send instead.
 
     """
     _check_bad_words(params)
-    options, extra = _read_options(vllm_config), params.extra_args or {}
+    extra = params.extra_args or {}
     if options is None:
         if ours := [key for key in extra if str(key).startswith(REQUEST_PREFIX)]:
             raise ValueError(
@@ -52,17 +46,16 @@ def check_params(params: "SamplingParams", vllm_config: "VllmConfig") -> None:
     if not request.is_sampled:
         if not options.allows_another_mode(extra):
             _refuse_unsupported(params, request.mode)
-        _check_allowed_token_ids(params, mask_token_id_of(vllm_config.model_config.hf_config))
+        _check_allowed_token_ids(params, read_mask_token_id(vllm_config.model_config.hf_config))
 
 
-def check_beam_search(extra_args: Any, vllm_config: "VllmConfig") -> None:
+def check_beam_search(extra_args: Any, options: EngineOptions | None) -> None:
     """Refuse a beam search in the denoiser's modes: a canvas has no single next token to branch on.
 
     Raises:
         ValueError: the message says which mode can.
 
     """
-    options = _read_options(vllm_config)
     if options is None:
         return
     request = RequestOptions.from_extra_args(extra_args, options)
@@ -71,11 +64,6 @@ def check_beam_search(extra_args: Any, vllm_config: "VllmConfig") -> None:
             f"beam search cannot be honoured in {request.mode}: leave it out, or send diffusion_mode='ar' in "
             "vllm_xargs (offline, load the model without diffusion)"
         )
-
-
-def _read_options(vllm_config: "VllmConfig") -> EngineOptions | None:
-    extra: Any = vllm_config.additional_config
-    return EngineOptions.from_additional_config(extra.get(CONFIG_KEY))
 
 
 def _check_bad_words(params: "SamplingParams") -> None:
@@ -117,13 +105,14 @@ def _check_allowed_token_ids(params: "SamplingParams", mask_token_id: int) -> No
         )
 
 
-def check_request(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> None:
+def check_request(request: "EngineCoreRequest", options: EngineOptions | None, vllm_config: "VllmConfig") -> None:
     """Refuse what would end the engine, or cannot be decoded; give a request that its mode cannot honour, and that may
     have another (``EngineOptions.unsupported``), that mode.
 
     Args:
         request: vLLM's own, with parameters that are a copy of the client's.
-        vllm_config: of the engine.
+        options: the engine's; None where diffusion is off.
+        vllm_config: the engine's.
 
     Raises:
         ValueError: the message says what to send instead.
@@ -136,7 +125,6 @@ def check_request(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> No
     prompt = request.prompt_token_ids or []
     _check_token_ids(prompt, vllm_config.model_config.get_vocab_size())
     _check_encoding(request)
-    options = _read_options(vllm_config)
     if options is not None:
         own = RequestOptions.from_extra_args(params.extra_args, options)
         mode = own.mode
@@ -150,15 +138,20 @@ def check_request(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> No
 def check_worker_limits(params: "SamplingParams") -> None:
     """Refuse what vLLM 0.32 itself admits and its worker then dies of."""
     import vllm.envs as envs
+    from vllm.v1.worker.gpu.sample import logit_bias
 
-    for name in ("logit_bias", "allowed_token_ids"):
-        if (given := getattr(params, name)) is not None and len(given) > MAX_BIASED_TOKENS:
-            raise ValueError(f"{name} has {len(given)} entries: use at most {MAX_BIASED_TOKENS}")
-    num_stops = len(params.all_stop_token_ids)
-    if params.min_tokens > 0 and num_stops > MAX_STOP_TOKENS_WITH_MIN_TOKENS:
+    limits = {
+        "logit_bias": logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS,
+        "allowed_token_ids": logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS,
+    }
+    for name, most in limits.items():
+        if (given := getattr(params, name)) is not None and len(given) > most:
+            raise ValueError(f"{name} has {len(given)} entries: use at most {most}")
+    num_stops, most_stops = len(params.all_stop_token_ids), logit_bias.MAX_NUM_STOP_TOKEN_IDS
+    if params.min_tokens > 0 and num_stops > most_stops:
         raise ValueError(
             f"min_tokens={params.min_tokens} with {num_stops} stop token ids (the model's own included): use at most "
-            f"{MAX_STOP_TOKENS_WITH_MIN_TOKENS}"
+            f"{most_stops}"
         )
     num_bad, limit = sum(map(len, params.bad_words_token_ids or ())), envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
     if num_bad > limit:

@@ -3,7 +3,6 @@
 ``docs/configuration.md`` prints the same table.
 """
 
-import contextlib
 import functools
 import importlib.util
 import operator
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_twotower.config import EngineOptions
+from vllm_twotower.config import EngineOptions, find_indivisible
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -42,52 +41,54 @@ class StartupRule:
 
 
 def check_settings(vllm_config: "VllmConfig", options: EngineOptions | None) -> None:
-    """Raise for the first rule that objects; with diffusion off, only a CPU's interpreter is asked for.
+    """Raise for the first rule that objects; with diffusion off, only for what a CPU lacks.
 
     Raises:
         ValueError: names the setting, its value and what to type instead.
 
     """
-    problem = _missing_interpreter()
+    problem = _find_missing_on_cpu(vllm_config)
     if problem is None and options is not None:
         problem = next(filter(None, (rule.problem(vllm_config, options) for rule in STARTUP_RULES)), None)
     if problem is not None:
         raise ValueError(f"Nemotron-Labs-TwoTower: {problem}")
 
 
-def _missing_interpreter() -> str | None:
-    """What a CPU lacks, or None. Without an active Triton driver vLLM silently takes its deprecated runner (V1), which
-    knows no model states; Triton decides at import whether kernels are interpreted."""
+def _find_missing_on_cpu(c: "VllmConfig") -> str | None:
+    """What a CPU lacks for this model, or None. Without an active Triton driver vLLM silently takes its deprecated
+    runner (V1), which knows no model states; Triton decides at import whether kernels are interpreted."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return None
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed: pip install 'vllm-twotower[cpu]'"
-        return None
-    return (
-        "this model needs Triton's interpreter on a CPU: set TRITON_INTERPRET=1 before Python starts, for example "
-        "`TRITON_INTERPRET=1 vllm serve MODEL` (the vllm-twotower command and the Makefile set it themselves)"
-    )
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "this model needs Triton's interpreter on a CPU: set TRITON_INTERPRET=1 before Python starts, for example "
+            "`TRITON_INTERPRET=1 vllm serve MODEL` (the vllm-twotower command and the Makefile set it themselves)"
+        )
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'vllm-twotower[cpu]'"
+    groups = [c.model_config.hf_config.n_group, c.model_config.hf_config.topk_group]
+    if "E" in c.model_config.hf_config.hybrid_override_pattern and groups != [1, 1]:
+        return f"n_group={groups[0]}, topk_group={groups[1]}: a CPU's experts know one group only; use a GPU"
+    return None
 
 
 def _find(
-    *paths: str, refused: Callable[[Any], bool], shown: str = "{}={}"
+    *paths: str, refused: Callable[[Any], bool], text: str = "{}={}"
 ) -> "Callable[[VllmConfig, EngineOptions], str | None]":
-    """Finds the first of these settings that is refused; vLLM does not have all of them in every version."""
+    """Finds the first of these settings that is refused."""
 
     def find(c: "VllmConfig", _: EngineOptions) -> str | None:
         for path in paths:
-            with contextlib.suppress(AttributeError):
-                if refused(value := operator.attrgetter(path)(c)):
-                    return shown.format(path.rpartition(".")[2], value)
+            if refused(value := operator.attrgetter(path)(c)):
+                return text.format(path.rpartition(".")[2], value)
         return None
 
     return find
 
 
-_given = functools.partial(_find, refused=bool, shown="{} is set")
+_given = functools.partial(_find, refused=bool, text="{} is set")
 _above_one = functools.partial(_find, refused=lambda value: (value or 1) > 1)
 
 
@@ -150,6 +151,12 @@ def _model_length(c: "VllmConfig", options: EngineOptions) -> str | None:
 
 def _is_split(c: "VllmConfig", options: EngineOptions) -> bool:
     return options.is_split(c.parallel_config.tensor_parallel_size, c.model_config.hf_config)
+
+
+def _indivisible(c: "VllmConfig", options: EngineOptions) -> str | None:
+    size = c.parallel_config.tensor_parallel_size
+    problem = find_indivisible(c.model_config.hf_config, size // 2 if _is_split(c, options) else size)
+    return f"tensor_parallel_size={size} ({problem})" if problem is not None else None
 
 
 def _uneven_split(c: "VllmConfig", options: EngineOptions) -> str | None:
@@ -215,7 +222,7 @@ STARTUP_RULES = (
     StartupRule(
         "`--kv-cache-dtype nvfp4`",
         "vLLM's one backend for it, FlashInfer, reads it in causal attention only, and a canvas' is not causal",
-        _find("cache_config.cache_dtype", refused=lambda d: str(d).startswith("nvfp4"), shown="kv_cache_dtype={1}"),
+        _find("cache_config.cache_dtype", refused=lambda d: str(d).startswith("nvfp4"), text="kv_cache_dtype={1}"),
         "leave it out, or use --kv-cache-dtype fp8",
     ),
     StartupRule(
@@ -282,6 +289,12 @@ STARTUP_RULES = (
         "each tower gets half of the ranks",
         _uneven_split,
         'use an even --tensor-parallel-size, or --diffusion \'{{"tower_placement": "colocated"}}\'',
+    ),
+    StartupRule(
+        "a `--tensor-parallel-size` that does not divide a tower",
+        "every rank that holds a tower holds as much of it",
+        _indivisible,
+        "use a --tensor-parallel-size that divides them",
     ),
     StartupRule(
         "`--data-parallel-size` above 1 or `--enable-expert-parallel` with the towers split",

@@ -20,11 +20,9 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVPar
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
-from vllm.model_executor.models.nemotron_h import NemotronHMLP, NemotronHMoE
+from vllm.model_executor.models import nemotron_h
 from vllm.model_executor.utils import set_weight_attrs
-from vllm.platforms import current_platform
 
-from vllm_twotower.cpu.portable_moe import PortableMoE
 from vllm_twotower.models.conditioning import TimeConditioning
 from vllm_twotower.models.mamba import add_recurrence, convolve, state_caches
 from vllm_twotower.ops import (
@@ -73,11 +71,6 @@ class DenoiserMamba(nn.Module):
     def __init__(self, config: Any, quant_config: Any, prefix: str) -> None:
         super().__init__()
         tp_size = get_tensor_model_parallel_world_size()
-        if config.n_groups % tp_size or config.mamba_num_heads % tp_size:
-            raise ValueError(
-                f"tensor_parallel_size={tp_size} does not divide n_groups={config.n_groups} and "
-                f"mamba_num_heads={config.mamba_num_heads}: use a size that divides both"
-            )
         self.heads = config.mamba_num_heads // tp_size
         inner, groups = config.mamba_num_heads * config.mamba_head_dim, config.n_groups * config.ssm_state_size
         self.inner, self.conv_channels = inner // tp_size, (inner + 2 * groups) // tp_size
@@ -114,16 +107,6 @@ class DenoiserMamba(nn.Module):
         return state_caches(context_mixer), layout.mamba_slots[context_mixer.prefix]
 
 
-def feed_forward(kind: str, config: Any, vllm_config: VllmConfig, prefix: str) -> nn.Module:
-    """A mixture of experts or a dense MLP: per token, with no input from the context."""
-    if kind == "-":
-        hidden, width = config.hidden_size, config.intermediate_size
-        return NemotronHMLP(config, hidden, width, vllm_config.quant_config, config.mlp_bias, prefix=prefix)
-    if current_platform.is_cpu():
-        return PortableMoE(config, vllm_config.quant_config, prefix)
-    return NemotronHMoE(config, vllm_config.quant_config, vllm_config.parallel_config, prefix)
-
-
 class DenoiserLayer(nn.Module):
     """Residual, modulation, norm, mixer, gate; where the modulation goes depends on the layer's kind."""
 
@@ -131,13 +114,17 @@ class DenoiserLayer(nn.Module):
         super().__init__()
         self.kind = kind
         self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        mixer_prefix = f"{prefix}.mixer"
+        quant_config, mixer_prefix = vllm_config.quant_config, f"{prefix}.mixer"
         if kind == "*":
-            self.mixer: nn.Module = DenoiserAttention(config, vllm_config.quant_config, mixer_prefix)
+            self.mixer: nn.Module = DenoiserAttention(config, quant_config, mixer_prefix)
         elif kind == "M":
-            self.mixer = DenoiserMamba(config, vllm_config.quant_config, mixer_prefix)
+            self.mixer = DenoiserMamba(config, quant_config, mixer_prefix)
+        elif kind == "E":
+            # looked up in vLLM's module: on a CPU another class stands there
+            self.mixer = nemotron_h.NemotronHMoE(config, quant_config, vllm_config.parallel_config, mixer_prefix)
         else:
-            self.mixer = feed_forward(kind, config, vllm_config, mixer_prefix)
+            sizes = (config.hidden_size, config.intermediate_size)
+            self.mixer = nemotron_h.NemotronHMLP(config, *sizes, quant_config, config.mlp_bias, prefix=mixer_prefix)
 
     def forward(
         self, hidden_TD: torch.Tensor, modulation: Modulation, context_mixer: Any, layout: CanvasLayout

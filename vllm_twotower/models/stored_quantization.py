@@ -26,9 +26,6 @@ EXPERT = re.compile(r"(.*\.mixer\.experts)\.\d+\.")
 class StoredQuantization(ABC):
     """The quantisation of one checkpoint."""
 
-    method: str
-    """As ``config.json`` names it."""
-
     @abstractmethod
     def scheme_of(self, module: str) -> Scheme | None:
         """How a matrix is stored; None: not quantised.
@@ -68,8 +65,6 @@ class StoredQuantization(ABC):
 class CompressedTensors(StoredQuantization):
     """As llm-compressor writes it: groups with targets and a scheme each, and what to ignore."""
 
-    method = "compressed-tensors"
-
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.ignore: list[str] = list(config.get("ignore") or [])
         self.schemes: dict[str, Scheme] = {}
@@ -94,7 +89,6 @@ class ModelOpt(StoredQuantization):
     algorithm, and what to leave out."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.method = "modelopt"
         older = config.get("quantization")
         given = older if isinstance(older, Mapping) else config
         _refuse(given, "kv_cache_scheme", "kv_cache_quant_algo")

@@ -37,8 +37,17 @@ class TensorSpec:
         return shape == self.shape or (self.shape == (1,) and shape == ())
 
 
-Part = tuple[Callable[[int, int], tuple[int, ...]], tuple[str, ...]]
-"""Shape of one tensor of a matrix [N, K], and its dtypes."""
+SHAPES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
+    "matrix": lambda rows, columns: (rows, columns),
+    "nibbles": lambda rows, columns: (rows, columns // 2),
+    "group": lambda rows, columns: (rows, columns // NVFP4_GROUP),
+    "row": lambda rows, columns: (rows, 1),
+    "one": lambda rows, columns: (1,),
+}
+"""Of a tensor that has something for each number of a matrix [N, K], each two of them, each group, each row, or once."""
+
+Part = tuple[str, tuple[str, ...]]
+"""Shape of one tensor of a matrix, a key of ``SHAPES``, and its dtypes."""
 
 
 @dataclass(frozen=True)
@@ -50,42 +59,24 @@ class Scheme:
     parts: Mapping[str, Part]
     """The tensors that stand for it, by the last part of their names."""
 
-    def tensors(self, module: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+    def tensors(self, module: str, matrix: tuple[int, ...]) -> dict[str, TensorSpec]:
         """The tensors of one matrix.
 
         Args:
             module: its name without ``.weight``.
-            shape: [N, K].
+            matrix: [N, K].
 
         Raises:
             ValueError: the matrix cannot be stored so.
 
         """
-        rows, columns = shape
-        if self.name.startswith("NVFP4") and columns % NVFP4_GROUP:
+        rows, columns = matrix
+        if columns % NVFP4_GROUP and any(shape == "group" for shape, _ in self.parts.values()):
             raise ValueError(f"{module} has {columns} columns, and NVFP4 needs a multiple of {NVFP4_GROUP}: ignore it")
-        return {f"{module}.{last}": TensorSpec(of(rows, columns), d, self.name) for last, (of, d) in self.parts.items()}
-
-
-def _matrix(rows: int, columns: int) -> tuple[int, ...]:
-    return rows, columns
-
-
-def _rows(rows: int, columns: int) -> tuple[int, ...]:
-    return rows, 1
-
-
-def _half(rows: int, columns: int) -> tuple[int, ...]:
-    """Two numbers of four bits in a byte."""
-    return rows, columns // 2
-
-
-def _groups(rows: int, columns: int) -> tuple[int, ...]:
-    return rows, columns // NVFP4_GROUP
-
-
-def _one(rows: int, columns: int) -> tuple[int, ...]:
-    return (1,)
+        return {
+            f"{module}.{last}": TensorSpec(SHAPES[shape](rows, columns), dtypes, self.name)
+            for last, (shape, dtypes) in self.parts.items()
+        }
 
 
 def read_group(where: str, group: Mapping[str, Any], default_format: str | None) -> Scheme:
@@ -126,10 +117,10 @@ def read_algorithm(where: str, algorithm: Any, group_size: Any) -> Scheme:
         return _eight_bits("FP8", "F8_E4M3", "tensor", static_inputs=True)
     if algorithm == "NVFP4" and group_size in (None, NVFP4_GROUP):
         parts = {
-            "weight": (_half, ("U8",)),
-            "weight_scale": (_groups, ("F8_E4M3",)),
-            "weight_scale_2": (_one, SCALES),
-            "input_scale": (_one, SCALES),
+            "weight": ("nibbles", ("U8",)),
+            "weight_scale": ("group", ("F8_E4M3",)),
+            "weight_scale_2": ("one", SCALES),
+            "input_scale": ("one", SCALES),
         }
         return Scheme("NVFP4 (ModelOpt)", parts)
     size = f" with group_size={group_size!r}" if group_size is not None else ""
@@ -139,21 +130,21 @@ def read_algorithm(where: str, algorithm: Any, group_size: Any) -> Scheme:
 def _eight_bits(name: str, dtype: str, strategy: str, static_inputs: bool) -> Scheme:
     per_channel = strategy == "channel"
     parts: dict[str, Part] = {
-        "weight": (_matrix, (dtype,)),
-        "weight_scale": (_rows if per_channel else _one, SCALES),
+        "weight": ("matrix", (dtype,)),
+        "weight_scale": ("row" if per_channel else "one", SCALES),
     }
     if static_inputs:
-        parts["input_scale"] = (_one, SCALES)
+        parts["input_scale"] = ("one", SCALES)
     inputs = "static" if static_inputs else "dynamic"
     return Scheme(f"{name} per {'channel' if per_channel else 'tensor'}, {inputs} inputs", parts)
 
 
 def _nvfp4_of_compressed_tensors(with_inputs: bool) -> Scheme:
     parts: dict[str, Part] = {
-        "weight_packed": (_half, ("U8",)),
-        "weight_scale": (_groups, ("F8_E4M3",)),
-        "weight_global_scale": (_one, SCALES),
+        "weight_packed": ("nibbles", ("U8",)),
+        "weight_scale": ("group", ("F8_E4M3",)),
+        "weight_global_scale": ("one", SCALES),
     }
     if with_inputs:
-        parts["input_global_scale"] = (_one, SCALES)
+        parts["input_global_scale"] = ("one", SCALES)
     return Scheme("NVFP4" if with_inputs else "NVFP4, inputs not quantised", parts)

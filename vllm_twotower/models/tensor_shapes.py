@@ -7,7 +7,8 @@ Imports neither torch nor vLLM, so that ``vllm-twotower inspect`` can count a ch
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from vllm_twotower.models.stored_quantization import EXPERT, QKV, StoredQuantization
+from vllm_twotower.core import TIMESTEP_FEATURES
+from vllm_twotower.models.stored_quantization import EXPERT, QKV, WHERE, StoredQuantization
 from vllm_twotower.models.stored_schemes import TensorSpec
 
 CONTEXT_PREFIXES = ("context_tower.", "context_lm_head.")
@@ -39,7 +40,7 @@ def checkpoint_tensors(config: Any) -> dict[str, TensorSpec]:
             other, found = first_of_layer.setdefault(layer, (module, how))
             if found != how:
                 raise ValueError(
-                    f"config.json, quantization_config: {other} is {found} and {module} is {how}, but {layer} is one "
+                    f"{WHERE}: {other} is {found} and {module} is {how}, but {layer} is one "
                     "layer: quantise or ignore all of it"
                 )
         specs.update({name: TensorSpec(shape)} if scheme is None else scheme.tensors(module, shape))
@@ -64,7 +65,7 @@ def checkpoint_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "context_lm_head.weight": (vocab, hidden),
         "lm_head.weight": (vocab, hidden),
-        "t_embedder.mlp.0.weight": (hidden, 256),
+        "t_embedder.mlp.0.weight": (hidden, TIMESTEP_FEATURES),
         "t_embedder.mlp.0.bias": (hidden,),
         "t_embedder.mlp.2.weight": (hidden, hidden),
         "t_embedder.mlp.2.bias": (hidden,),
@@ -85,13 +86,7 @@ def checkpoint_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensor(name: str, shape: Sequence[int], dtype: str, expected: Mapping[str, TensorSpec]) -> None:
-    """Check one tensor of ``checkpoint_tensors``.
-
-    Args:
-        name: of the tensor.
-        shape: its shape.
-        dtype: safetensors' name of its dtype.
-        expected: what it has to be.
+    """Check one tensor of ``checkpoint_tensors``, ``expected``; ``dtype`` is safetensors' name.
 
     Raises:
         ValueError: it has another shape, or numbers that are no weights.

@@ -12,17 +12,15 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.nemotron_h import NemotronHForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
-from vllm.platforms import current_platform
 
 from vllm_twotower import compat
-from vllm_twotower.config import CONFIG_KEY, EngineOptions
+from vllm_twotower.config import EngineOptions
 from vllm_twotower.cpu.shims import running_on_cpu
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.models.denoiser_tower import LOGITS_TILE, DenoiserTower
 from vllm_twotower.models.stored_quantization import StoredQuantization
 from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, check_filled, check_weights, checkpoint_module
-from vllm_twotower.ops.canvas_sample.reference import NOISE_TILE
-from vllm_twotower.registration import raise_recorded_problem
+from vllm_twotower.ops import NOISE_TILE
 from vllm_twotower.runtime.step import CanvasLayout
 
 
@@ -35,7 +33,6 @@ class TwoTowerForCausalLM(NemotronHForCausalLM):
     Args:
         vllm_config: the engine's.
         prefix: of module names.
-        with_denoiser: False on a rank that does not hold it.
 
     """
 
@@ -45,8 +42,8 @@ class TwoTowerForCausalLM(NemotronHForCausalLM):
     """The files a checkpoint consists of, shards first: nothing is unpickled, and other safetensors beside them are not
     read."""
 
-    holds_context = True
-    """Whether this rank has the context tower."""
+    holds_context = holds_denoiser = True
+    """Whether this rank has the tower."""
 
     def __new__(cls, *, vllm_config: VllmConfig, **_: Any) -> "TwoTowerForCausalLM":
         """Prepare a quantisation before vLLM's own ``__new__`` does, and refuse one that the towers do not take."""
@@ -55,29 +52,18 @@ class TwoTowerForCausalLM(NemotronHForCausalLM):
             compat.name_layers_as_checkpoint(vllm_config.quant_config, checkpoint_module)
         return super().__new__(cls, vllm_config=vllm_config)
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", with_denoiser: bool = True) -> None:
-        raise_recorded_problem()
-        with running_on_cpu(self, needed=current_platform.is_cpu()):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.options = EngineOptions.from_additional_config(vllm_config.additional_config.get(CONFIG_KEY))
-        self.denoiser: DenoiserTower | None = None
-        if self.options is not None and with_denoiser:
-            self.add_denoiser(vllm_config, prefix)
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        options = EngineOptions.read(vllm_config)
+        with running_on_cpu(self):
+            self.build_context(vllm_config, prefix)
+            self.options = options
+            self.denoiser: DenoiserTower | None = None
+            if options is not None and self.holds_denoiser:
+                self.denoiser = DenoiserTower(vllm_config, options.canvas_length, maybe_prefix(prefix, "denoiser"))
 
-    def add_denoiser(self, vllm_config: VllmConfig, prefix: str) -> None:
-        """Build the denoiser tower."""
-        assert self.options is not None
-        self.denoiser = DenoiserTower(vllm_config, self.options.canvas_length, maybe_prefix(prefix, "denoiser"))
-
-    def get_model_state_cls(self) -> type:
-        """The runner asks for this class; with diffusion off it gets the one it would have chosen itself."""
-        if self.options is None:
-            from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
-
-            return MambaHybridModelState
-        from vllm_twotower.runtime.model_state import TwoTowerModelState
-
-        return TwoTowerModelState
+    def build_context(self, vllm_config: VllmConfig, prefix: str) -> None:
+        """Build the context tower; what is not a tower comes with it."""
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def forward(
         self,

@@ -29,15 +29,7 @@ CHECKPOINT_TO_MODULE = WeightsMapper(
         "scale_shift_tables.": "denoiser.conditioning.scale_shift_tables.",
     },
 )
-"""Checkpoint names to module names; with the next, the only place that knows both."""
-
-_CHECKPOINT_PREFIXES = {
-    "denoiser.lm_head": "lm_head",
-    "denoiser.": "denoiser_tower.",
-    "lm_head": "context_lm_head",
-    "model.": "context_tower.",
-}
-"""The beginnings of layers' names, in the order in which they are tried, to those in a checkpoint."""
+"""Checkpoint names to module names, the only place that knows both."""
 
 _STORED_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8",
@@ -53,9 +45,10 @@ def checkpoint_module(layer: str) -> str:
         layer: vLLM's name; ``qkv_proj`` stays, vLLM knows what it is packed from.
 
     """
-    for ours, theirs in _CHECKPOINT_PREFIXES.items():
-        if layer.startswith(ours):
-            return (theirs + layer[len(ours) :]).replace(".embed_tokens", ".embeddings")
+    for theirs, ours in CHECKPOINT_TO_MODULE.orig_to_new_prefix.items():
+        if f"{layer}.".startswith(ours):
+            name = theirs + f"{layer}."[len(ours) :]
+            return name.removesuffix(".").replace(".embed_tokens", ".embeddings")
     return layer
 
 

@@ -16,7 +16,7 @@ import torch
 from vllm_twotower.ops.adaln.reference import UNMODULATED, Modulation, check_modulation, check_norm
 from vllm_twotower.ops.backend import implementation
 from vllm_twotower.ops.canvas_sample import reference
-from vllm_twotower.ops.canvas_sample.reference import Draw, Sample, ShapeScores, check_logits
+from vllm_twotower.ops.canvas_sample.reference import NOISE_TILE, Draw, Sample, ShapeScores, check_logits
 from vllm_twotower.ops.checks import check_tensor
 from vllm_twotower.ops.gated_norm.reference import check_gated_norm
 from vllm_twotower.ops.mixture_of_experts.reference import Routing, check_experts
@@ -25,6 +25,7 @@ from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs, chec
 from vllm_twotower.ops.state_replay.reference import check_replay
 
 __all__ = [
+    "NOISE_TILE",
     "UNMODULATED",
     "CanvasRules",
     "ConvInputs",

@@ -5,9 +5,10 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from vllm_twotower.config import find_indivisible
 from vllm_twotower.planning.gpus import GIB, Gpu
 from vllm_twotower.planning.model_facts import ModelFacts
-from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes, kv_shards, tensor_parallel_problem
+from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes, kv_shards
 
 KV_BLOCK_ALIGNMENT = 16
 """vLLM makes a KV block a multiple of this many tokens."""
@@ -80,7 +81,7 @@ def fit(
     """
     facts = towers[Tower.CONTEXT].facts
     ranks = max(1, ranks_per_tower(num_gpus, placement))
-    problem = tensor_parallel_problem(facts, ranks)
+    problem = find_indivisible(facts, ranks)
     if placement is Placement.SPLIT and num_gpus % 2:
         problem = f"split needs an even number of GPUs, not {num_gpus}"
     loads = {tower: sizes.bytes_per_rank(ranks, precision) for tower, sizes in towers.items()}

@@ -162,16 +162,3 @@ class TowerSizes:
 def kv_shards(facts: ModelFacts, num_ranks: int) -> int:
     """Different shards of the KV cache over ``num_ranks`` ranks: with more ranks than KV heads, heads are repeated."""
     return min(num_ranks, facts.num_key_value_heads)
-
-
-def tensor_parallel_problem(facts: ModelFacts, num_ranks: int) -> str | None:
-    """Why a tower cannot be sharded over ``num_ranks`` ranks, or None (vLLM's and the denoiser's own rules)."""
-    heads, kv_heads = facts.num_attention_heads, facts.num_key_value_heads
-    if facts.layers("*") and (heads % num_ranks or (kv_heads % num_ranks and num_ranks % kv_heads)):
-        return f"{num_ranks} ranks do not divide {heads} attention heads and {kv_heads} KV heads"
-    if facts.layers("M") and (facts.mamba_num_heads % num_ranks or facts.n_groups % num_ranks):
-        return f"{num_ranks} ranks do not divide {facts.mamba_num_heads} Mamba heads and {facts.n_groups} groups"
-    width, shared = facts.moe_intermediate_size, facts.moe_shared_expert_intermediate_size
-    if facts.layers("E") and (width % num_ranks or shared % num_ranks):
-        return f"{num_ranks} ranks do not divide the experts' widths {width} and {shared}"
-    return None

@@ -8,7 +8,6 @@ Legend: R rows of a step, S widest canvas, B request slots.
 
 import hashlib
 
-import numpy as np
 import torch
 
 from vllm_twotower.config import RequestOptions
@@ -128,8 +127,8 @@ class CanvasTable:
             slot_R=slot_R,
             width_R=width_R,
             first_position_R=first_position_R,
-            slots_np=np.array(slots, dtype=np.int64),
-            seq_lens_np=step.computed_np + np.array(step.widths),
+            slots_np=step.slots_np,
+            seq_lens_np=step.ends_np,
             token_RS=token_RS,
             mock_ar_RS=mock_ar_RS,
             known_RS=known_RS,
@@ -155,11 +154,13 @@ class CanvasTable:
         is_hinted_RS = hinted_R[:, None] & (empty_RS == self.mask_token_id)
         return torch.where(is_hinted_RS, self.hint_BS[slot_R], empty_RS)
 
-    def scatter(self, step: Step, rows: CanvasRows, outcome: DenoiseOutcome) -> None:
+    def scatter(self, step: Step, outcome: DenoiseOutcome) -> None:
         """Keep the rows as a step left them; the canvas of a finished one starts from masks next time."""
-        self.token_BS[rows.slot_R] = outcome.token_RS
-        self.pass_index_B[rows.slot_R] = outcome.pass_index_R
-        of_rows = zip(rows.slots, outcome.undecided, outcome.pass_index, outcome.finished, step.modes, strict=True)
+        assert step.canvases is not None
+        slot_R = step.canvases.rows.slot_R
+        self.token_BS[slot_R] = outcome.token_RS
+        self.pass_index_B[slot_R] = outcome.pass_index_R
+        of_rows = zip(step.slots, outcome.undecided, outcome.pass_index, outcome.finished, step.modes, strict=True)
         for slot, undecided, pass_index, is_finished, mode in of_rows:
             self._undecided[slot], self._pass_index[slot] = undecided, pass_index
             self._started[slot] = not is_finished

@@ -35,7 +35,7 @@ class DenoiseLoop:
     """Runs denoise steps, one after the other.
 
     Args:
-        denoiser: the tower; None on a rank that does not hold it.
+        denoiser: the tower.
         context_layers: the context tower's layers, whose caches the denoiser reads.
         proposals: turns logits into proposals.
         passes_per_step: passes of a step at most.
@@ -47,7 +47,7 @@ class DenoiseLoop:
     def __init__(
         self,
         *,
-        denoiser: DenoiserTower | None,
+        denoiser: DenoiserTower,
         context_layers: nn.ModuleList,
         proposals: ProposalSampler,
         passes_per_step: int,
@@ -70,20 +70,17 @@ class DenoiseLoop:
         """Run a step's passes, within vLLM's forward context.
 
         Args:
-            step: with ``rows``, ``layout`` and ``places``.
+            step: with its canvases.
             graphs: captured passes, or None.
 
         """
-        assert self.denoiser is not None
-        now = self.run_passes(step, self.denoiser, graphs)
+        now = self.run_passes(step, graphs)
         return self.read_outcome(step, now.token_RS, now.pass_index_R, now.broken_R)
 
-    def run_passes(self, step: Step, denoiser: DenoiserTower, graphs: DenoiseGraphs | None) -> Canvases:
+    def run_passes(self, step: Step, graphs: DenoiseGraphs | None) -> Canvases:
         """The passes alone; nothing is read where ``reads_between_passes`` says so."""
-        rows, layout, places = step.rows, step.layout, step.places
-        assert rows is not None
-        assert layout is not None
-        assert places is not None
+        assert step.canvases is not None
+        rows, layout, places = step.canvases.rows, step.canvases.layout, step.canvases.places
         # a captured pass modulates every row
         graph = graphs.load(step.widths, places) if graphs is not None and layout.unmodulated_R is None else None
         reads = self.reads_between_passes(step)
@@ -108,9 +105,9 @@ class DenoiseLoop:
                 hidden_TD = graph.run(now.token_RS, now.level_R)
             else:
                 token_T = now.token_RS[layout.row_T, layout.column_T]
-                hidden_TD = denoiser(token_T, now.level_R, layout, self.context_layers)
+                hidden_TD = self.denoiser(token_T, now.level_R, layout, self.context_layers)
             wanted_T = wanted_RS[layout.row_T, layout.column_T] if undecided_T is None else undecided_T
-            proposal_RS, confidence_RS = self._propose(denoiser, hidden_TD, wanted_T, rows, layout, now)
+            proposal_RS, confidence_RS = self._propose(hidden_TD, wanted_T, rows, layout, now)
             revealed = reveal(now.token_RS, proposal_RS, confidence_RS, now.masked_RS, now.pass_index_R, rules)
             now = Canvases(
                 token_RS=torch.where(mock_ar_RS, proposal_RS, revealed.token_RS),
@@ -125,8 +122,8 @@ class DenoiseLoop:
         self, step: Step, token_RS: torch.Tensor, pass_index_R: torch.Tensor, broken_R: torch.Tensor
     ) -> DenoiseOutcome:
         """What the passes did (see ``Canvases``), with the host's copy of it: the step's one read."""
-        rows = step.rows
-        assert rows is not None
+        assert step.canvases is not None
+        rows = step.canvases.rows
         column_S = torch.arange(token_RS.shape[1], device=token_RS.device)
         undecided_R = (self._masked(token_RS, rows) << column_S).sum(dim=1)
         pass_index, undecided, broken = torch.stack([pass_index_R, undecided_R, broken_R.to(torch.int64)]).tolist()
@@ -143,7 +140,7 @@ class DenoiseLoop:
 
     def reads_between_passes(self, step: Step) -> bool:
         """Whether every pass of a step reads what the one before revealed, see above."""
-        return self.reads_are_free or self.trace is not None or self.proposals.follows_reveals(step.slots)
+        return self.reads_are_free or self.trace is not None or self.proposals.follows_reveals(step.slots_np)
 
     def _num_passes(self, step: Step) -> int:
         return 1 if all(mode is Mode.MOCK_AR for mode in step.modes) else self.passes_per_step
@@ -154,7 +151,6 @@ class DenoiseLoop:
 
     def _propose(
         self,
-        denoiser: DenoiserTower,
         hidden_TD: torch.Tensor,
         wanted: torch.Tensor,
         rows: CanvasRows,
@@ -171,7 +167,7 @@ class DenoiseLoop:
         for token_N, whole_canvases in self._tiles(wanted, rows, layout):
             tile = Tile(token_N=token_N, rows=rows, layout=layout, canvases=now)
             wanted_N = wanted[token_N] if whole_canvases else None
-            made = self.proposals.propose(denoiser.logits(hidden_TD[token_N]), tile, wanted_N)
+            made = self.proposals.propose(self.denoiser.logits(hidden_TD[token_N]), tile, wanted_N)
             if self.trace is not None:
                 self.trace.record_proposals(made)
             proposal_RS[made.tile.row_N, made.tile.column_N] = made.sample.token_N

@@ -6,13 +6,12 @@ written again, so what stays is the revealing pass's.
 Legend: N rows of logits, V vocabulary, S canvas positions, K top log-probabilities asked for.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
+from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
 from vllm_twotower.runtime.host_copies import async_tensor_h2d
@@ -22,23 +21,23 @@ from vllm_twotower.runtime.step import Tile
 class LogprobTable:
     """Log-probabilities of unfinished canvases, by request slot."""
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: Sampler) -> None:
         self.num_logprobs = base.sampling_states.num_logprobs
         self.of_processed = base.logprobs_mode in PROCESSED_LOGPROBS_MODES
         self.as_logits = base.logprobs_mode in ("raw_logits", "processed_logits")
         self._columns: dict[int, dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
 
-    def add_request(self, slot: int) -> None:
+    def clear_slot(self, slot: int) -> None:
         """Forget the slot's previous request."""
         self._columns.pop(slot, None)
 
-    def wanted(self, slots_np: np.ndarray) -> bool:
+    def is_wanted(self, slots_np: np.ndarray) -> bool:
         """Whether any of these requests asked for log-probabilities."""
         return bool(np.any(self.num_logprobs[slots_np] != NO_LOGPROBS))
 
     def wants_raw(self, slots_np: np.ndarray) -> bool:
         """Whether logits must be kept as they were before processing."""
-        return self.wanted(slots_np) and not self.of_processed
+        return self.is_wanted(slots_np) and not self.of_processed
 
     def record(self, logits_NV: torch.Tensor, tile: Tile, token_N: torch.Tensor) -> None:
         """Write the proposals of this pass over those of the last."""

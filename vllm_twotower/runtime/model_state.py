@@ -1,13 +1,14 @@
 """The worker's side of a step: which tower it runs, what it needs, and what of the runner's bookkeeping it skips.
 
 The runner builds positions, slots and sequence lengths for a canvas by itself, because the scheduler gave it S tokens
-past the end of the request. What is left: attention metadata that is not causal, and no Mamba bookkeeping, since a
-denoise step advances no state.
+past the end of the request. What is left: in a denoise step attention metadata that is not causal, and no Mamba
+bookkeeping, since it advances no state; in a context step the drafts that it verifies, and Mamba states that end where
+the accepted ones do.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,12 +24,15 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_twotower import compat
-from vllm_twotower.config import EngineOptions, RequestOptions, mask_token_id_of
+from vllm_twotower.config import RequestOptions, read_mask_token_id
 from vllm_twotower.core import Mode, StepKind
+from vllm_twotower.models.denoiser_tower import DenoiserTower
 from vllm_twotower.models.kernel_names import describe_kernels
 from vllm_twotower.models.mamba import mamba_mixers
+from vllm_twotower.models.twotower import TwoTowerForCausalLM
 from vllm_twotower.runtime import denoise_graphs
 from vllm_twotower.runtime.canvas_table import CanvasTable, resolve_seed
 from vllm_twotower.runtime.denoise_graphs import CAPTURABLE_BACKENDS, DenoiseGraphs, find_uncapturable
@@ -37,7 +41,15 @@ from vllm_twotower.runtime.host_copies import copy_together
 from vllm_twotower.runtime.proposals import ProposalSampler
 from vllm_twotower.runtime.sampler import CanvasSampler
 from vllm_twotower.runtime.stats import DiffusionStats
-from vllm_twotower.runtime.step import CanvasLayout, CanvasPlaces, KeptRows, KnownTokens, Step, VerifyRows
+from vllm_twotower.runtime.step import (
+    CanvasLayout,
+    CanvasPlaces,
+    KeptRows,
+    KnownTokens,
+    Step,
+    StepCanvases,
+    VerifyRows,
+)
 from vllm_twotower.runtime.trace import CanvasTrace
 from vllm_twotower.runtime.verification import ask_for_logits, keep_inputs_in, keep_inputs_of, replay_states
 
@@ -47,22 +59,25 @@ logger = init_logger("vllm.twotower")
 class TwoTowerModelState(MambaHybridModelState):
     """vLLM's hybrid model state, and the denoise step beside it."""
 
-    def __init__(self, vllm_config: VllmConfig, model: Any, encoder_cache: Any, device: torch.device) -> None:
+    model: TwoTowerForCausalLM
+    step_type: ClassVar[type[Step]] = Step
+
+    def __init__(
+        self, vllm_config: VllmConfig, model: TwoTowerForCausalLM, encoder_cache: Any, device: torch.device
+    ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         options = model.options
-        assert isinstance(options, EngineOptions), "this state is used with diffusion on only"
+        assert options is not None, "this state is used with diffusion on only"
         self.options = options
-        self.mask_token_id = mask_token_id_of(self.model_config.hf_config)
+        self.mask_token_id = read_mask_token_id(self.model_config.hf_config)
         self.canvases = CanvasTable(self.max_num_reqs, options.canvas_length, self.mask_token_id, device)
         self.request_options: dict[str, RequestOptions] = {}
         self.stats = DiffusionStats()
         self.graphs: DenoiseGraphs | None = None
         self.trace: CanvasTrace | None = None
         """Records passes and verifications while it is there."""
-        self.make_loop: Callable[..., DenoiseLoop] = DenoiseLoop
-        self.make_sampler: Callable[..., CanvasSampler] = CanvasSampler
         self._loop: DenoiseLoop | None = None
-        self.last_sampled_tokens = torch.empty(0, 1, dtype=torch.int64, device=device)
+        # vLLM's hooks are called one after the other with the batch, but the last one without
         self._current: tuple[InputBatch, Step] | None = None
 
     @property
@@ -75,6 +90,11 @@ class TwoTowerModelState(MambaHybridModelState):
         """Runs the denoise steps."""
         assert self._loop is not None, "vLLM asks for the sampler when it has loaded the model"
         return self._loop
+
+    @property
+    def last_sampled_tokens(self) -> torch.Tensor:
+        """vLLM's, int64 [request slots, 1]: of requests in AR and self-speculation the newest token."""
+        return self.loop.proposals.base.req_states.last_sampled_tokens
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Take over a request's settings; called again after a preemption, whose canvas starts over."""
@@ -102,20 +122,19 @@ class TwoTowerModelState(MambaHybridModelState):
         num_reqs = batch.num_reqs
         computed_np = batch.num_computed_tokens_np[:num_reqs].astype(np.int64)
         options = [self.request_options.get(req_id) for req_id in batch.req_ids]
-        # prefill_len is the request's length here: it grows with every emission
         slots, widths = batch.idx_mapping_np[:num_reqs].tolist(), batch.num_scheduled_tokens[:num_reqs].tolist()
+        # of a denoised request its length: it grows with every emission; in self-speculation, where vLLM's sampler
+        # chooses the tokens, its length when it started
         lengths = batch.prefill_len_np[:num_reqs].tolist()
-        denoised = []
-        for one, slot, width, computed, length in zip(
-            options, slots, widths, computed_np.tolist(), lengths, strict=True
-        ):
-            if one is not None and one.mode is Mode.SELF_SPECULATION:
-                is_canvas = width > 1 and computed >= length
-                denoised.append(is_canvas and not self.canvases.has_draft(slot))
-            else:
-                denoised.append(one is not None and one.is_denoisable(computed, length))
+        rows = zip(options, slots, widths, computed_np.tolist(), lengths, strict=True)
+        denoised = [
+            one is not None
+            and one.is_denoisable(computed, length)
+            and not (one.is_sampled and (width == 1 or self.canvases.has_draft(slot)))
+            for one, slot, width, computed, length in rows
+        ]
         assert all(denoised) or not any(denoised), "an engine step runs one tower"
-        return Step(
+        return self.step_type(
             kind=StepKind.DENOISE if denoised[0] else StepKind.CONTEXT,
             req_ids=batch.req_ids,
             options=options,
@@ -130,6 +149,7 @@ class TwoTowerModelState(MambaHybridModelState):
         if step.kind is StepKind.CONTEXT:
             super().preprocess_state(input_batch, *args, **kwargs)
             step.verify = self._begin_verification(step, input_batch, *args, **kwargs)
+            step.kept = [step.verify] if step.verify is not None else []
 
     def prepare_attn(
         self,
@@ -137,20 +157,13 @@ class TwoTowerModelState(MambaHybridModelState):
         cudagraph_mode: CUDAGraphMode,
         block_tables: tuple[torch.Tensor, ...],
         slot_mappings: torch.Tensor,
-        attn_groups: list[list[Any]],
+        attn_groups: list[list[AttentionGroup]],
         kv_cache_config: KVCacheConfig,
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Metadata of the step; in a denoise step not causal, for attention layers only."""
         step = self.step_of(input_batch)
-        if (seeds := self.find_seeds(step, input_batch)) is not None:
-            step.places = CanvasPlaces(
-                seq_lens_R=input_batch.seq_lens,
-                block_tables=block_tables,
-                slot_mappings_GT=slot_mappings,
-                mamba_slots=self.find_mamba_slots(*seeds, block_tables, kv_cache_config),
-            )
         if step.kind is StepKind.CONTEXT:
             metadata = super().prepare_attn(
                 input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, *args, **kwargs
@@ -158,6 +171,13 @@ class TwoTowerModelState(MambaHybridModelState):
             return keep_inputs_of(step, metadata)
         assert cudagraph_mode != CUDAGraphMode.FULL, "no graph of the context tower may replay in a denoise step"
         num_reqs = input_batch.num_reqs
+        places = CanvasPlaces(
+            seq_lens_R=input_batch.seq_lens,
+            block_tables=block_tables,
+            slot_mappings_GT=slot_mappings,
+            mamba_slots=self.find_mamba_slots(range(num_reqs), step.computed_np, block_tables, kv_cache_config),
+        )
+        step.canvases = self._lay_out_canvases(step, input_batch, places)
         seq_lens_upper_bound = input_batch.seq_lens_cpu_upper_bound
         return build_attn_metadata(
             attn_groups=[[g for g in gs if not isinstance(g.kv_cache_spec, MambaSpec)] for gs in attn_groups],
@@ -175,10 +195,6 @@ class TwoTowerModelState(MambaHybridModelState):
             positions=input_batch.positions,
             causal=False,
         )
-
-    def find_seeds(self, step: Step, batch: InputBatch) -> tuple[Sequence[int], np.ndarray] | None:
-        """Rows whose Mamba states the step has to know the places of, and after how many tokens each; None if none."""
-        return (range(batch.num_reqs), step.computed_np) if step.kind is StepKind.DENOISE else None
 
     def _begin_verification(
         self,
@@ -217,8 +233,7 @@ class TwoTowerModelState(MambaHybridModelState):
         """Some rows of a context step, of which nothing is kept yet."""
         widths = [step.widths[row] for row in rows]
         # where the states are now: vLLM has moved those that would cross a block
-        ends_np = step.computed_np[rows] + np.array(widths)
-        slots = self.find_mamba_slots(rows, ends_np, block_tables, kv_cache_config)
+        slots = self.find_mamba_slots(rows, step.ends_np[rows], block_tables, kv_cache_config)
         layout = CanvasLayout.from_widths(widths, self.device, mamba_slots=slots)
         row_V, width_V = copy_together(self.device, rows, widths)
         return KeptRows(
@@ -254,12 +269,10 @@ class TwoTowerModelState(MambaHybridModelState):
         inputs = super().prepare_inputs(input_batch, req_states)
         step = self.step_of(input_batch)
         if step.kind is StepKind.DENOISE:
-            self._lay_out_canvases(step, input_batch)
             inputs["denoise"] = functools.partial(self._denoise, step)
         return inputs
 
-    def _lay_out_canvases(self, step: Step, batch: InputBatch) -> None:
-        assert step.places is not None, "the runner prepares attention before inputs"
+    def _lay_out_canvases(self, step: Step, batch: InputBatch, places: CanvasPlaces) -> StepCanvases:
         slot_R = batch.idx_mapping[: batch.num_reqs]
         unmodulated_R = known = None
         if any(mode is not Mode.MASK_DIFFUSION for mode in step.modes):
@@ -270,10 +283,10 @@ class TwoTowerModelState(MambaHybridModelState):
             last_token_R = torch.where(drafted_R, self.last_sampled_tokens[slot_R].view(-1), prompts_R)
             known = KnownTokens(token_R=last_token_R, mock_ar_R=mock_ar_R, drafted_R=drafted_R)
             unmodulated_R = mock_ar_R if any(mock_ar) else None
-        step.rows = self.canvases.gather(step, slot_R, known)
-        step.layout = CanvasLayout.from_widths(
-            step.widths, self.device, unmodulated_R=unmodulated_R, mamba_slots=step.places.mamba_slots
+        layout = CanvasLayout.from_widths(
+            step.widths, self.device, unmodulated_R=unmodulated_R, mamba_slots=places.mamba_slots
         )
+        return StepCanvases(rows=self.canvases.gather(step, slot_R, known), layout=layout, places=places)
 
     def _denoise(self, step: Step) -> None:
         step.outcome = self.loop.run(step, self.graphs)
@@ -293,15 +306,10 @@ class TwoTowerModelState(MambaHybridModelState):
 
     def custom_sampler(self, sampler: Sampler) -> tuple[CanvasSampler, None]:
         """Put the canvas sampler around vLLM's."""
-        proposals = ProposalSampler(sampler, self.mask_token_id)
-        self.last_sampled_tokens = sampler.req_states.last_sampled_tokens
         for mixer in mamba_mixers(self.model.model.layers):
             keep_inputs_in(mixer)
-        if self.model.denoiser is not None:
-            said = describe_kernels(self.model.denoiser, self.model.model.layers)
-            logger.info("Denoise passes run on these kernels: %s", said)
+        proposals = ProposalSampler(sampler, self.mask_token_id)
         self._loop = self.make_loop(
-            denoiser=self.model.denoiser,
             context_layers=self.model.model.layers,
             proposals=proposals,
             passes_per_step=self.options.passes_per_step,
@@ -318,6 +326,25 @@ class TwoTowerModelState(MambaHybridModelState):
         )
         return canvas_sampler, None
 
+    def make_loop(self, **parts: Any) -> DenoiseLoop:
+        """The loop, of its parts without the denoiser."""
+        return DenoiseLoop(denoiser=self.log_kernels(), **parts)
+
+    def log_kernels(self) -> DenoiserTower:
+        """Say what the passes of the denoiser run on; returns it."""
+        denoiser = self.model.denoiser
+        assert denoiser is not None
+        logger.info("Denoise passes run on these kernels: %s", describe_kernels(denoiser, self.model.model.layers))
+        return denoiser
+
+    def make_sampler(self, base: Sampler, **parts: Any) -> CanvasSampler:
+        """The canvas sampler, of vLLM's and its other parts."""
+        return CanvasSampler(base, **parts)
+
+    def report_traffic(self) -> dict[str, int]:
+        """What this rank has sent to the other tower's, by the names of ``split.link.Traffic``; nothing here."""
+        return {}
+
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """vLLM has set up caches, for its memory measurement or to stay: graphs of passes over earlier ones go."""
         self.graphs = None
@@ -327,12 +354,11 @@ class TwoTowerModelState(MambaHybridModelState):
         self,
         input_buffers: Any,
         block_tables: BlockTables,
-        attn_groups: list[list[Any]],
+        attn_groups: list[list[AttentionGroup]],
         kv_cache_config: KVCacheConfig,
     ) -> None:
         """Capture denoise passes; vLLM asks after its own captures, and once before to measure the memory."""
-        if self.model.denoiser is None:
-            return
+        assert self.model.denoiser is not None
         if planning := find_uncapturable(attn_groups):
             logger.warning_once(
                 "Denoise passes run without CUDA graphs: %s cannot be captured, --attention-backend %s can",

@@ -8,10 +8,11 @@ Legend: N rows of logits, V vocabulary, R requests, S canvas positions, T tokens
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.sample import sampler as vllm_sampler
 from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
 from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
@@ -21,9 +22,6 @@ from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm_twotower.ops import Sample, ShapeScores, canvas_sample
 from vllm_twotower.runtime.logprobs import LogprobTable
 from vllm_twotower.runtime.step import Tile
-
-if TYPE_CHECKING:
-    from vllm.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,32 +40,32 @@ class ProposalSampler:
     """Applies sampling parameters to the denoiser's logits, through vLLM's sampler.
 
     Args:
-        base: vLLM's ``Sampler`` of this worker.
+        base: vLLM's, of this worker.
         mask_token_id: never proposed.
 
     """
 
-    def __init__(self, base: Any, mask_token_id: int) -> None:
+    def __init__(self, base: vllm_sampler.Sampler, mask_token_id: int) -> None:
         self.base = base
         self.mask_token_id = mask_token_id
         self.logprobs = LogprobTable(base)
         self._has_custom_processors = any(not _is_built_in(p) for p in base.logits_processors)
         self._processed_slots: set[int] = set()
 
-    def add_request(self, slot: int, params: "SamplingParams") -> None:
+    def add_request(self, slot: int, params: SamplingParams) -> None:
         """Remember whether a request's logits are processed; they are then computed for its whole canvas."""
         self._processed_slots.discard(slot)
         if self._has_custom_processors or changes_logits(params):
             self._processed_slots.add(slot)
-        self.logprobs.add_request(slot)
+        self.logprobs.clear_slot(slot)
 
     def is_processed(self, slot: int) -> bool:
         """Whether anything but temperature, top-k, top-p and min-p changes the request's logits."""
         return slot in self._processed_slots
 
-    def follows_reveals(self, slots: list[int]) -> bool:
+    def follows_reveals(self, slots_np: np.ndarray) -> bool:
         """Whether any of these requests' proposals must be made for what is still masked, and for nothing else."""
-        return any(map(self.is_processed, slots)) or self.logprobs.wanted(np.array(slots))
+        return not self._processed_slots.isdisjoint(slots_np.tolist()) or self.logprobs.is_wanted(slots_np)
 
     def propose(self, logits_NV: torch.Tensor, tile: Tile, wanted_N: torch.Tensor | None) -> Proposals:
         """A token and its confidence for every wanted row.
@@ -78,7 +76,7 @@ class ProposalSampler:
             wanted_N: bool [N] where the tile is whole canvases whose logits are processed; None where all are wanted.
 
         """
-        if wanted_N is not None or self.logprobs.wanted(tile.rows.slots_np):
+        if wanted_N is not None or self.logprobs.is_wanted(tile.rows.slots_np):
             logits_NV = logits_NV.float()  # vLLM's kernels add to logits and score them in fp32
         raw_NV = logits_NV
         if wanted_N is not None:
@@ -90,7 +88,7 @@ class ProposalSampler:
         sample = canvas_sample(logits_NV, self.mask_token_id, draw, None if draw is None else self._shaping(tile))
         if tile.rows.any_drawn_as_ar:
             sample = self._draw_drafts(logits_NV, tile, sample)
-        if self.logprobs.wanted(tile.rows.slots_np):
+        if self.logprobs.is_wanted(tile.rows.slots_np):
             logits_NV[:, self.mask_token_id] = float("-inf")
             raw_NV[:, self.mask_token_id] = float("-inf")
             self.logprobs.record(logits_NV if self.logprobs.of_processed else raw_NV, tile, sample.token_N)
@@ -155,7 +153,7 @@ def _is_built_in(processor: Any) -> bool:
     return isinstance(processor, LogitBiasState | PenaltiesState | BadWordsState)
 
 
-def changes_logits(params: "SamplingParams") -> bool:
+def changes_logits(params: SamplingParams) -> bool:
     """Whether a request's parameters change processed logits."""
     return bool(
         params.logit_bias

@@ -83,10 +83,10 @@ class CanvasSampler:
         return self._sample_context_step(step, logits, input_batch)
 
     def _sample_context_step(self, step: Step, logits: torch.Tensor, batch: InputBatch) -> SamplerOutput:
-        emits_nothing = [options is not None and not options.is_sampled for options in step.options]
+        is_denoised = [options is not None and not options.is_sampled for options in step.options]
         if step.is_real:
-            self._count_context_step(step, emits_nothing)
-        if not all(emits_nothing):
+            self._count_context_step(step, is_denoised)
+        if not all(is_denoised):
             output = self.sample_ar_rows(step, logits, batch)
             if output.num_nans is None:
                 # whether, not how many: a maximum hands a NaN on, and needs no second tensor of the logits' size
@@ -99,9 +99,9 @@ class CanvasSampler:
                 self.stats.count_verification(widths, output.num_sampled[step.verify.row_V] - 1)
             if (trace := self.find_trace()) is not None and step.is_real:
                 trace.record_verifications(step, output)
-            if any(emits_nothing):
-                emits_nothing_R = async_tensor_h2d(emits_nothing, output.num_sampled.device)
-                output.num_sampled = output.num_sampled.masked_fill(emits_nothing_R, 0)
+            if any(is_denoised):
+                is_denoised_R = async_tensor_h2d(is_denoised, output.num_sampled.device)
+                output.num_sampled = output.num_sampled.masked_fill(is_denoised_R, 0)
             return output
         zeros_R = torch.zeros(batch.num_reqs, dtype=torch.int32, device=logits.device)
         tokens_R1 = torch.zeros(batch.num_reqs, 1, dtype=torch.int64, device=logits.device)
@@ -117,24 +117,23 @@ class CanvasSampler:
         """For the next drafts of verifying rows, see ``acceptance.find_hints``."""
         return find_hints(logits, accepted, verify, batch, self.canvases.mask_token_id)
 
-    def _count_context_step(self, step: Step, is_diffusion: list[bool]) -> None:
+    def _count_context_step(self, step: Step, is_denoised: list[bool]) -> None:
         num_commits = 0
-        if any(is_diffusion):
-            prompt_len_np = self.base.req_states.prompt_len.np[step.slots]
-            num_commits = int(np.count_nonzero(np.array(is_diffusion) & (step.computed_np >= prompt_len_np)))
+        if any(is_denoised):
+            prompt_len_np = self.base.req_states.prompt_len.np[step.slots_np]
+            num_commits = int(np.count_nonzero(np.array(is_denoised) & (step.computed_np >= prompt_len_np)))
         self.stats.count_context_step(len(step.req_ids), num_commits)
 
     def _report_canvases(self, step: Step) -> SamplerOutput:
-        rows, outcome = step.rows, step.outcome
-        assert rows is not None
+        outcome = step.outcome
         assert outcome is not None, "the model ran the step's passes"
-        self.canvases.scatter(step, rows, outcome)
-        self.stats.count_denoise_step(step, outcome)
+        self.canvases.scatter(step, outcome)
         rows_of_step = zip(step.widths, step.modes, outcome.finished, strict=True)
         emitted = [width if done and mode is not Mode.SELF_SPECULATION else 0 for width, mode, done in rows_of_step]
+        self.stats.count_denoise_step(step, outcome, emitted)
         # the emitted tokens are what the next context step computes, like an extension of the prompt
         prefill_len = self.base.req_states.prefill_len
-        prefill_len.np[step.slots] += np.array(emitted, dtype=prefill_len.np.dtype)
+        prefill_len.np[step.slots_np] += np.array(emitted, dtype=prefill_len.np.dtype)
         # safe between steps only because scheduling is synchronous: the buffer is double, not more
         prefill_len.copy_to_uva()
         canvas_passes = [

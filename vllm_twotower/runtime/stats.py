@@ -24,15 +24,15 @@ class DiffusionStats:
     draft_tokens: int = 0
     accepted_tokens: int | torch.Tensor = 0
 
-    def count_denoise_step(self, step: Step, outcome: DenoiseOutcome) -> None:
-        """Count one denoise step; a mock-AR row is a pass and a token, and no canvas, and a draft is passes only."""
-        rows = zip(step.widths, step.modes, outcome.finished, strict=True)
-        emitted = [(width, mode) for width, mode, finished in rows if finished and mode is not Mode.SELF_SPECULATION]
+    def count_denoise_step(self, step: Step, outcome: DenoiseOutcome, emitted: list[int]) -> None:
+        """Count one denoise step and the tokens that its rows emit; a mock-AR row is a pass and a token, and no canvas,
+        and a draft is passes only."""
         self.denoise_steps += 1
         self.denoise_forwards += outcome.num_forwards
         self.denoise_passes += sum(outcome.num_passes)
-        self.canvases += sum(mode is not Mode.MOCK_AR for _, mode in emitted)
-        self.committed_tokens += sum(width for width, _ in emitted)
+        of_rows = zip(emitted, step.modes, strict=True)
+        self.canvases += sum(bool(num_tokens) and mode is not Mode.MOCK_AR for num_tokens, mode in of_rows)
+        self.committed_tokens += sum(emitted)
 
     def count_context_step(self, num_rows: int, num_commits: int) -> None:
         """Count one context step over ``num_rows`` requests."""

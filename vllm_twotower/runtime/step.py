@@ -1,7 +1,7 @@
 """The nouns of a step: what a worker knows of one engine step, from the scheduler's batch to the sampler's report.
 
-A ``Step`` is built once per batch and passed along. Its parts are filled in as the step goes by: ``places`` when vLLM
-has its block tables, ``rows`` and ``layout`` before the forward, ``outcome`` by the forward itself.
+A ``Step`` is built once per batch and passed along. Its parts are filled in as the step goes by: ``canvases`` when vLLM
+has its block tables, ``outcome`` by the forward.
 
 Legend: R rows (requests), S widest canvas of the batch, T canvas tokens in batch order, N rows of logits, C channels,
     G KV cache groups.
@@ -35,6 +35,13 @@ class CanvasPlaces:
     """Name of a context Mamba layer -> int64 [R], slot of each row's committed state."""
 
 
+def enumerate_tokens(widths: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of rows of the given widths, one after the other: each token's row and its position there, int64 [T] both."""
+    row_np = np.arange(len(widths)).repeat(widths)
+    ends_np = np.cumsum(widths)
+    return row_np, np.arange(len(row_np)) - (ends_np - widths)[row_np]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CanvasLayout:
     """How the canvases of a batch lie in the flat token dimension, and where each row's Mamba states are."""
@@ -56,10 +63,7 @@ class CanvasLayout:
     @classmethod
     def from_widths(cls, widths: Sequence[int], device: torch.device, **more: Any) -> "CanvasLayout":
         """Canvases of the given widths, one after the other; ``more`` are other fields."""
-        row_np = np.arange(len(widths)).repeat(widths)
-        ends_np = np.cumsum(widths)
-        column_np = np.arange(len(row_np)) - (ends_np - widths)[row_np]
-        row_T, column_T = copy_together(device, row_np, column_np)
+        row_T, column_T = copy_together(device, *enumerate_tokens(widths))
         return cls(
             row_T=row_T,
             column_T=column_T,
@@ -137,6 +141,15 @@ class CanvasRows:
     """``pass_index_R``, on the host."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepCanvases:
+    """What the passes of a denoise step start from."""
+
+    rows: CanvasRows
+    layout: CanvasLayout
+    places: CanvasPlaces
+
+
 @dataclass(kw_only=True)
 class KeptRows:
     """Rows of a context step of which is kept what the Mamba layers were fed: from it, and from the states before the
@@ -208,19 +221,24 @@ class Step:
     """Per row, scheduled tokens; of a canvas all of it."""
     computed_np: np.ndarray
     """int64 [R], tokens that the context held before the step."""
-    places: CanvasPlaces | None = None
-    """Of a denoise step, and with split towers of a context step, once vLLM has its block tables."""
-    rows: CanvasRows | None = None
+    canvases: StepCanvases | None = None
     """Of a denoise step, before its forward."""
-    layout: CanvasLayout | None = None
-    """Likewise."""
     outcome: DenoiseOutcome | None = None
     """Of a denoise step, after its forward."""
     verify: VerifyRows | None = None
     """Of a context step, its rows that verify drafts; None where there are none."""
-    carried: KeptRows | None = None
-    """With split towers of a context step, the other rows whose states the denoiser's ranks advance by themselves; None
-    where there are none."""
+    kept: list[KeptRows] = field(default_factory=list)
+    """Of a context step, all rows of which is kept what the Mamba layers were fed, those that verify among them."""
+
+    @cached_property
+    def slots_np(self) -> np.ndarray:
+        """int64 [R], ``slots``."""
+        return np.array(self.slots, dtype=np.int64)
+
+    @cached_property
+    def ends_np(self) -> np.ndarray:
+        """int64 [R], each row's length with the step's tokens."""
+        return self.computed_np + np.array(self.widths)
 
     @cached_property
     def modes(self) -> list[Mode | None]:

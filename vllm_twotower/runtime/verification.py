@@ -11,6 +11,7 @@ Legend: V rows that verify, U their tokens in batch order, S widest, C conv chan
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from vllm_twotower import compat
 from vllm_twotower.models.mamba import convolve, mamba_mixers, state_caches
 from vllm_twotower.ops import ScanInputs, seeded_scan, state_replay
 from vllm_twotower.runtime.host_copies import copy_together
-from vllm_twotower.runtime.step import KeptRows, Step, VerifyRows
+from vllm_twotower.runtime.step import KeptRows, Step, VerifyRows, enumerate_tokens
 
 NULL_BLOCK = 0
 
@@ -34,10 +35,9 @@ NULL_BLOCK = 0
 class KeepingMetadata(Mamba2AttentionMetadata):
     """vLLM's metadata of a Mamba layer, and the rows of which it has to keep its inputs."""
 
+    kept: Sequence[KeptRows] = ()
     verify: VerifyRows | None = None
-    """Those that it must not advance."""
-    carried: KeptRows | None = None
-    """Those that it advances all the same."""
+    """Those among them that it must not advance."""
 
 
 def ask_for_logits(batch: InputBatch, step: Step, rows: list[int]) -> None:
@@ -47,8 +47,7 @@ def ask_for_logits(batch: InputBatch, step: Step, rows: list[int]) -> None:
     num_logits[rows] = [step.widths[row] for row in rows]
     ends_np = batch.query_start_loc_np[1 : batch.num_reqs + 1]
     cu_np = np.concatenate([[0], num_logits.cumsum()]).astype(np.int32)
-    row_N = np.arange(batch.num_reqs).repeat(num_logits)
-    local_N = np.arange(len(row_N)) - cu_np[row_N]
+    row_N, local_N = enumerate_tokens(num_logits)
     batch.cu_num_logits_np = cu_np
     batch.logits_indices, row_of_N = copy_together(device, (ends_np - num_logits)[row_N] + local_N, row_N)
     batch.cu_num_logits, batch.expanded_local_pos = copy_together(device, cu_np, local_N, dtype=np.int32)
@@ -58,7 +57,7 @@ def ask_for_logits(batch: InputBatch, step: Step, rows: list[int]) -> None:
 def keep_inputs_of(step: Step, metadata: dict[str, Any]) -> dict[str, Any]:
     """The step's metadata, by layer name; that of Mamba layers names the rows whose inputs are kept, and leaves the
     states of verifying rows alone."""
-    if step.verify is None and step.carried is None:
+    if not step.kept:
         return metadata
     made: dict[int, KeepingMetadata] = {}
     result = {}
@@ -74,7 +73,7 @@ def keep_inputs_of(step: Step, metadata: dict[str, Any]) -> dict[str, Any]:
 def _make_metadata(step: Step, metadata: Mamba2AttentionMetadata) -> KeepingMetadata:
     verify = step.verify
     fields = {f.name: getattr(metadata, f.name) for f in dataclasses.fields(metadata)}
-    fields |= {"verify": verify, "carried": step.carried}
+    fields |= {"kept": step.kept, "verify": verify}
     if verify is None:
         return KeepingMetadata(**fields)
     assert metadata.state_indices_tensor_p is not None, "a row of several tokens runs as a prefill"
@@ -100,7 +99,7 @@ def keep_inputs_in(mixer: MambaMixer2) -> None:
         if not isinstance(mine, KeepingMetadata):
             return
         sizes = [mixer.tped_intermediate_size, mixer.tped_conv_size, mixer.tped_dt_size]
-        for rows in filter(None, (mine.verify, mine.carried)):
+        for rows in mine.kept:
             _, xbc_UC, dt_UH = projected_states[rows.token_U].split(sizes, dim=-1)
             rows.kept[mixer.prefix] = xbc_UC, dt_UH
         if mine.verify is not None:

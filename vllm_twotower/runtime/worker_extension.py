@@ -1,6 +1,5 @@
 """Methods added to every worker, called by name through ``collective_rpc``."""
 
-import dataclasses
 from typing import Any
 
 from vllm_twotower.runtime.trace import CanvasTrace
@@ -17,8 +16,7 @@ class DiffusionWorkerExtension:
 
     def diffusion_traffic(self) -> dict[str, int]:
         """What this rank has sent to the other tower's ranks; empty where the towers are not split."""
-        link = getattr(self.model_runner.model_state, "link", None)
-        return dataclasses.asdict(link.traffic) if link is not None else {}
+        return self.model_runner.model_state.report_traffic()
 
     def diffusion_trace_start(self) -> None:
         """Record canvases and verifications from now on."""

@@ -73,7 +73,7 @@ class TowerLink:
         self._written[layer_name] = (key, value)
 
     def hand_over(self, over: "ContextHandover") -> None:
-        """Context rank: send what a context forward has just written."""
+        """On a context rank, after its forward: send what that has just written."""
         parts = []
         for attention in self._attention:
             key, value = self._written.pop(attention.layer_name)
@@ -89,8 +89,8 @@ class TowerLink:
         self.traffic.num_kept += sum(over.num_kept)
 
     def take_over(self, over: "ContextHandover") -> None:
-        """Denoiser rank: receive what ``hand_over`` sends: keys, values and states into the mirrored caches, the rest
-        into the step's rows."""
+        """On a denoiser rank, instead of a forward: receive what ``hand_over`` sends, keys, values and states into the
+        mirrored caches, the rest into the step's rows."""
         kv_shapes = [(over.num_tokens, a.num_kv_heads, a.head_size) for a in self._attention for _ in range(2)]
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [(shape, self.dtype) for shape in kv_shapes]
         for mixer in self._mamba:
@@ -150,9 +150,8 @@ class TowerLink:
 
 @dataclass(frozen=True, kw_only=True)
 class ContextHandover:
-    """What of one context step crosses, passed to the model as an input of the step."""
+    """What of one context step crosses."""
 
-    link: TowerLink
     num_tokens: int
     """T, without padding."""
     mamba_slots: Mapping[str, torch.Tensor]
@@ -170,11 +169,3 @@ class ContextHandover:
     def num_kept(self) -> list[int]:
         """U of each of ``kept_rows``."""
         return [len(rows.token_U) for rows in self.kept_rows]
-
-    def send(self) -> None:
-        """On the context tower's rank, after its forward."""
-        self.link.hand_over(self)
-
-    def receive(self) -> None:
-        """On the denoiser's rank, instead of a forward."""
-        self.link.take_over(self)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -46,7 +45,7 @@ class SplitCanvasSampler(CanvasSampler):
     def take_logprobs(self, step: Step, emitted: list[int]) -> LogprobsTensors | None:
         """The denoiser's, on every rank."""
         logprobs = super().take_logprobs(step, emitted)
-        if not any(emitted) or not self.proposals.logprobs.wanted(np.array(step.slots)):
+        if not any(emitted) or not self.proposals.logprobs.is_wanted(step.slots_np):
             return logprobs
         shared = self.link.share_object(_move(logprobs, torch.device("cpu")))
         return _move(shared, self.link.device)

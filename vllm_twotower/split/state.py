@@ -1,35 +1,67 @@
 """A worker's step with the towers on different ranks: what a context forward has written crosses to the denoiser's."""
 
+import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_twotower.core import Mode, StepKind
+from vllm_twotower.core import StepKind
+from vllm_twotower.runtime.denoise_loop import DenoiseLoop
 from vllm_twotower.runtime.model_state import TwoTowerModelState
 from vllm_twotower.runtime.step import Step
 from vllm_twotower.runtime.verification import replay_states
 from vllm_twotower.split.denoise_loop import SplitDenoiseLoop
 from vllm_twotower.split.link import ContextHandover, TowerLink
+from vllm_twotower.split.model import SplitTwoTowerForCausalLM
 from vllm_twotower.split.sampler import SplitCanvasSampler
+
+
+@dataclasses.dataclass(kw_only=True)
+class SplitStep(Step):
+    """One engine step of a worker; ``kept`` holds rows too whose states the denoiser's ranks advance by themselves."""
+
+    handover: ContextHandover | None = None
+    """Of a context step, what has to cross after its forward."""
 
 
 class SplitModelState(TwoTowerModelState):
     """The model state of one rank of either tower."""
 
-    def __init__(self, vllm_config: VllmConfig, model: Any, encoder_cache: Any, device: torch.device) -> None:
+    model: SplitTwoTowerForCausalLM
+    step_type: ClassVar[type[Step]] = SplitStep
+
+    def __init__(
+        self, vllm_config: VllmConfig, model: SplitTwoTowerForCausalLM, encoder_cache: Any, device: torch.device
+    ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.link = TowerLink(model.placement, model.model.layers, self.model_config.dtype, device)
-        self.make_loop = functools.partial(SplitDenoiseLoop, link=self.link)
         self._mirrored: set[int] = set()  # request slots whose Mamba states the denoiser's ranks have
-        self.make_sampler = functools.partial(SplitCanvasSampler, link=self.link)
+
+    def make_loop(self, **parts: Any) -> DenoiseLoop:
+        """As the base class's, with the link; the context tower's ranks wait there for the others."""
+        denoiser = self.log_kernels() if self.model.holds_denoiser else None
+        return SplitDenoiseLoop(denoiser=denoiser, link=self.link, **parts)
+
+    def make_sampler(self, base: Sampler, **parts: Any) -> SplitCanvasSampler:
+        """As the base class's, with the link."""
+        return SplitCanvasSampler(base, link=self.link, **parts)
+
+    def report_traffic(self) -> dict[str, int]:
+        """What this rank has sent to the other tower's, by the names of ``Traffic``."""
+        return dataclasses.asdict(self.link.traffic)
+
+    def capture_inner_cudagraphs(self, *args: Any, **kwargs: Any) -> None:
+        """As the base class's, on the ranks that run passes."""
+        if self.model.holds_denoiser:
+            super().capture_inner_cudagraphs(*args, **kwargs)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """As the base class's; the denoiser's ranks have no states of it yet."""
@@ -50,35 +82,52 @@ class SplitModelState(TwoTowerModelState):
             verifying = step.verify.rows if step.verify is not None else []
             mirrored = [row for row, slot in enumerate(step.slots) if slot in self._mirrored]
             if rows := [row for row in mirrored if row not in verifying]:
-                step.carried = self.place_kept_rows(rows, step, input_batch, block_tables, kv_cache_config)
+                step.kept.append(self.place_kept_rows(rows, step, input_batch, block_tables, kv_cache_config))
 
-    def find_seeds(self, step: Step, batch: InputBatch) -> tuple[Sequence[int], np.ndarray] | None:
-        """As the base class's; of a context step those states that cross whole."""
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: Any,
+        kv_cache_config: KVCacheConfig,
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As the base class's; in a context step also where what has to cross lies."""
+        step = self.step_of(input_batch)
+        assert isinstance(step, SplitStep)
         if step.kind is StepKind.CONTEXT:
-            computed_np = step.computed_np + batch.num_scheduled_tokens[: batch.num_reqs]
-            rows = [r for r in _find_rows_to_denoise_next(step, batch) if step.slots[r] not in self._mirrored]
-            return rows, computed_np[rows]
-        return super().find_seeds(step, batch)
+            to_denoise = _find_rows_to_denoise_next(step, input_batch)
+            rows = [row for row in to_denoise if step.slots[row] not in self._mirrored]
+            step.handover = ContextHandover(
+                num_tokens=sum(step.widths),
+                mamba_slots=self.find_mamba_slots(rows, step.ends_np[rows], block_tables, kv_cache_config),
+                kept_rows=step.kept,
+            )
+            self._mirrored.update(step.slots[row] for row in rows)
+        return super().prepare_attn(
+            input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, *args, **kwargs
+        )
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        """As the base class's; in a context step what has to cross after the forward."""
+        """As the base class's; in a context step what has to cross after the forward, and the way."""
         inputs = super().prepare_inputs(input_batch, req_states)
         step = self.step_of(input_batch)
-        if step.kind is StepKind.CONTEXT and step.places is not None:
-            inputs["handover"] = ContextHandover(
-                link=self.link,
-                num_tokens=sum(step.widths),
-                mamba_slots=step.places.mamba_slots,
-                kept_rows=list(filter(None, (step.verify, step.carried))),
-            )
-            self._mirrored.update(step.slots[row] for row in _find_rows_to_denoise_next(step, input_batch))
+        assert isinstance(step, SplitStep)
+        if step.handover is not None:
+            do = self.link.hand_over if self.model.holds_context else self.link.take_over
+            inputs["cross"] = functools.partial(do, step.handover)
         return inputs
 
     def postprocess_state(self, *args: Any, **kwargs: Any) -> None:
         """As the base class's; the denoiser's ranks advance what the context tower's have advanced."""
         step = self.last_step
-        if step is not None and step.carried is not None and not self.model.holds_context:
-            replay_states(self.model.model.layers, step.carried, step.carried.width_V)
+        if step is not None and self.model.holds_denoiser:
+            for rows in step.kept:
+                if rows is not step.verify:
+                    replay_states(self.model.model.layers, rows, rows.width_V)
         super().postprocess_state(*args, **kwargs)
 
 
@@ -87,11 +136,5 @@ def _find_rows_to_denoise_next(step: Step, batch: InputBatch) -> list[int]:
 
     A chunk of a prompt that is not the last leaves nothing to read.
     """
-    computed_np = step.computed_np + batch.num_scheduled_tokens[: batch.num_reqs]
-    return [
-        row
-        for row, options in enumerate(step.options)
-        if options is not None
-        and options.mode is not Mode.AR
-        and computed_np[row] >= batch.prefill_len_np[row] - options.context_lag
-    ]
+    rows = zip(step.options, step.ends_np.tolist(), batch.prefill_len_np[: batch.num_reqs].tolist(), strict=True)
+    return [row for row, (one, end, length) in enumerate(rows) if one is not None and one.is_denoisable(end, length)]
