@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_twotower.cpu.library import library
+from vllm_twotower.cpu.library import load_library
 
 NATIVE = os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available()
 
 
-IN_CPP = pytest.mark.skipif(library() is None, reason="no compiler when the package was installed")
+IN_CPP = pytest.mark.skipif(load_library() is None, reason="no compiler when the package was installed")
 
 
 def every_form(kernel: Any | None, reference: ModuleType, cpp: ModuleType | None = None) -> pytest.MarkDecorator:

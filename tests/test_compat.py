@@ -7,7 +7,6 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
 from vllm import SamplingParams
 
 from tests.harness.engine import start_engine
@@ -110,23 +109,6 @@ def test_a_request_is_ended_whatever_upstream_collects_them_in(collection, expec
     """What ``Scheduler.grammar_compile_error_reqs`` is in each version."""
     compat.end_with_error(SimpleNamespace(grammar_compile_error_reqs=collection), "a")
     assert collection == expected
-
-
-def test_vllms_top_k_kernel_still_cannot_be_interpreted():
-    """Death test of ``use_torch_for_top_k_top_p``."""
-    from vllm.v1.sample.ops.topk_topp_triton import apply_top_k_top_p_triton
-
-    with pytest.raises(Exception, match="object has no attribute 'to'"):
-        apply_top_k_top_p_triton(torch.randn(2, 64), torch.full((2,), 5, dtype=torch.int32), None)
-
-
-def test_top_k_takes_keywords_of_a_later_vllm():
-    from vllm.v1.worker.gpu.sample import states
-
-    shims.use_torch_for_top_k_top_p()
-    logits = torch.arange(4.0)[None]
-    kept = states.apply_top_k_top_p(logits, torch.tensor([2]), None, something_new=True)
-    assert kept.isfinite().tolist() == [[False, False, True, True]]
 
 
 def test_triton_still_has_no_cpu_backend_of_its_own():

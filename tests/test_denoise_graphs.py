@@ -10,6 +10,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 
 from tests.harness.engine import start_engine
 from tests.harness.goldens import golden_params
@@ -75,6 +77,28 @@ def test_goldens_through_captured_passes_that_read_once(tiny_moe, recorder):
         alone = recorder.num_replays[1]
         assert ask(e, cases[:1]) == [cases[0]["output"]]
         assert recorder.num_replays[1] > alone
+
+
+def test_a_captured_pass_has_no_plan_of_its_dummies(tiny_moe, recorder, monkeypatch):
+    """FlashAttention's, with a bound that falls as rows are added; its metadata in the place of a CPU's."""
+    ones, bounds = torch.ones(1, dtype=torch.int32), {}
+
+    def metadata_with_plan(num_reqs, **_):
+        return {"attn": FlashAttentionMetadata(num_reqs, 1, ones, 1, ones, ones, ones, scheduler_metadata=ones)}
+
+    def record(context, run):
+        with context():
+            metadata = get_forward_context().attn_metadata["attn"]
+        assert metadata.scheduler_metadata is None
+        bounds[metadata.num_actual_tokens] = metadata.max_num_splits
+        return run
+
+    monkeypatch.setattr(denoise_graphs, "build_attn_metadata", metadata_with_plan)
+    monkeypatch.setattr(denoise_graphs, "record_cuda_graph", record)
+    with start_engine(tiny_moe.path) as e:
+        capture(e)
+        most = e.runner.vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
+    assert bounds == {n: min(most, denoise_graphs.MOST_SPLIT_ROWS // n) for n in SIZES[:-1]}
 
 
 def test_other_shapes_run_layer_by_layer(tiny_moe, recorder):

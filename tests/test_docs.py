@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from benchmarks.quality_parts.questions import held_out
-from tools import make_docs, make_readme
+from tools import make_readme, shim_sections
 from tools.demo_training.item import PROMPT_END
 from vllm_twotower import compat
 from vllm_twotower.commands.demo import DEMO_QUESTION_END, DEMO_QUESTIONS, NUM_WATCHED, WAYS, demo_prompt
@@ -120,15 +120,15 @@ def test_the_generated_pages_are_what_the_code_says():
 
 
 def test_every_shim_says_what_it_is_and_names_a_test_that_exists():
-    shims = {name: says for file in make_docs.read_shims().values() for name, says in file.items()}
+    shims = {shim.name: shim for shim in shim_sections.read_shims()}
     for name, function in inspect.getmembers(compat, inspect.isfunction):
         # a function without headings belongs to another, which its docstring names
         partners = re.findall(r"``(\w+)``", function.__doc__ or "")
         assert name in shims or any(p in shims for p in partners), name
-    for name, says in shims.items():
-        assert {"Change", *make_docs.HEADINGS} == {key for key, text in says.items() if text}, name
-        path, _, test = says["Test"].partition("::")
-        assert f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), says["Test"]
+    for name, shim in shims.items():
+        assert {"Change", *shim_sections.HEADINGS} == {key for key, text in shim.says.items() if text}, name
+        for path, _, test in (guard.partition("::") for guard in shim.touched.values()):
+            assert f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), (name, path, test)
 
 
 def test_the_figures_in_readme_and_on_the_card_are_those_of_the_results():

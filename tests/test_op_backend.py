@@ -10,7 +10,7 @@ from benchmarks.launches import recorded_launches
 from vllm_twotower import ops
 from vllm_twotower.core import KERNELS_VARIABLE
 from vllm_twotower.cpu import library as cpu_library
-from vllm_twotower.cpu.library import library
+from vllm_twotower.cpu.library import load_library
 from vllm_twotower.cpu.ops import use_cpp_ops
 from vllm_twotower.ops import backend
 from vllm_twotower.ops.backend import OpBackend, implementation, select_backend
@@ -82,14 +82,14 @@ def test_recorded_launches_do_not_run(monkeypatch):
     assert launches[0].grid == (1, 1)
 
 
-@pytest.mark.skipif(library() is None, reason="no compiler when the package was installed")
+@pytest.mark.skipif(load_library() is None, reason="no compiler when the package was installed")
 def test_a_library_of_another_version_is_not_called(monkeypatch, caplog):
     monkeypatch.setattr(cpu_library, "INTERFACE_VERSION", -1)
     monkeypatch.setitem(backend._implementations, OpBackend.CPP, {})
-    library.cache_clear()
+    load_library.cache_clear()
     try:
         assert not use_cpp_ops()
         assert "is of another version" in caplog.text
         assert select_backend(LOGITS) is OpBackend.REFERENCE
     finally:
-        library.cache_clear()
+        load_library.cache_clear()

@@ -203,6 +203,23 @@ def test_noise_is_vllms_wherever_it_can_decide():
     assert noise.var() == pytest.approx(1.6449, abs=0.03)
 
 
+def test_vllms_top_k_kernel_still_cannot_be_interpreted():
+    """Death test of ``apply_top_k_top_p``."""
+    from vllm.v1.sample.ops.topk_topp_triton import apply_top_k_top_p_triton
+
+    with pytest.raises(Exception, match="object has no attribute 'to'"):
+        apply_top_k_top_p_triton(torch.randn(2, 64), torch.full((2,), 5, dtype=torch.int32), None)
+
+
+def test_top_k_takes_keywords_of_a_later_vllm():
+    from vllm.v1.worker.gpu.sample import states
+
+    shims.use_torch_for_runner_kernels()
+    logits = torch.arange(4.0)[None]
+    kept = states.apply_top_k_top_p(logits, torch.tensor([2]), None, something_new=True)
+    assert kept.isfinite().tolist() == [[False, False, True, True]]
+
+
 @few
 @given(seeds, st.sampled_from([31, 32, 70]))
 def test_penalties(seed, vocab):
@@ -224,7 +241,7 @@ def test_penalties(seed, vocab):
             "max_prefill_len": MODEL_LEN,
         }
 
-    run_both(penalties.bincount, plain.count_tokens, counts, "prompt_bin_mask", "output_bin_counts")
+    run_both(*kernels_of(penalties, "bincount"), counts, "prompt_bin_mask", "output_bin_counts")
     counted = counts()
     plain.count_tokens(**counted)
     widths = integers(g, 1, 5, len(slots)).tolist()
@@ -245,8 +262,8 @@ def test_penalties(seed, vocab):
         }
 
     results = [arguments(), arguments()]
-    penalties.apply_penalties(**results[0])
-    plain.apply_penalties(**results[1])
+    for form, own in zip(kernels_of(penalties, "apply_penalties"), results, strict=True):
+        form(**own)
     assert torch.allclose(results[0]["logits"], results[1]["logits"], rtol=0, atol=1e-6)
 
 
@@ -270,20 +287,15 @@ def test_accepted_tokens(seed):
     rows = b.idx_mapping.clone()
     rows[0] = -1
     num_sampled = integers(b.generator, 0, 5, b.num_reqs)
-    for kernel in (original_scatter(), plain.Launcher(plain.scatter_num_accepted)):
+    for kernel in kernels_of(mamba_hybrid, "_scatter_num_accepted_kernel"):
         accepted = torch.full((SLOTS,), -7, dtype=torch.int32)
         kernel[(b.num_reqs,)](rows, num_sampled, accepted)
         written.append(accepted)
     assert torch.equal(*written)
 
 
-def original_scatter():
-    """vLLM's kernel, whether or not another test has replaced it in its module."""
-    found = mamba_hybrid._scatter_num_accepted_kernel
-    return getattr(found, "__wrapped__", found)
-
-
-def kernels_of(owner: type, name: str):
+def kernels_of(owner, name: str):
+    """vLLM's, and what stands in for it."""
     shims.use_torch_for_runner_kernels()
     shims.use_torch_for_runner_kernels()  # a second model in the process
     return getattr(owner, name).__wrapped__, getattr(owner, name)
@@ -321,35 +333,20 @@ def test_block_tables_and_slots(seed):
     assert all(torch.equal(x, y) for x, y in zip(*written, strict=True))
 
 
-STAND_INS = {
-    "bincount": plain.count_tokens,
-    **{
-        function.__name__: function
-        for function in (
-            plain.prepare_prefill_inputs,
-            plain.prepare_pos_seq_lens,
-            plain.combine_sampled_and_draft_tokens,
-            plain.post_update,
-            plain.gather_block_tables,
-            plain.compute_slot_mappings,
-            plain.get_num_sampled_and_rejected,
-            plain.apply_temperature,
-            plain.gumbel_sample,
-            plain.apply_penalties,
-        )
-    },
-}
+STAND_INS = {name: function for names in shims.STAND_INS.values() for name, (function, _) in names.items()}
 
 
 def test_vllms_own_callers_pass_no_more_than_the_stand_ins_take():
     """By position: keywords that a later vLLM adds are passed over (next test), one argument more ends the engine."""
     found = dict.fromkeys(STAND_INS, 0)
     folder = pathlib.Path(input_batch.__file__).parent
-    for file in [*folder.glob("*.py"), *folder.glob("sample/*.py")]:  # a drafter's are others of the same names
+    # a drafter's are others of the same names
+    for file in [*folder.glob("*.py"), *folder.glob("sample/*.py"), *folder.glob("model_states/*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
                 continue
-            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            called = node.func.value if isinstance(node.func, ast.Subscript) else node.func  # a kernel, on a grid
+            name = getattr(called, "id", getattr(called, "attr", ""))
             if name not in STAND_INS:
                 continue
             parameters = inspect.signature(STAND_INS[name]).parameters

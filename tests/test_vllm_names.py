@@ -32,6 +32,8 @@ RENAMED = [
     ("v1/worker/gpu/attn_utils.py", "causal", "mask", 'model_state.py.*argument "causal"'),
     ("v1/worker/gpu/model_runner.py", "custom_sampler", "hook", "no longer asks for custom_sampler"),
     ("v1/worker/gpu/sample/output.py", "num_nans:", "num_infs:", "num_nans is missing"),
+    ("v1/worker/gpu/model_runner.py", "prepare_prefill_inputs", "fill", "shims.py.*prepare_prefill_inputs is missing"),
+    ("config/cache.py", "cache_dtype", "dtype_of_cache", "startup_rules.py.*VllmConfig.cache_config.cache_dtype"),
     ("config/cache.py", "use_replayssm", "replay", "startup_rules.py.*use_replayssm is missing"),
     ("model_executor/models/nemotron_h.py", "self.kv_size", "self.kvs", "kv_size is missing"),
     ("v1/worker/gpu/model_states/mamba_hybrid.py", "slot_mappings:", "slots:", "model_state.py.*prepare_attn"),

@@ -2,7 +2,9 @@
 
     python -m tools.check_vllm_names --installed            # the vLLM of this environment
     python -m tools.check_vllm_names vllm-0.33.0-*.whl      # a wheel, or the folder of an unpacked one
-    python -m tools.check_vllm_names --download 0.33.0      # fetches that wheel first: several hundred MB
+
+A wheel of several hundred MB comes with, for example,
+``pip download --no-deps --only-binary=:all: --platform manylinux_2_28_x86_64 vllm==0.33.0``.
 
 Most of what we use of vLLM is private and moves without notice, and its GPU wheel cannot be installed where the tests
 run. mypy reads that vLLM (a minute; seconds with its cache) and sees names that are gone, keywords that calls no longer
@@ -24,12 +26,11 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 
+from tools.shim_sections import PACKAGE, read_shims
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "vllm_twotower"
-# What vLLM's wheels have been tagged with: 0.32 and 0.33 are 2_28, 0.20 was 2_35, 0.12 to 0.19 were 2_31.
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_31_x86_64", "manylinux_2_35_x86_64")
 CODES: dict[str, Callable[[str], bool]] = {
-    "attr-defined": lambda text: '"_twotower' not in text,  # marks of our own
+    "attr-defined": bool,
     "call-arg": bool,
     "call-overload": bool,
     "import-not-found": lambda text: '"vllm' in text,
@@ -40,7 +41,6 @@ CODES: dict[str, Callable[[str], bool]] = {
 """Of mypy's complaints, those about names and parameters: code -> whether a text is one."""
 COMPLAINT = re.compile(r"(?P<file>.*?):(?P<line>\d+): error: (?P<text>.*)  \[(?P<code>[\w-]+)\]")
 CACHE = ROOT / ".mypy_cache" / "vllm"
-UPSTREAM = re.compile(r"^    Upstream: (.*?)\n    Removed when:", re.DOTALL | re.MULTILINE)
 
 ATTRIBUTES = """
     model_executor.models.nemotron_h.NemotronHForCausalLM: hf_to_vllm_mapper
@@ -94,13 +94,12 @@ def read_table(text: str) -> Iterator[tuple[str, list[str]]]:
 def touched_names() -> dict[str, str]:
     """Dotted name of vLLM's -> the file of ours that leans on it."""
     found = {}
-    for path in [*sorted(PACKAGE.glob("compat/*.py")), *PACKAGE.glob("cpu/shims.py")]:
-        for names in UPSTREAM.findall(path.read_text(encoding="utf-8")):
-            found |= dict.fromkeys(re.split(r"[,\s]+", names.strip()), path.relative_to(ROOT).as_posix())
+    for shim in read_shims():
+        found |= dict.fromkeys(shim.touched, f"{PACKAGE.name}/{shim.file}")
     rules = PACKAGE / "frontend" / "startup_rules.py"
-    for call in re.findall(r"_(?:given|above_one|equals|other_class)\((\".*?)\)", rules.read_text(encoding="utf-8")):
-        settings = re.findall(r"\"(\w+_config[.\w]*)\"", call)
-        found |= {f"vllm.config.VllmConfig.{s}": rules.relative_to(ROOT).as_posix() for s in settings}
+    calls = re.findall(r"_(?:find|given|above_one|equals|other_class)\((\".*?)\)", rules.read_text(encoding="utf-8"))
+    for setting in re.findall(r"\"(\w+_config[.\w]*)\"", " ".join(calls)):
+        found[f"vllm.config.VllmConfig.{setting}"] = rules.relative_to(ROOT).as_posix()
     for owner, names in read_table(ATTRIBUTES):
         found |= {f"{owner}.{name}": "tools/check_vllm_names.py" for name in names}
     return found
@@ -171,17 +170,8 @@ def root_of_installed() -> pathlib.Path:
     """The folder that ``vllm`` is installed in."""
     spec = importlib.util.find_spec("vllm")  # finds it without importing it
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("no vLLM is installed here: give a wheel, or --download VERSION")
+        raise SystemExit("no vLLM is installed here: give a wheel")
     return pathlib.Path(spec.submodule_search_locations[0]).parent
-
-
-def download(version: str, folder: str) -> pathlib.Path:
-    """Fetch vLLM's wheel."""
-    print(f"downloading vllm {version}, several hundred MB", file=sys.stderr)
-    platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *platforms]
-    subprocess.run([*command, "--dest", folder, f"vllm=={version}"], check=True)
-    return next(pathlib.Path(folder).glob("vllm-*.whl"))
 
 
 def unpack(wheel: pathlib.Path, folder: str) -> pathlib.Path:
@@ -195,11 +185,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("wheel", nargs="?", type=pathlib.Path)
-    which.add_argument("--download", metavar="VERSION")
     which.add_argument("--installed", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = root_of_installed() if args.installed else args.wheel or download(args.download, folder)
+        path = root_of_installed() if args.installed else args.wheel
         root = path if path.is_dir() else unpack(path, folder)
         problems = check_types(root) + check_hooks(root)
     print("\n".join(problems) or "this vLLM has every name that we use")

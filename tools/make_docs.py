@@ -8,10 +8,12 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import itertools
 import pathlib
 import re
 import sys
 
+from tools.shim_sections import Shim, read_shims
 from vllm_twotower import diffusion_stats
 from vllm_twotower.commands.cli import make_parser
 from vllm_twotower.config import CONFIG_KEY, REQUEST_PREFIX, EngineOptions, RequestOptions
@@ -21,7 +23,6 @@ from vllm_twotower.registration import DEFAULT_MAX_NUM_SEQS
 from vllm_twotower.runtime.stat_loggers import COUNTERS, PASSES_PER_CANVAS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "vllm_twotower"
 
 HEAD = """# Configuration
 
@@ -84,12 +85,14 @@ COMMANDS = """## The `vllm-twotower` command
 
 COMPATIBILITY = """# Compatibility with vLLM
 
-<!-- Written by tools/make_docs.py from its own tables and the docstrings of compat/ and cpu/shims.py. -->
+<!-- Written by tools/make_docs.py from its own tables and the docstrings of shims. -->
 
-Most of what this plugin needs of vLLM has no public hook. Where it leans on something private or mends a defect, a
-function of `vllm_twotower/compat/` does it (what only a CPU needs: `cpu/shims.py`) and says so in its docstring. This
-page is made of those. `tools/check_vllm_names.py` finds names that are gone from a vLLM, and calls and overrides that
-no longer fit, without installing it.
+Most of what this plugin needs of vLLM has no public hook. Where it patches vLLM or works around something there, a
+function of `vllm_twotower/compat/` does it (what only a CPU needs: `cpu/shims.py`, and the driver of
+`cpu/triton_interpreter/`) and says so in its docstring. This page is made of those. Not listed is what the classes that
+vLLM asks us for (scheduler, model state, sampler, models) override, read and write of their bases and arguments,
+private names among them. `tools/check_vllm_names.py` checks both: it finds names that are gone from a vLLM, and calls
+and overrides that no longer fit, without installing it.
 
 ## Which vLLM ran what
 
@@ -147,8 +150,6 @@ RELEASES = [
     ),
 ]
 """What was seen when a vLLM release met this package: from, to, name, change, effect."""
-
-HEADINGS = ("Symptom", "Upstream", "Removed when", "Test")
 
 
 def attribute_docs(owner: type) -> dict[str, str]:
@@ -231,36 +232,19 @@ def configuration() -> str:
     return "\n".join(sections).rstrip() + "\n"
 
 
-def read_shims() -> dict[str, dict[str, dict[str, str]]]:
-    """File -> shim -> what its docstring says: ``Change``, its first paragraph, and the four headings."""
-    shims: dict[str, dict[str, dict[str, str]]] = {}
-    for path in [*sorted((PACKAGE / "compat").glob("*.py")), PACKAGE / "cpu" / "shims.py"]:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            doc = (ast.get_docstring(node) or "") if isinstance(node, ast.FunctionDef) else ""
-            if "\nSymptom:" not in doc:
-                continue
-            change, *rest = re.split(
-                rf"^({'|'.join(HEADINGS)}):", doc.split("\nArgs:")[0].split("\nReturns:")[0], flags=re.M
-            )
-            says = {"Change": change, **dict(zip(rest[::2], rest[1::2], strict=True))}
-            name = path.relative_to(PACKAGE).as_posix()
-            shims.setdefault(name, {})[node.name] = {k: " ".join(v.split()).replace("``", "`") for k, v in says.items()}
-    return shims
-
-
-def shim_table(shims: dict[str, dict[str, str]]) -> str:
+def shim_table(shims: list[Shim]) -> str:
     """A row per touched name; a shim's second name and further ones refer to its first row."""
     rows = [
         "| name of vLLM's | what we need it for | what changes | guarded by | can go when |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for shim, says in shims.items():
-        first, *others = says["Upstream"].split(", ")
-        symptom, change = (says[key].rstrip(".") for key in ("Symptom", "Change"))
-        rows.append(
-            f"| `{first}` | {symptom} | `{shim}`: {change} | `{says['Test']}` | {says['Removed when'].rstrip('.')} |"
-        )
-        rows += [f"| `{name}` | as above | `{shim}` | as above | as above |" for name in others]
+    for shim in shims:
+        symptom, change, end = (shim.says[key].rstrip(".") for key in ("Symptom", "Change", "Removed when"))
+        (first, test), *others = shim.touched.items()
+        rows.append(f"| `{first}` | {symptom} | `{shim.name}`: {change} | `{test}` | {end} |")
+        for name, test in others:
+            guard = "as above" if test == shim.says["Test"] else f"`{test}`"
+            rows.append(f"| `{name}` | as above | `{shim.name}` | {guard} | as above |")
     return "\n".join(rows)
 
 
@@ -268,7 +252,10 @@ def compatibility() -> str:
     return COMPATIBILITY.format(
         versions="\n".join(f"| {version} | {ran} |" for version, ran in VERSIONS.items()),
         changes="\n".join(f"| {' | '.join(row)} |" for row in RELEASES),
-        sections="\n\n".join(f"### `{file}`\n\n{shim_table(shims)}" for file, shims in read_shims().items()),
+        sections="\n\n".join(
+            f"### `{file}`\n\n{shim_table(list(shims))}"
+            for file, shims in itertools.groupby(read_shims(), key=lambda shim: shim.file)
+        ),
     )
 
 

@@ -5,7 +5,8 @@ wrong without it), ``Upstream:`` (vLLM's names that it leans on), ``Removed when
 ``docs/compatibility.md`` is made of them, and ``tools/check_vllm_names.py`` checks that a vLLM has those names.
 
 Imports nothing of vLLM before a shim is called, and of ours ``core`` and ``config`` only: what a shim calls of ours is
-handed to it. A shim that replaces something of vLLM's does so once, however often it is called.
+handed to it. What a shim replaces in vLLM's modules and classes it replaces once, however often it is called; one that
+changes an object it is given is called once for each.
 """
 
 from vllm_twotower.compat.engine import (
@@ -17,12 +18,19 @@ from vllm_twotower.compat.engine import (
     replace_tensor_parallel_group,
 )
 from vllm_twotower.compat.layers import (
-    follow_mamba_scan,
     initialize_without_constructor,
     name_layers_as_checkpoint,
     record_kv_updates,
+    register_layer,
 )
-from vllm_twotower.compat.metrics import can_report_passes, extend_stat_loggers, pass_report, take_pass_report
+from vllm_twotower.compat.metrics import (
+    attach_counts,
+    can_report_passes,
+    extend_stat_loggers,
+    pass_report,
+    take_counts,
+    take_pass_report,
+)
 from vllm_twotower.compat.requests import check_requests, decode_beams_in_ar, end_requests_at_shutdown
 from vllm_twotower.compat.scheduler import (
     end_with_error,
@@ -33,3 +41,4 @@ from vllm_twotower.compat.scheduler import (
     prompt_logprobs_of,
     without_caching_blocks,
 )
+from vllm_twotower.compat.steps import ask_for_logits, drop_attention_plans, follow_mamba_scan, keep_states_of

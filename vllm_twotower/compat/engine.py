@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_twotower.compat.wrapping import find_argument, wrap
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, ParallelConfig
     from vllm.engine.arg_utils import EngineArgs
 
 
@@ -130,13 +130,14 @@ def explain_failed_import(architecture: str, model_class: str) -> None:
         upstream(*args, **kwargs)
 
 
-def replace_tensor_parallel_group(group_ranks: list[list[int]]) -> None:
-    """This process's tensor-parallel group is split into the given ones; to be called by all its ranks alike.
+def replace_tensor_parallel_group(parallel_config: "ParallelConfig", group_ranks: list[list[int]]) -> None:
+    """This process's tensor-parallel group is split into the given ones, of one size; to be called by all its ranks
+    alike.
 
     Symptom: every parallel layer is sharded over the whole group, and the towers are to have half of it each. The old
         group goes on existing.
     Upstream: vllm.distributed.parallel_state._TP, vllm.distributed.parallel_state.get_tp_group,
-        vllm.distributed.parallel_state.init_model_parallel_group
+        vllm.distributed.parallel_state.init_model_parallel_group, vllm.config.ParallelConfig.tensor_parallel_size
     Removed when: a model can ask for a part of the group.
     Test: tests/test_placement.py::test_split_towers_write_the_references_tokens
     """
@@ -146,3 +147,4 @@ def replace_tensor_parallel_group(group_ranks: list[list[int]]) -> None:
     parallel_state._TP = parallel_state.init_model_parallel_group(
         group_ranks, old.local_rank, old.torch_distributed_backend, group_name="tower"
     )
+    parallel_config.tensor_parallel_size = len(group_ranks[0])

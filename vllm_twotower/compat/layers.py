@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from vllm.config import VllmConfig
     from vllm.model_executor.layers.attention import Attention
-    from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
     from vllm.model_executor.layers.quantization import QuantizationConfig
 
 
@@ -30,27 +30,6 @@ def record_kv_updates(attention: "Attention", record: "Callable[[str, torch.Tens
         update(layer, key, value, *args, **kwargs)
 
     impl.do_kv_cache_update = record_and_update
-
-
-def follow_mamba_scan(mixer: "MambaMixer2", then: "Callable[[torch.Tensor, torch.Tensor], None]") -> None:
-    """``then(projected_states, output)`` runs after a Mamba layer's convolution and scan, and may write the output.
-
-    Symptom: vLLM's layer advances a row's states over all its tokens, and rows that verify drafts must stop at the last
-        one that is accepted, which nobody knows before the sampler has run.
-    Upstream: vllm.model_executor.layers.mamba.mamba_mixer2.MambaMixer2.conv_ssm_forward,
-        vllm.v1.attention.backends.mamba2_attn.Mamba2AttentionMetadata.state_indices_tensor_p
-    Removed when: a Mamba layer can verify drafts in place with prefix caching on.
-    Test: tests/test_self_speculation.py::test_nvidias_ar_tokens
-    """
-    forward = mixer.conv_ssm_forward
-
-    @functools.wraps(forward)
-    def forward_and_then(projected_states: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
-        result = forward(projected_states, output, *args, **kwargs)
-        then(projected_states, output)
-        return result
-
-    setattr(mixer, "conv_ssm_forward", forward_and_then)  # noqa: B010 - a method, to mypy
 
 
 def name_layers_as_checkpoint(quant_config: "QuantizationConfig", checkpoint_module: Callable[[str], str]) -> None:
@@ -108,3 +87,14 @@ def initialize_without_constructor(module: "nn.Module", **fields: Any) -> None:
     nn.Module.__init__(module)
     for name, value in fields.items():
         setattr(module, name, value)
+
+
+def register_layer(vllm_config: "VllmConfig", prefix: str, layer: "nn.Module") -> None:
+    """The engine asks a layer for its cache and binds it there, under this name.
+
+    Symptom: layers enter themselves in vLLM's table in their constructors, which a mirrored Mamba layer does without.
+    Upstream: vllm.config.CompilationConfig.static_forward_context
+    Removed when: a cache can be declared without its layer.
+    Test: tests/test_placement.py::test_split_towers_write_the_references_tokens
+    """
+    vllm_config.compilation_config.static_forward_context[prefix] = layer

@@ -1,6 +1,8 @@
 """Shims of what the engine counts, on its way from the worker to ``/metrics``."""
 
+import dataclasses
 import functools
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
 
 PASSES_BITS = 16
+COUNTS_KEY = "twotower"
 
 
 def pass_report(num_passes: list[int], canvas_passes: list[int], broken: list[bool]) -> list[int] | None:
@@ -59,12 +62,29 @@ def take_pass_report(result: "ModelRunnerOutput") -> tuple[dict[str, tuple[int, 
     return passes, [req_id for req_id, value in packed.items() if value < 0]
 
 
+def attach_counts(stats: Any, counts: dict[str, Any]) -> None:
+    """What the scheduler has counted travels to the front end in a ``SchedulerStats``.
+
+    Symptom: its fields are fixed, and this is the one dict among them that no feature we allow makes use of.
+    Upstream: vllm.v1.metrics.stats.SchedulerStats.ec_connector_stats
+    Removed when: a scheduler can attach its own statistics.
+    Test: tests/test_metrics.py::test_prometheus_and_the_log_line_agree_with_diffusion_stats
+    """
+    stats.ec_connector_stats = {COUNTS_KEY: counts}
+
+
+def take_counts(stats: Any) -> tuple[Any, dict[str, Any] | None]:
+    """Undo ``attach_counts``: a ``SchedulerStats``, or None, as vLLM's loggers expect it, and the counts if any."""
+    counts = (stats.ec_connector_stats or {}).get(COUNTS_KEY) if stats is not None else None
+    return (stats, None) if counts is None else (dataclasses.replace(stats, ec_connector_stats=None), counts)
+
+
 @functools.cache
 def extend_stat_loggers(
     architecture: str,
     make_prometheus: Callable[[Any, list[int]], Any],
     make_logging: Callable[[], Any],
-    take_counts: Callable[[Any], tuple[Any, Any]],
+    take_step_counts: Callable[[Any], tuple[Any, Any]],
 ) -> None:
     """vLLM's Prometheus and log-line loggers report our counters for engines of our architecture with diffusion on.
 
@@ -80,27 +100,28 @@ def extend_stat_loggers(
         architecture: ours.
         make_prometheus: (vLLM's configuration, indexes of engines) -> what has ``observe(counts, engine_index)``.
         make_logging: () -> the same, with ``log()``.
-        take_counts: ``SchedulerStats`` or None -> the same without what we attached, and that.
+        take_step_counts: ``SchedulerStats`` or None -> the same without what we attached, and that.
 
     """
     from vllm.v1.metrics.loggers import LoggingStatLogger, PrometheusStatLogger
+
+    ours: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # vLLM's logger -> what was made for it
 
     def extend(logger_class: Any, make: Callable[[Any], Any]) -> None:
         @wrap(logger_class, "__init__")
         def initialize(upstream: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
             upstream(self, vllm_config, *args, **kwargs)
-            ours = vllm_config.model_config.architecture == architecture and is_diffusion_on(vllm_config)
-            self.twotower = make(self) if ours else None
-            if ours:
+            if vllm_config.model_config.architecture == architecture and is_diffusion_on(vllm_config):
+                ours[self] = make(self)
                 count_latency_per_token()
 
         @wrap(logger_class, "record")
         def record(
             upstream: Any, self: Any, scheduler_stats: Any, *args: Any, engine_idx: int = 0, **kwargs: Any
         ) -> None:
-            scheduler_stats, counts = take_counts(scheduler_stats)
-            if counts is not None and self.twotower is not None:
-                self.twotower.observe(counts, engine_idx)
+            scheduler_stats, counts = take_step_counts(scheduler_stats)
+            if counts is not None and self in ours:
+                ours[self].observe(counts, engine_idx)
             upstream(self, scheduler_stats, *args, engine_idx=engine_idx, **kwargs)
 
     extend(
@@ -112,8 +133,8 @@ def extend_stat_loggers(
     @wrap(LoggingStatLogger, "log")
     def log(upstream: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         upstream(self, *args, **kwargs)
-        if self.twotower is not None:
-            self.twotower.log()
+        if self in ours:
+            ours[self].log()
 
 
 @functools.cache

@@ -27,9 +27,11 @@ def passing_over(requests: "list[Request]", current_step: int) -> Iterator[None]
     """
     for request in requests:
         request.next_decode_eligible_step = current_step + 2
-    yield
-    for request in requests:
-        request.next_decode_eligible_step = 0
+    try:
+        yield
+    finally:
+        for request in requests:
+            request.next_decode_eligible_step = 0
 
 
 @contextlib.contextmanager
@@ -107,7 +109,8 @@ def is_warmup_request(req_id: str) -> bool:
 
 
 def prompt_logprobs_of(result: "ModelRunnerOutput") -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two dicts that hold prompt logprobs by request id are written by the caller, which holds them back.
+    """The two dicts of a step's prompt logprobs, by request id: our scheduler takes out what is there without a token,
+    and puts it back with the request's first. Nothing is patched.
 
     Symptom: vLLM's scheduler asserts that prompt logprobs arrive together with a token ("EngineCore returns no partial
         prefill outputs"); ours arrive a step earlier.

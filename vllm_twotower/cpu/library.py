@@ -18,8 +18,10 @@ _logger = logging.getLogger(__name__)
 
 
 def _struct(name: str, fields: str) -> type[ctypes.Structure]:
-    """A struct there: its fields in order, addresses with a star, the others int64."""
-    kinds = [(f.removesuffix("*"), ctypes.c_void_p if f.endswith("*") else ctypes.c_int64) for f in fields.split()]
+    """A struct there: its fields in order, addresses with a star, int64 without a type."""
+    types = {"": ctypes.c_int64, "int": ctypes.c_int, "double": ctypes.c_double}
+    named = [f.partition(":") for f in fields.split()]
+    kinds = [(n.rstrip("*"), ctypes.c_void_p if n.endswith("*") else types[type_]) for n, _, type_ in named]
     return type(name, (ctypes.Structure,), {"_fields_": kinds})
 
 
@@ -31,18 +33,7 @@ ScanStruct = _struct(
     "a* skip* dt_bias* state* state_slot slot*",
 )
 RevealStruct = _struct("RevealInputs", "token* proposal* confidence* masked* pass* width* threshold* max_steps*")
-
-
-class RouterStruct(ctypes.Structure):
-    """``Router`` there."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
-        ("top_k", ctypes.c_int64),
-        ("normalise", ctypes.c_int),
-        ("scaling", ctypes.c_double),
-    ]
-
+RouterStruct = _struct("Router", "weight* bias* top_k normalise:int scaling:double")
 
 _Pointer, _Count = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES: dict[str, list[Any]] = {
@@ -59,7 +50,7 @@ INTERFACE_VERSION = 3
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def load_library() -> ctypes.CDLL | None:
     """The library, or None where it was not built or belongs to another version of this package; says so once."""
     found = importlib.util.find_spec(MODULE)
     if found is None or found.origin is None:
@@ -81,9 +72,9 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def function(name: str) -> Callable[..., None]:
+def find_function(name: str) -> Callable[..., None]:
     """One of the library's functions; it must have been built."""
-    built = library()
+    built = load_library()
     assert built is not None, "asked for a C++ op where none was built"
     return getattr(built, name)
 

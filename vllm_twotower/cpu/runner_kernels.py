@@ -273,6 +273,13 @@ def _finish(hash_: torch.Tensor) -> torch.Tensor:
     return hash_ ^ hash_ >> 16
 
 
+def apply_top_k_top_p(logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | None) -> torch.Tensor:
+    """Logits [N, V] without what is outside each row's top k and top p (``topk_topp_sampler.apply_top_k_top_p``)."""
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
+
+    return logits if k is None and p is None else apply_top_k_top_p_pytorch(logits, k, p, allow_cpu_sync=True)
+
+
 def apply_penalties(
     logits: torch.Tensor,
     expanded_idx_mapping: torch.Tensor,
@@ -339,8 +346,6 @@ def get_num_sampled_and_rejected(
 def without_later_keywords(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, called without those keywords that it does not have: a later vLLM passes more of them."""
     parameters = inspect.signature(function).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return function
     return lambda *args, **kwargs: function(*args, **{k: v for k, v in kwargs.items() if k in parameters})
 
 

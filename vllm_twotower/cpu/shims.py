@@ -7,9 +7,11 @@ Imports nothing of vLLM before it is called.
 import contextlib
 import dataclasses
 import functools
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from vllm_twotower.cpu import runner_kernels as plain
 from vllm_twotower.cpu.ops import use_cpp_ops
 
 
@@ -27,9 +29,7 @@ def running_on_cpu(model: Any) -> Iterator[None]:
         yield
         return
     use_cpp_ops()
-    use_torch_for_top_k_top_p()
     use_torch_for_runner_kernels()
-    use_torch_for_sampler_kernels()
     with portable_experts():
         yield
     disable_prefill_checkpoints(model.model.layers)
@@ -69,9 +69,10 @@ def disable_prefill_checkpoints(layers: Iterable[Any]) -> None:
     Removed when: the CPU scan returns intermediate states.
     Test: tests/test_compat.py::test_vllms_cpu_scan_still_cannot_export_checkpoints
     """
-    for mixer in (layer.mixer for layer in layers):
-        if hasattr(mixer, "ssm_state_size"):
-            mixer.get_kv_cache_spec = functools.partial(_spec_without_checkpoints, mixer.get_kv_cache_spec)
+    from vllm_twotower.models.mamba import mamba_mixers
+
+    for mixer in mamba_mixers(layers):
+        mixer.get_kv_cache_spec = functools.partial(_spec_without_checkpoints, mixer.get_kv_cache_spec)
 
 
 def _spec_without_checkpoints(get_kv_cache_spec: Callable[[Any], Any], vllm_config: Any) -> Any:
@@ -81,107 +82,59 @@ def _spec_without_checkpoints(get_kv_cache_spec: Callable[[Any], Any], vllm_conf
     return dataclasses.replace(spec, num_prefill_checkpoint_blocks=0, prefill_checkpoint_alignment=None)
 
 
-def use_torch_for_top_k_top_p() -> None:
-    """Let vLLM's sampler use its own plain-torch top-k and top-p.
-
-    Symptom: any request with top-k or top-p ends the engine with ``'int' object has no attribute 'to'``: where Triton
-        is present, a kernel is taken that its interpreter cannot run.
-    Upstream: vllm.v1.sample.ops.topk_topp_sampler.apply_top_k_top_p,
-        vllm.v1.sample.ops.topk_topp_sampler.apply_top_k_top_p_pytorch
-    Removed when: the kernel is interpretable, or the CPU is excluded there.
-    Test: tests/test_compat.py::test_vllms_top_k_kernel_still_cannot_be_interpreted
-    """
-    import vllm.v1.worker.gpu.sample.sampler as sampler
-    import vllm.v1.worker.gpu.sample.states as states
-    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
-
-    def apply_top_k_top_p(logits: Any, k: Any, p: Any, **_later: Any) -> Any:
-        return logits if k is None and p is None else apply_top_k_top_p_pytorch(logits, k, p, allow_cpu_sync=True)
-
-    sampler.apply_top_k_top_p = states.apply_top_k_top_p = apply_top_k_top_p
-
-
-def _replace(owner: Any, name: str, stand_in: Callable[..., Any]) -> None:
-    """Put a stand-in in a function's place, which it keeps as ``__wrapped__``."""
-    setattr(owner, name, functools.wraps(getattr(owner, name))(stand_in))
+STAND_INS: dict[str, dict[str, tuple[Callable[..., Any], str]]] = {
+    "vllm.v1.worker.gpu.model_runner": {
+        "prepare_prefill_inputs": (plain.prepare_prefill_inputs, "test_prefill_inputs"),
+        "prepare_pos_seq_lens": (plain.prepare_pos_seq_lens, "test_positions_and_lengths"),
+        "combine_sampled_and_draft_tokens": (plain.combine_sampled_and_draft_tokens, "test_sampled_and_draft_tokens"),
+        "post_update": (plain.post_update, "test_update_after_sampling"),
+    },
+    "vllm.v1.worker.gpu.block_table.BlockTables": {
+        "gather_block_tables": (plain.gather_block_tables, "test_block_tables_and_slots"),
+        "compute_slot_mappings": (plain.compute_slot_mappings, "test_block_tables_and_slots"),
+    },
+    "vllm.v1.worker.gpu.buffer_utils.StagedWriteTensor": {"apply_write": (plain.apply_write, "test_staged_writes")},
+    "vllm.v1.worker.gpu.buffer_utils.FusedStagedWriter": {"apply": (plain.apply_all_writes, "test_staged_writes")},
+    "vllm.v1.worker.utils.KVBlockZeroer": {"zero_block_ids": (plain.zero_block_ids, "test_zeroed_blocks")},
+    "vllm.v1.worker.mamba_utils.MambaSpecDecodeGPUContext": {
+        "run_fused_precopy": (plain.copy_states_before_step, "test_mamba_states_copied_before_a_step"),
+        "run_fused_postprocess_align": (plain.copy_states_after_step, "test_mamba_states_copied_after_a_step"),
+    },
+    "vllm.v1.worker.gpu.model_states.mamba_hybrid": {
+        "preprocess_mamba_align_fused_kernel": (plain.advance_mamba_blocks, "test_mamba_blocks_advance"),
+        "_scatter_num_accepted_kernel": (plain.scatter_num_accepted, "test_accepted_tokens"),
+    },
+    "vllm.v1.worker.gpu.sample.sampler": {
+        "get_num_sampled_and_rejected": (plain.get_num_sampled_and_rejected, "test_what_was_sampled"),
+        "gumbel_sample": (plain.gumbel_sample, "test_temperatures_and_greedy_tokens"),
+        "apply_top_k_top_p": (plain.apply_top_k_top_p, "test_vllms_top_k_kernel_still_cannot_be_interpreted"),
+    },
+    "vllm.v1.worker.gpu.sample.states": {
+        "apply_temperature": (plain.apply_temperature, "test_temperatures_and_greedy_tokens"),
+        "apply_top_k_top_p": (plain.apply_top_k_top_p, "test_vllms_top_k_kernel_still_cannot_be_interpreted"),
+    },
+    "vllm.v1.worker.gpu.sample.penalties": {
+        "apply_penalties": (plain.apply_penalties, "test_penalties"),
+        "bincount": (plain.count_tokens, "test_penalties"),
+    },
+}
+"""Where vLLM finds a function -> its name there -> ours, and the test that guards it."""
 
 
 @functools.cache
 def use_torch_for_runner_kernels() -> None:
-    """Let the model runner's small kernels be plain torch (``runner_kernels.py``).
+    """Let the model runner's and the sampler's small kernels be plain torch (``runner_kernels.py``).
 
-    The functions that launch them are replaced where the runner finds them, and kept as ``__wrapped__``.
+    The functions that launch them are replaced where vLLM finds them, and kept as ``__wrapped__``.
 
-    Symptom: interpreted, the kernels take 10 ms per row of every engine step, nine tenths of it at batch 8.
-    Upstream: vllm.v1.worker.gpu.input_batch.prepare_prefill_inputs,
-        vllm.v1.worker.gpu.input_batch.prepare_pos_seq_lens,
-        vllm.v1.worker.gpu.input_batch.combine_sampled_and_draft_tokens,
-        vllm.v1.worker.gpu.input_batch.post_update, vllm.v1.worker.gpu.input_batch.get_num_sampled_and_rejected,
-        vllm.v1.worker.gpu.block_table.BlockTables.gather_block_tables,
-        vllm.v1.worker.gpu.block_table.BlockTables.compute_slot_mappings,
-        vllm.v1.worker.gpu.buffer_utils.StagedWriteTensor.apply_write,
-        vllm.v1.worker.gpu.buffer_utils.FusedStagedWriter.apply,
-        vllm.v1.worker.utils.KVBlockZeroer.zero_block_ids,
-        vllm.v1.worker.mamba_utils.MambaSpecDecodeGPUContext.run_fused_precopy,
-        vllm.v1.worker.mamba_utils.MambaSpecDecodeGPUContext.run_fused_postprocess_align,
-        vllm.v1.worker.gpu.model_states.mamba_hybrid.preprocess_mamba_align_fused_kernel,
-        vllm.v1.worker.gpu.model_states.mamba_hybrid._scatter_num_accepted_kernel
+    Symptom: interpreted, the kernels take 10 to 30 ms per row of every engine step, nine tenths of it at batch 8. That
+        of top-k and top-p cannot be interpreted: it ends the engine with ``'int' object has no attribute 'to'``.
+    Upstream: STAND_INS
     Removed when: Triton compiles for CPUs.
-    Test: tests/test_runner_kernels.py::test_sampled_and_draft_tokens
+    Test: tests/test_runner_kernels.py
     """
-    import vllm.v1.worker.gpu.model_runner as model_runner
-    import vllm.v1.worker.gpu.model_states.mamba_hybrid as mamba_hybrid
-    import vllm.v1.worker.gpu.sample.sampler as sampler
-    from vllm.v1.worker.gpu.block_table import BlockTables
-    from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter, StagedWriteTensor
-    from vllm.v1.worker.mamba_utils import MambaSpecDecodeGPUContext
-    from vllm.v1.worker.utils import KVBlockZeroer
-
-    from vllm_twotower.cpu import runner_kernels as plain
-
-    context = MambaSpecDecodeGPUContext
-    stand_ins: list[tuple[Any, str, Callable[..., Any]]] = [
-        (model_runner, "prepare_prefill_inputs", plain.prepare_prefill_inputs),
-        (model_runner, "prepare_pos_seq_lens", plain.prepare_pos_seq_lens),
-        (model_runner, "combine_sampled_and_draft_tokens", plain.combine_sampled_and_draft_tokens),
-        (model_runner, "post_update", plain.post_update),
-        (BlockTables, "gather_block_tables", plain.gather_block_tables),
-        (BlockTables, "compute_slot_mappings", plain.compute_slot_mappings),
-        (StagedWriteTensor, "apply_write", plain.apply_write),
-        (FusedStagedWriter, "apply", plain.apply_all_writes),
-        (KVBlockZeroer, "zero_block_ids", plain.zero_block_ids),
-        (sampler, "get_num_sampled_and_rejected", plain.get_num_sampled_and_rejected),
-        (context, "run_fused_precopy", plain.copy_states_before_step),
-        (context, "run_fused_postprocess_align", plain.copy_states_after_step),
-        (mamba_hybrid, "preprocess_mamba_align_fused_kernel", plain.advance_mamba_blocks),
-        (mamba_hybrid, "_scatter_num_accepted_kernel", plain.scatter_num_accepted),
-    ]
-    for owner, name, function in stand_ins:
-        make: Callable[..., Any] = plain.Launcher if owner is mamba_hybrid else plain.without_later_keywords
-        _replace(owner, name, make(function))
-
-
-@functools.cache
-def use_torch_for_sampler_kernels() -> None:
-    """Let temperature, draws and penalties be plain torch (``runner_kernels.py``).
-
-    Symptom: interpreted, each of them takes 30 ms per row of every step.
-    Upstream: vllm.v1.worker.gpu.sample.gumbel.apply_temperature, vllm.v1.worker.gpu.sample.gumbel.gumbel_sample,
-        vllm.v1.worker.gpu.sample.penalties.apply_penalties, vllm.v1.worker.gpu.sample.penalties.bincount
-    Removed when: Triton compiles for CPUs.
-    Test: tests/test_runner_kernels.py::test_penalties
-    """
-    import vllm.v1.worker.gpu.sample.penalties as penalties
-    import vllm.v1.worker.gpu.sample.sampler as sampler
-    import vllm.v1.worker.gpu.sample.states as states
-
-    from vllm_twotower.cpu import runner_kernels as plain
-
-    stand_ins: list[tuple[Any, str, Callable[..., Any]]] = [
-        (states, "apply_temperature", plain.apply_temperature),
-        (sampler, "gumbel_sample", plain.gumbel_sample),
-        (penalties, "apply_penalties", plain.apply_penalties),
-        (penalties, "bincount", plain.count_tokens),
-    ]
-    for owner, name, function in stand_ins:
-        _replace(owner, name, plain.without_later_keywords(function))
+    for owner_name, stand_ins in STAND_INS.items():
+        owner = pkgutil.resolve_name(owner_name)
+        for name, (function, _) in stand_ins.items():
+            make: Callable[..., Any] = plain.Launcher if name.endswith("_kernel") else plain.without_later_keywords
+            setattr(owner, name, functools.wraps(getattr(owner, name))(make(function)))

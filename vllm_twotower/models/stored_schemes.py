@@ -44,7 +44,7 @@ SHAPES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "row": lambda rows, columns: (rows, 1),
     "one": lambda rows, columns: (1,),
 }
-"""Of a tensor that has something for each number of a matrix [N, K], each two of them, each group, each row, or once."""
+"""What a tensor has something for: each number of a matrix [N, K], each two, each group, each row, or all of it."""
 
 Part = tuple[str, tuple[str, ...]]
 """Shape of one tensor of a matrix, a key of ``SHAPES``, and its dtypes."""

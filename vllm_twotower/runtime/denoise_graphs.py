@@ -29,6 +29,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 
+from vllm_twotower import compat
 from vllm_twotower.models.denoiser_tower import DenoiserTower
 from vllm_twotower.runtime.host_copies import async_tensor_h2d
 from vllm_twotower.runtime.step import CanvasLayout, CanvasPlaces
@@ -213,13 +214,9 @@ class DenoiseGraphs:
             seq_lens_cpu_upper_bound=torch.full((num_rows,), longest, dtype=torch.int32),
             causal=False,
         )
-        for of_layer in metadata.values():
-            if getattr(of_layer, "scheduler_metadata", None) is not None and not current_platform.is_cpu():
-                # FlashAttention's plan would be that of the dummies for ever: leave it to the kernel, within a bound
-                of_layer.scheduler_metadata = None
-                bound = self.vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
-                # a split's workspace grows with the rows, and many rows fill a GPU without splits
-                of_layer.max_num_splits = min(bound, max(1, MOST_SPLIT_ROWS // num_rows))
+        most_splits = self.vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
+        # a split's workspace grows with the rows, and many rows fill a GPU without splits
+        compat.drop_attention_plans(metadata, min(most_splits, max(1, MOST_SPLIT_ROWS // num_rows)))
         by_layer = build_slot_mappings_by_layer(slot_mappings, self.kv_cache_config)
         with set_forward_context(
             metadata,

@@ -15,12 +15,11 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
 
+from vllm_twotower import compat
 from vllm_twotower.config import CONFIG_KEY, EngineOptions
 from vllm_twotower.core import MAX_CANVAS_LENGTH
 
 logger = init_logger("vllm.twotower")
-
-PAYLOAD_KEY = "twotower"
 
 COUNTERS = {
     "canvases": "Canvases finished.",
@@ -73,17 +72,14 @@ class StepCounts:
         )
 
     def attach(self, stats: Any) -> None:
-        """Put the counts into a ``SchedulerStats``: the one dict it has that no feature we allow makes use of."""
-        stats.ec_connector_stats = {PAYLOAD_KEY: dataclasses.asdict(self)}
+        """Put the counts into a ``SchedulerStats``."""
+        compat.attach_counts(stats, dataclasses.asdict(self))
 
     @classmethod
     def take_from(cls, stats: Any) -> "tuple[Any, StepCounts | None]":
         """The stats as upstream's loggers expect them, and the counts if there are any."""
-        payload = (stats.ec_connector_stats or {}).get(PAYLOAD_KEY) if stats is not None else None
-        if payload is None:
-            return stats, None
-        counts = cls(**{**payload, "speculation": stats.spec_decoding_stats})
-        return dataclasses.replace(stats, ec_connector_stats=None), counts
+        stats, counts = compat.take_counts(stats)
+        return stats, None if counts is None else cls(**{**counts, "speculation": stats.spec_decoding_stats})
 
 
 class DiffusionProm:

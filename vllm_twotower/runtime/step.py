@@ -35,13 +35,6 @@ class CanvasPlaces:
     """Name of a context Mamba layer -> int64 [R], slot of each row's committed state."""
 
 
-def enumerate_tokens(widths: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of rows of the given widths, one after the other: each token's row and its position there, int64 [T] both."""
-    row_np = np.arange(len(widths)).repeat(widths)
-    ends_np = np.cumsum(widths)
-    return row_np, np.arange(len(row_np)) - (ends_np - widths)[row_np]
-
-
 @dataclass(frozen=True, kw_only=True)
 class CanvasLayout:
     """How the canvases of a batch lie in the flat token dimension, and where each row's Mamba states are."""
@@ -63,7 +56,10 @@ class CanvasLayout:
     @classmethod
     def from_widths(cls, widths: Sequence[int], device: torch.device, **more: Any) -> "CanvasLayout":
         """Canvases of the given widths, one after the other; ``more`` are other fields."""
-        row_T, column_T = copy_together(device, *enumerate_tokens(widths))
+        row_np = np.arange(len(widths)).repeat(widths)
+        ends_np = np.cumsum(widths)
+        column_np = np.arange(len(row_np)) - (ends_np - widths)[row_np]
+        row_T, column_T = copy_together(device, row_np, column_np)
         return cls(
             row_T=row_T,
             column_T=column_T,

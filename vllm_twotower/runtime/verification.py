@@ -26,9 +26,7 @@ from vllm_twotower import compat
 from vllm_twotower.models.mamba import convolve, mamba_mixers, state_caches
 from vllm_twotower.ops import ScanInputs, seeded_scan, state_replay
 from vllm_twotower.runtime.host_copies import copy_together
-from vllm_twotower.runtime.step import KeptRows, Step, VerifyRows, enumerate_tokens
-
-NULL_BLOCK = 0
+from vllm_twotower.runtime.step import KeptRows, Step, VerifyRows
 
 
 @dataclasses.dataclass
@@ -42,16 +40,9 @@ class KeepingMetadata(Mamba2AttentionMetadata):
 
 def ask_for_logits(batch: InputBatch, step: Step, rows: list[int]) -> None:
     """Let the batch ask for logits at every token of some rows, and at the last token of the others, as before."""
-    device = batch.input_ids.device
     num_logits = np.ones(batch.num_reqs, dtype=np.int32)
     num_logits[rows] = [step.widths[row] for row in rows]
-    ends_np = batch.query_start_loc_np[1 : batch.num_reqs + 1]
-    cu_np = np.concatenate([[0], num_logits.cumsum()]).astype(np.int32)
-    row_N, local_N = enumerate_tokens(num_logits)
-    batch.cu_num_logits_np = cu_np
-    batch.logits_indices, row_of_N = copy_together(device, (ends_np - num_logits)[row_N] + local_N, row_N)
-    batch.cu_num_logits, batch.expanded_local_pos = copy_together(device, cu_np, local_N, dtype=np.int32)
-    batch.expanded_idx_mapping = batch.idx_mapping[row_of_N]
+    compat.ask_for_logits(batch, num_logits, copy_together)
 
 
 def keep_inputs_of(step: Step, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -71,22 +62,10 @@ def keep_inputs_of(step: Step, metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make_metadata(step: Step, metadata: Mamba2AttentionMetadata) -> KeepingMetadata:
-    verify = step.verify
+    if step.verify is not None:
+        metadata = compat.keep_states_of(metadata, step.verify.row_V)
     fields = {f.name: getattr(metadata, f.name) for f in dataclasses.fields(metadata)}
-    fields |= {"kept": step.kept, "verify": verify}
-    if verify is None:
-        return KeepingMetadata(**fields)
-    assert metadata.state_indices_tensor_p is not None, "a row of several tokens runs as a prefill"
-    if metadata.num_prefills == len(verify.rows):
-        return KeepingMetadata(**{**fields, "num_prefills": 0, "num_prefill_tokens": 0})
-    row_V = verify.row_V - metadata.num_decodes
-    checkpoints = metadata.checkpoint_meta
-    if checkpoints is not None:  # what such a row would leave behind as a state in the middle of a prompt
-        checkpoints = dataclasses.replace(
-            checkpoints, state_indices=checkpoints.state_indices.index_fill(0, row_V, NULL_BLOCK)
-        )
-    fields["state_indices_tensor_p"] = metadata.state_indices_tensor_p.index_fill(0, row_V, NULL_BLOCK)
-    return KeepingMetadata(**{**fields, "checkpoint_meta": checkpoints})
+    return KeepingMetadata(**fields, kept=step.kept, verify=step.verify)
 
 
 def keep_inputs_in(mixer: MambaMixer2) -> None:

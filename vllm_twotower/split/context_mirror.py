@@ -59,7 +59,7 @@ class MirroredMamba(MambaMixer2):
             prefix=prefix,
         )
         add_recurrence(self, config)
-        vllm_config.compilation_config.static_forward_context[prefix] = self
+        compat.register_layer(vllm_config, prefix, self)
         return self
 
 

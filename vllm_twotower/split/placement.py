@@ -51,7 +51,6 @@ def resolve_placement(vllm_config: VllmConfig) -> TowerPlacement:
     collectives of its layers all follow from those two.
     """
     group, half = get_tp_group(), vllm_config.parallel_config.tensor_parallel_size // 2
-    compat.replace_tensor_parallel_group([group.ranks[:half], group.ranks[half:]])
-    vllm_config.parallel_config.tensor_parallel_size = half
+    compat.replace_tensor_parallel_group(vllm_config.parallel_config, [group.ranks[:half], group.ranks[half:]])
     in_context = group.rank_in_group < half
     return TowerPlacement(has_context=in_context, ranks=tuple(group.ranks), group=group)

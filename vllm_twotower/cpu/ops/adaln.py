@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_twotower.cpu.library import ModulationStruct, are_fp32, function
+from vllm_twotower.cpu.library import ModulationStruct, are_fp32, find_function
 from vllm_twotower.ops.adaln import reference
 from vllm_twotower.ops.adaln.reference import Modulation
 
@@ -17,7 +17,7 @@ def _run(name: str, x_TD: torch.Tensor, other: torch.Tensor, modulation: Modulat
     x_TD, other = x_TD.contiguous(), other.contiguous()
     out_TD = torch.empty_like(x_TD)
     parts = ModulationStruct(*(part.data_ptr() for part in _parts(modulation)))
-    function(name)(out_TD.data_ptr(), x_TD.data_ptr(), other.data_ptr(), *own, parts, *x_TD.shape)
+    find_function(name)(out_TD.data_ptr(), x_TD.data_ptr(), other.data_ptr(), *own, parts, *x_TD.shape)
     return out_TD
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_twotower.cpu.library import are_fp32, function
+from vllm_twotower.cpu.library import are_fp32, find_function
 from vllm_twotower.ops.canvas_sample import reference
 from vllm_twotower.ops.canvas_sample.reference import Draw, Sample
 
@@ -16,5 +16,5 @@ def canvas_sample(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None
     token_N = torch.empty(num_rows, dtype=torch.int64)
     highest_N, log_total_N = torch.empty(2, num_rows)
     tensors = (token_N, highest_N, log_total_N, logits_NV)
-    function("greedy_sample")(*(t.data_ptr() for t in tensors), mask_token_id, num_rows, vocab_size)
+    find_function("greedy_sample")(*(t.data_ptr() for t in tensors), mask_token_id, num_rows, vocab_size)
     return Sample(token_N, (highest_N - log_total_N).exp())

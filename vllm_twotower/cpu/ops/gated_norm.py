@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_twotower.cpu.library import are_fp32, function
+from vllm_twotower.cpu.library import are_fp32, find_function
 from vllm_twotower.ops.gated_norm import reference
 
 
@@ -16,5 +16,5 @@ def gated_norm(
     weight_D = weight_D.contiguous()
     out_TD = torch.empty(x_TD.shape)
     pointers = (tensor.data_ptr() for tensor in (out_TD, x_TD, gate_TD, weight_D))
-    function("gated_norm")(*pointers, eps, *(row.stride(0) for row in rows), *x_TD.shape, num_groups)
+    find_function("gated_norm")(*pointers, eps, *(row.stride(0) for row in rows), *x_TD.shape, num_groups)
     return out_TD

@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from vllm_twotower.cpu.library import RouterStruct, are_fp32, function
+from vllm_twotower.cpu.library import RouterStruct, are_fp32, find_function
 from vllm_twotower.ops.mixture_of_experts import reference
 from vllm_twotower.ops.mixture_of_experts.reference import Routing
 
@@ -23,5 +23,5 @@ def mixture_of_experts(
     )
     out, x, up, down = (t.data_ptr() for t in (out_TD, x_TD, up_EDI, down_EID))
     num_experts, _, width = up_EDI.shape
-    function("mixture_of_experts")(out, x, ctypes.byref(router), up, down, *x_TD.shape, num_experts, width)
+    find_function("mixture_of_experts")(out, x, ctypes.byref(router), up, down, *x_TD.shape, num_experts, width)
     return out_TD

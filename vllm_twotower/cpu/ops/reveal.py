@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from vllm_twotower.cpu.library import RevealStruct, function
+from vllm_twotower.cpu.library import RevealStruct, find_function
 from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed
 
 
@@ -25,5 +25,5 @@ def reveal(
     level_R, out_pass_index_R = torch.empty(2, len(pass_index_R), dtype=torch.int64)
     written = (out_RS, out_masked_RS, level_R, out_pass_index_R)
     inputs = RevealStruct(*(tensor.data_ptr() for tensor in read))
-    function("reveal")(*(tensor.data_ptr() for tensor in written), ctypes.byref(inputs), *token_RS.shape)
+    find_function("reveal")(*(tensor.data_ptr() for tensor in written), ctypes.byref(inputs), *token_RS.shape)
     return Revealed(*written)

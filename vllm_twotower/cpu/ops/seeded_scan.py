@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from vllm_twotower.cpu.library import ConvStruct, ScanStruct, are_fp32, function
+from vllm_twotower.cpu.library import ConvStruct, ScanStruct, are_fp32, find_function
 from vllm_twotower.ops.seeded_scan import reference
 from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs
 
@@ -43,7 +43,7 @@ def seeded_conv(inputs: ConvInputs) -> torch.Tensor:
         slot_R.data_ptr(),
     )
     out_RSC = torch.empty(x_RSC.shape)
-    function("seeded_conv")(out_RSC.data_ptr(), ctypes.byref(struct), *x_RSC.shape, weight_KC.shape[0])
+    find_function("seeded_conv")(out_RSC.data_ptr(), ctypes.byref(struct), *x_RSC.shape, weight_KC.shape[0])
     return out_RSC
 
 
@@ -65,5 +65,5 @@ def seeded_scan(inputs: ScanInputs, out_dtype: torch.dtype = torch.float32) -> t
         slot_R.data_ptr(),
     )
     out_RSHP = torch.empty(x.shape)
-    function("seeded_scan")(out_RSHP.data_ptr(), ctypes.byref(struct), *x.shape, *b.shape[2:])
+    find_function("seeded_scan")(out_RSHP.data_ptr(), ctypes.byref(struct), *x.shape, *b.shape[2:])
     return out_RSHP.to(out_dtype)

@@ -5,7 +5,5 @@ finds no active driver there and vLLM falls back to its deprecated runner. With 
 compiled, so all that is missing is a driver that says "the device is the CPU". Inactive unless that variable is set,
 and never where there is a GPU.
 
-Being installed must not change anything for other models: vLLM's CPU build takes the mere name ``cpu`` in
-``triton.backends.backends`` to mean that Triton works there (``vllm/triton_utils/importing.py``). So without the
-variable the entry hides itself; see ``driver.py``.
+Being installed must not change anything for other models: without the variable the entry hides itself (``driver.py``).
 """

@@ -20,4 +20,4 @@ class InterpreterBackend(BaseBackend):
     def _never(self, *args: Any) -> Any:
         raise NotImplementedError("the cpu Triton backend of vllm-twotower compiles nothing: set TRITON_INTERPRET=1")
 
-    parse_options = add_stages = load_dialects = get_module_map = get_codegen_implementation = pack_metadata = _never
+    parse_options = add_stages = load_dialects = get_module_map = _never

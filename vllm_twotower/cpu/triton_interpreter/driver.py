@@ -14,7 +14,14 @@ def interpreting() -> bool:
 
 
 class _BackendsWithoutUs(types.ModuleType):
-    """``triton.backends`` as it would be if this package were not installed."""
+    """Where Triton does not interpret, its table of backends is what it would be if this package were not installed.
+
+    Symptom: vLLM's CPU build takes the mere name ``cpu`` in ``triton.backends.backends`` to mean that Triton works
+        there, so the installed package would change how other models run.
+    Upstream: vllm.triton_utils.importing.HAS_TRITON
+    Removed when: vLLM asks whether a driver is active there too, or Triton does before it lists a backend.
+    Test: tests/test_compat.py::test_the_triton_backend_is_there_only_under_the_interpreter
+    """
 
     @property
     def backends(self) -> dict[str, Any]:
