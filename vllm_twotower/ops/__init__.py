@@ -20,7 +20,7 @@ from vllm_twotower.ops.canvas_sample.reference import Draw, Sample, ShapeScores,
 from vllm_twotower.ops.checks import check_tensor
 from vllm_twotower.ops.gated_norm.reference import check_gated_norm
 from vllm_twotower.ops.mixture_of_experts.reference import Routing, check_experts
-from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed, check_canvases
+from vllm_twotower.ops.reveal.reference import CanvasRules, MaskedCanvases, check_canvases
 from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs, check_conv, check_scan
 from vllm_twotower.ops.state_replay.reference import check_replay
 
@@ -29,8 +29,8 @@ __all__ = [
     "CanvasRules",
     "ConvInputs",
     "Draw",
+    "MaskedCanvases",
     "Modulation",
-    "Revealed",
     "Routing",
     "Sample",
     "ScanInputs",
@@ -70,30 +70,25 @@ def canvas_sample(
 
 
 def reveal(
-    token_RS: torch.Tensor,
-    proposal_RS: torch.Tensor,
-    confidence_RS: torch.Tensor,
-    masked_RS: torch.Tensor,
-    pass_index_R: torch.Tensor,
-    rules: CanvasRules,
-) -> Revealed:
+    before: MaskedCanvases, proposal_RS: torch.Tensor, confidence_RS: torch.Tensor, rules: CanvasRules
+) -> MaskedCanvases:
     """Write the surest proposals of a pass into their canvases (``generate_mask_diffusion``, number to commit).
 
     k = max(#(confidence > gamma), 1, ceil(masked / (T - pass))) positions of each row that has any masked, all of them
     in the last pass; ties go to the lowest position.
 
     Args:
-        token_RS: int64 [R, S], S at most 32, not written.
+        before: the canvases; ``level_R`` is not read, nothing is written.
         proposal_RS: int64 [R, S], read where masked.
         confidence_RS: float32 [R, S], read where masked.
-        masked_RS: bool [R, S], undecided positions; none from a row's width on.
-        pass_index_R: int64 [R], passes run over each canvas before this one.
         rules: the rows' width, gamma and T.
 
+    Returns:
+        The canvases after the pass; ``pass_index_R`` is one more for each row that had anything masked.
+
     """
-    canvases = (token_RS, proposal_RS, confidence_RS, masked_RS, pass_index_R, rules)
-    check_canvases(*canvases)
-    return implementation("reveal", token_RS)(*canvases)
+    check_canvases(before, proposal_RS, confidence_RS, rules)
+    return implementation("reveal", before.token_RS)(before, proposal_RS, confidence_RS, rules)
 
 
 def modulate_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modulation: Modulation) -> torch.Tensor:
