@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 
 GAMMA_SHAPE = 2.2
-"""Skew of the released model's passes per canvas: most take few, some take all (by eye, from third-party counts)."""
+"""Skew of the passes per canvas: most take few, some take all. An assumption, nobody published the distribution: with
+1.5 or 4 in its place the estimated tokens per second of 1, 16 and 64 requests move by less than 2 %."""
 
 MEAN_PASSES = 5.9
 """Mean at threshold 0.8, 16 tokens, 16 steps. NVIDIA's 2.42 tokens per forward: 16 / (5.6 + 1)."""

@@ -7,7 +7,6 @@ returns plain data (``--json``), ``inspection_text.describe`` the same for a per
 import itertools
 import math
 from collections import Counter
-from dataclasses import asdict
 from typing import Any
 
 from vllm_twotower.core import MAX_CANVAS_LENGTH
@@ -88,7 +87,7 @@ def inspect(
             {**vars(one), "precision": _precisions(facts)[one.precision], "requests": one.num_requests} for one in fits
         ],
         "speeds": [
-            {**asdict(one), "precision": _precisions(facts)[one.precision]}
+            {**one, "precision": _precisions(facts)[one["precision"]]}
             for one in estimate_speeds(towers, fits, tokens, canvas_length)
         ],
     }
