@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 
+from vllm_twotower.core import Mode
 from vllm_twotower.planning.placement import GPU_MEMORY_UTILIZATION
 
 DEMO_MODEL = pathlib.Path(__file__).parents[1] / "assets" / "demo"
@@ -45,8 +46,8 @@ def make_parser() -> argparse.ArgumentParser:
     trace.add_argument("prompt")
     trace.add_argument(
         "--mode",
-        choices=["mask_diffusion", "self_speculation"],
-        default="mask_diffusion",
+        choices=[Mode.MASK_DIFFUSION.value, Mode.SELF_SPECULATION.value],
+        default=Mode.MASK_DIFFUSION.value,
         help="self_speculation shows drafts: what the context tower kept, what it struck out, and its own tokens",
     )
     trace.add_argument("--max-tokens", type=int, default=64)
@@ -96,7 +97,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _trace(args: argparse.Namespace) -> int:
     from vllm_twotower import diffusion_params
-    from vllm_twotower.commands.live import print_table, start_engine, write_live
+    from vllm_twotower.commands.live import start_engine, write_live
     from vllm_twotower.commands.trace_page import render_page
     from vllm_twotower.config import EngineOptions
 
@@ -111,14 +112,14 @@ def _trace(args: argparse.Namespace) -> int:
     )
     llm = start_engine(args.model)
     run = write_live(llm, [args.prompt], params, title=args.mode)
-    print_table([run])
     threshold = args.confidence_threshold or EngineOptions().confidence_threshold
-    speculates = args.mode == "self_speculation"
+    speculates = args.mode == Mode.SELF_SPECULATION
     about = (
         f"{pathlib.Path(args.model).name}: {run.num_tokens} tokens in {run.num_denoise_passes} denoise passes and "
         f"{run.num_context_passes} {'verifications and steps without a draft' if speculates else 'commits'}, "
         f"confidence threshold {threshold:g}, temperature {args.temperature:g}"
     )
+    print(about)
     title = "Drafts verified" if speculates else "Canvases denoising"
     decode = llm.get_tokenizer().decode
     page = render_page(run.recordings[0], lambda t: decode([t]), title, about, threshold)
