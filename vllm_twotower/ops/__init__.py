@@ -14,10 +14,10 @@ Legend, for all ops: R rows (requests), S canvas positions, T tokens, N rows of 
 import torch
 
 from vllm_twotower.ops.adaln.reference import UNMODULATED, Modulation, check_modulation, check_norm
-from vllm_twotower.ops.backend import implementation
+from vllm_twotower.ops.backend import find_implementation
 from vllm_twotower.ops.canvas_sample import reference
 from vllm_twotower.ops.canvas_sample.reference import Draw, Sample, ShapeScores, check_logits
-from vllm_twotower.ops.checks import check_tensor
+from vllm_twotower.ops.checks import check_argument
 from vllm_twotower.ops.gated_norm.reference import check_gated_norm
 from vllm_twotower.ops.mixture_of_experts.reference import Routing, check_experts
 from vllm_twotower.ops.reveal.reference import CanvasRules, MaskedCanvases, check_canvases
@@ -66,7 +66,7 @@ def canvas_sample(
     check_logits(logits_NV, mask_token_id, draw)
     if shape_scores is not None:
         return reference.canvas_sample(logits_NV, mask_token_id, draw, shape_scores)
-    return implementation("canvas_sample", logits_NV)(logits_NV, mask_token_id, draw)
+    return find_implementation("canvas_sample", logits_NV)(logits_NV, mask_token_id, draw)
 
 
 def reveal(
@@ -88,7 +88,7 @@ def reveal(
 
     """
     check_canvases(before, proposal_RS, confidence_RS, rules)
-    return implementation("reveal", before.token_RS)(before, proposal_RS, confidence_RS, rules)
+    return find_implementation("reveal", before.token_RS)(before, proposal_RS, confidence_RS, rules)
 
 
 def modulate_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modulation: Modulation) -> torch.Tensor:
@@ -107,14 +107,14 @@ def modulate_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modula
     """
     check_modulation(x_TD, modulation)
     check_norm(x_TD, weight_D, eps)
-    return implementation("modulate_norm", x_TD)(x_TD, weight_D, eps, modulation)
+    return find_implementation("modulate_norm", x_TD)(x_TD, weight_D, eps, modulation)
 
 
 def norm_modulate(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modulation: Modulation) -> torch.Tensor:
     """RMSNorm(x) (1 + scale) + shift: the input of a MoE or MLP layer; otherwise as ``modulate_norm``."""
     check_modulation(x_TD, modulation)
     check_norm(x_TD, weight_D, eps)
-    return implementation("norm_modulate", x_TD)(x_TD, weight_D, eps, modulation)
+    return find_implementation("norm_modulate", x_TD)(x_TD, weight_D, eps, modulation)
 
 
 def gate_add(x_TD: torch.Tensor, residual_TD: torch.Tensor, modulation: Modulation) -> torch.Tensor:
@@ -130,8 +130,8 @@ def gate_add(x_TD: torch.Tensor, residual_TD: torch.Tensor, modulation: Modulati
 
     """
     check_modulation(x_TD, modulation)
-    check_tensor("residual_TD", residual_TD, tuple(x_TD.shape), (x_TD.dtype,), x_TD.device)
-    return implementation("gate_add", x_TD)(x_TD, residual_TD, modulation)
+    check_argument("residual_TD", residual_TD, tuple(x_TD.shape), (x_TD.dtype,), x_TD.device)
+    return find_implementation("gate_add", x_TD)(x_TD, residual_TD, modulation)
 
 
 def gated_norm(
@@ -153,7 +153,7 @@ def gated_norm(
 
     """
     check_gated_norm(x_TD, gate_TD, weight_D, eps, num_groups)
-    return implementation("gated_norm", x_TD)(x_TD, gate_TD, weight_D, eps, num_groups)
+    return find_implementation("gated_norm", x_TD)(x_TD, gate_TD, weight_D, eps, num_groups)
 
 
 def seeded_conv(inputs: ConvInputs) -> torch.Tensor:
@@ -164,7 +164,7 @@ def seeded_conv(inputs: ConvInputs) -> torch.Tensor:
 
     """
     check_conv(inputs)
-    return implementation("seeded_conv", inputs.x_RSC)(inputs)
+    return find_implementation("seeded_conv", inputs.x_RSC)(inputs)
 
 
 def seeded_scan(inputs: ScanInputs, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -182,7 +182,7 @@ def seeded_scan(inputs: ScanInputs, out_dtype: torch.dtype = torch.float32) -> t
 
     """
     check_scan(inputs)
-    return implementation("seeded_scan", inputs.x_RSHP)(inputs, out_dtype)
+    return find_implementation("seeded_scan", inputs.x_RSHP)(inputs, out_dtype)
 
 
 def state_replay(
@@ -204,7 +204,7 @@ def state_replay(
 
     """
     check_replay(inputs, raw_RSC, conv_cache_ZKC, num_tokens_R)
-    run = implementation("state_replay", inputs.x_RSHP)
+    run = find_implementation("state_replay", inputs.x_RSHP)
     run(inputs, raw_RSC=raw_RSC, conv_cache_ZKC=conv_cache_ZKC, num_tokens_R=num_tokens_R)
 
 
@@ -224,4 +224,4 @@ def mixture_of_experts(
 
     """
     check_experts(x_TD, routing, up_EDI, down_EID)
-    return implementation("mixture_of_experts", x_TD)(x_TD, routing, up_EDI, down_EID)
+    return find_implementation("mixture_of_experts", x_TD)(x_TD, routing, up_EDI, down_EID)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_twotower.decoding.noise_level import level_index
-from vllm_twotower.ops.checks import INDEX, check_canvas_width, check_tensor
+from vllm_twotower.ops.checks import INDEX, check_argument, check_canvas_width
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ def check_canvases(
     before: MaskedCanvases, proposal_RS: torch.Tensor, confidence_RS: torch.Tensor, rules: CanvasRules
 ) -> None:
     """Refuse canvases, proposals or rules that do not fit together: a ``ValueError`` that names it."""
-    check_tensor("before.token_RS", before.token_RS, ("R", "S"), INDEX)
+    check_argument("before.token_RS", before.token_RS, ("R", "S"), INDEX)
     check_canvas_width("before.token_RS", before.token_RS)
     num_rows, width = before.token_RS.shape
     device = before.token_RS.device
-    check_tensor("proposal_RS", proposal_RS, (num_rows, width), INDEX, device)
-    check_tensor("confidence_RS", confidence_RS, (num_rows, width), (torch.float32,), device)
-    check_tensor("before.masked_RS", before.masked_RS, (num_rows, width), (torch.bool,), device)
-    check_tensor("before.pass_index_R", before.pass_index_R, (num_rows,), INDEX, device)
-    check_tensor("rules.width_R", rules.width_R, (num_rows,), INDEX, device)
-    check_tensor("rules.threshold_R", rules.threshold_R, (num_rows,), (torch.float32,), device)
-    check_tensor("rules.max_steps_R", rules.max_steps_R, (num_rows,), INDEX, device)
+    check_argument("proposal_RS", proposal_RS, (num_rows, width), INDEX, device)
+    check_argument("confidence_RS", confidence_RS, (num_rows, width), (torch.float32,), device)
+    check_argument("before.masked_RS", before.masked_RS, (num_rows, width), (torch.bool,), device)
+    check_argument("before.pass_index_R", before.pass_index_R, (num_rows,), INDEX, device)
+    check_argument("rules.width_R", rules.width_R, (num_rows,), INDEX, device)
+    check_argument("rules.threshold_R", rules.threshold_R, (num_rows,), (torch.float32,), device)
+    check_argument("rules.max_steps_R", rules.max_steps_R, (num_rows,), INDEX, device)
 
 
 def num_to_reveal(
