@@ -5,7 +5,8 @@ import os
 import pathlib
 import sys
 
-from vllm_twotower.core import Mode
+from vllm_twotower.core import DEFAULT_CANVAS_LENGTH, DEFAULT_CONFIDENCE_THRESHOLD, Mode
+from vllm_twotower.planning.inspection import DEFAULT_TOKENS
 from vllm_twotower.planning.placement import GPU_MEMORY_UTILIZATION
 
 DEMO_MODEL = pathlib.Path(__file__).parents[1] / "assets" / "demo"
@@ -60,8 +61,10 @@ def make_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="say what a checkpoint needs and fits on, loading nothing")
     inspect.add_argument("model", help="a checkpoint folder, or a config.json")
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")
-    inspect.add_argument("--tokens-per-request", type=int, help="prompt and output of each request (default 4096)")
-    inspect.add_argument("--canvas-length", type=int, default=16)
+    inspect.add_argument(
+        "--tokens-per-request", type=int, help=f"prompt and output of each request (default {DEFAULT_TOKENS})"
+    )
+    inspect.add_argument("--canvas-length", type=int, default=DEFAULT_CANVAS_LENGTH)
     inspect.add_argument(
         "--gpu-memory-utilization", type=float, default=GPU_MEMORY_UTILIZATION, help="vLLM's option of that name"
     )
@@ -99,7 +102,6 @@ def _trace(args: argparse.Namespace) -> int:
     from vllm_twotower import diffusion_params
     from vllm_twotower.commands.live import start_engine, write_live
     from vllm_twotower.commands.trace_page import render_page
-    from vllm_twotower.config import EngineOptions
 
     if not args.html.parent.is_dir():
         raise ValueError(f"--html {args.html}: the folder {args.html.parent} does not exist; make it or name another")
@@ -112,7 +114,7 @@ def _trace(args: argparse.Namespace) -> int:
     )
     llm = start_engine(args.model)
     run = write_live(llm, [args.prompt], params, title=args.mode)
-    threshold = args.confidence_threshold or EngineOptions().confidence_threshold
+    threshold = args.confidence_threshold or DEFAULT_CONFIDENCE_THRESHOLD
     speculates = args.mode == Mode.SELF_SPECULATION
     about = (
         f"{pathlib.Path(args.model).name}: {run.num_tokens} tokens in {run.num_denoise_passes} denoise passes and "
