@@ -13,7 +13,7 @@ from vllm_twotower.ops.canvas_sample import kernel as canvas_sample
 from vllm_twotower.ops.canvas_sample.reference import Draw
 from vllm_twotower.ops.gated_norm import kernel as gated_norm
 from vllm_twotower.ops.reveal import kernel as reveal
-from vllm_twotower.ops.reveal.reference import CanvasRules
+from vllm_twotower.ops.reveal.reference import CanvasRules, MaskedCanvases
 from vllm_twotower.ops.seeded_scan import kernel as seeded_scan
 from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs
 from vllm_twotower.ops.state_replay import kernel as state_replay
@@ -86,7 +86,9 @@ def reveal_canvases() -> None:
     for width in (1, 5, 32):
         canvas, row = _indices(3, width), _indices(3)
         rules = CanvasRules(row, _floats(3), row)
-        reveal.reveal(canvas, canvas, _floats(3, width), _floats(3, width, dtype=torch.bool), row, rules)
+        masked = _floats(3, width, dtype=torch.bool)
+        before = MaskedCanvases(token_RS=canvas, masked_RS=masked, level_R=row, pass_index_R=row)
+        reveal.reveal(before, canvas, _floats(3, width), rules)
 
 
 def run_all() -> None:

@@ -21,7 +21,7 @@ from vllm_twotower.ops.gated_norm import kernel as gated_norm_kernel
 from vllm_twotower.ops.gated_norm import reference as gated_norm_reference
 from vllm_twotower.ops.reveal import kernel as reveal_kernel
 from vllm_twotower.ops.reveal import reference as reveal_reference
-from vllm_twotower.ops.reveal.reference import CanvasRules
+from vllm_twotower.ops.reveal.reference import CanvasRules, MaskedCanvases
 from vllm_twotower.ops.seeded_scan import kernel as seeded_scan_kernel
 from vllm_twotower.ops.seeded_scan import reference as seeded_scan_reference
 from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs
@@ -91,14 +91,15 @@ def _canvases(device: str) -> tuple[Any, ...]:
         torch.full((ROWS,), 0.8, device=device),
         torch.full((ROWS,), 16, device=device),
     )
-    return (
-        torch.full((ROWS, WIDTH), MASK, device=device),
-        _indices(TOKENS, VOCAB, device).view(ROWS, WIDTH),
-        torch.rand(ROWS, WIDTH, device=device),
-        torch.rand(ROWS, WIDTH, device=device) < 0.6,
-        torch.zeros(ROWS, dtype=torch.int64, device=device),
-        rules,
+    none_R = torch.zeros(ROWS, dtype=torch.int64, device=device)
+    before = MaskedCanvases(
+        token_RS=torch.full((ROWS, WIDTH), MASK, device=device),
+        masked_RS=torch.rand(ROWS, WIDTH, device=device) < 0.6,
+        level_R=none_R,
+        pass_index_R=none_R,
     )
+    proposal_RS = _indices(TOKENS, VOCAB, device).view(ROWS, WIDTH)
+    return before, proposal_RS, torch.rand(ROWS, WIDTH, device=device), rules
 
 
 def _reveal_cases() -> list[Case]:

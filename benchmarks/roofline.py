@@ -30,7 +30,7 @@ from vllm_twotower.planning.forward_cost import (
 )
 from vllm_twotower.planning.gpus import B200, GPUS, H100, H200, Gpu
 from vllm_twotower.planning.model_facts import ModelFacts
-from vllm_twotower.planning.placement import Placement, Towers, fit
+from vllm_twotower.planning.placement import Placement, Towers, fit_towers
 from vllm_twotower.planning.throughput import StepTimes, Workload, ar_tokens_per_s, diffusion_tokens_per_s
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes
 
@@ -138,7 +138,7 @@ def sweep(towers: Towers, load: Workload, assumed: Assumptions) -> list[dict]:
     for setup in SETUPS:
         ours, theirs = step_times(towers, setup, load, assumed), step_times(towers, setup, load, assumed, ar=True)
         tokens = load.context_length + load.canvas_length
-        room = fit(towers, setup.gpu, setup.num_gpus, setup.placement, setup.precision, tokens).num_requests
+        room = fit_towers(towers, setup.gpu, setup.num_gpus, setup.placement, setup.precision, tokens).num_requests
         for batch in BATCHES:
             row = {"setup": setup.name, "gpu": setup.gpu.name, "num_gpus": setup.num_gpus,
                    "placement": setup.placement, "precision": setup.precision, "batch": batch,

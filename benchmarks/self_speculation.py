@@ -7,7 +7,11 @@ Counts only, no times: what a forward costs depends on the machine, how many tok
 """
 
 import argparse
-from collections.abc import Iterator
+import itertools
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -38,6 +42,25 @@ DRAFTS = {
 }
 LOOK_UPS = {"n-grams of 2 to 4, 4 tokens": (2, 4, 4), "n-grams of 1 to 4, 15 tokens": (1, 4, 15)}
 """Shortest and longest n-gram, and tokens that are drafted from where it stood before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppingSpeculation(SelfSpeculation):
+    """Drafts that stop early, which the engine's do not."""
+
+    stop_above: float = math.inf
+    """No more passes once so many drafts are expected to be accepted."""
+    stop_below: float = -math.inf
+    """No more passes where no more than that are expected: more passes would not help."""
+
+    def choose_reveals(
+        self, proposals: dict[int, tuple[int, float]], confidences: Sequence[float], step: int
+    ) -> Sequence[int]:
+        """All, where this is the last pass."""
+        expected = sum(itertools.accumulate(confidences, operator.mul))
+        if self.stop_below < expected < self.stop_above:
+            return super().choose_reveals(proposals, confidences, step)
+        return list(proposals)
 
 
 def prompts(workload: str, per_family: int) -> list[str]:
@@ -74,7 +97,7 @@ def rows(towers: PlainTwoTower, asked: list[list[int]], max_tokens: int, tempera
     """AR, and then every way to draft."""
 
     def settings(seed: int, **of_drafts: float) -> SelfSpeculation:
-        return SelfSpeculation(temperature=temperature, seed=seed, eos_token_id=EOS, **of_drafts)
+        return StoppingSpeculation(temperature=temperature, seed=seed, eos_token_id=EOS, **of_drafts)
 
     expected = [write_as_ar(towers, ids, max_tokens, settings(seed)) for seed, ids in enumerate(asked)]
     num_tokens = sum(map(len, expected))

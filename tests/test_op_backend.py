@@ -13,7 +13,7 @@ from vllm_twotower.cpu import library as cpu_library
 from vllm_twotower.cpu.library import load_library
 from vllm_twotower.cpu.ops import use_cpp_ops
 from vllm_twotower.ops import backend
-from vllm_twotower.ops.backend import OpBackend, implementation, select_backend
+from vllm_twotower.ops.backend import OpBackend, find_implementation, select_backend
 from vllm_twotower.ops.launch import launch
 
 LOGITS = torch.zeros(1, 8)
@@ -38,7 +38,7 @@ def test_every_op_has_an_implementation_for_every_choice(op, choice, monkeypatch
     monkeypatch.setenv(KERNELS_VARIABLE, choice)
     rooms = {"reference": "ops", "triton": "ops", "auto": "cpu" if ON_A_CPU is OpBackend.CPP else "ops"}
     lacking = (choice, op) in (("triton", "mixture_of_experts"), ("auto", "state_replay"))
-    found = implementation(op, LOGITS)
+    found = find_implementation(op, LOGITS)
     assert found.__name__ == op
     assert found.__module__.startswith(f"vllm_twotower.{'ops' if lacking else rooms[choice]}.")
     assert found.__module__.endswith(".kernel") == (choice == "triton" and not lacking)

@@ -1,5 +1,7 @@
 """reveal: the kernel under Triton's interpreter against the reference, over every canvas width and many settings."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,12 +10,14 @@ from vllm_twotower import ops
 from vllm_twotower.cpu.ops import reveal as cpp
 from vllm_twotower.decoding.noise_level import all_noise_levels
 from vllm_twotower.ops.reveal import kernel as kernel_module
-from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed
+from vllm_twotower.ops.reveal.reference import CanvasRules, MaskedCanvases
 from vllm_twotower.ops.reveal.reference import reveal as reference
 
 kernel = kernels_of(kernel_module, "reveal").reveal
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-FIELDS = tuple(Revealed.__dataclass_fields__)
+FIELDS = tuple(MaskedCanvases.__dataclass_fields__)
+UNREAD = torch.tensor(-99)
+"""``level_R`` before a pass."""
 
 
 def canvases(rows, width, max_width, seed=0):
@@ -28,7 +32,14 @@ def canvases(rows, width, max_width, seed=0):
     masked[0] = False
     confidence = integers(5, rows, max_width) / 4
     pass_index_R = integers(20, rows) % max_steps_R
-    return integers(99, rows, max_width), integers(99, rows, max_width), confidence, masked, pass_index_R, rules
+    token = integers(99, rows, max_width)
+    before = MaskedCanvases(token_RS=token, masked_RS=masked, level_R=UNREAD, pass_index_R=pass_index_R)
+    return before, integers(99, rows, max_width), confidence, rules
+
+
+def tensors_of(case):
+    before, proposal, confidence, _ = case
+    return [*vars(before).values(), proposal, confidence]
 
 
 def assert_same(got, expected):
@@ -42,12 +53,12 @@ def assert_same(got, expected):
 )
 def test_kernel_equals_reference(rows, width, max_width):
     case = canvases(rows, width, max_width)
-    before = [t.clone() for t in case[:5]]
+    before = [t.clone() for t in tensors_of(case)]
     got = kernel(*case)
     assert_same(got, reference(*case))
-    assert all(torch.equal(b, t) for b, t in zip(before, case[:5], strict=True)), "arguments are not written"
+    assert all(torch.equal(b, t) for b, t in zip(before, tensors_of(case), strict=True)), "arguments are not written"
     levels = all_noise_levels(max_width)[got.level_R]
-    assert torch.equal(levels, got.masked_RS.sum(dim=1) / case[5].width_R)
+    assert torch.equal(levels, got.masked_RS.sum(dim=1) / case[3].width_R)
 
 
 @IN_CPP
@@ -56,9 +67,9 @@ def test_cpp_equals_reference(width):
     case = canvases(100, width, width, seed=width)
     confidence = case[2]
     confidence[::7] = float("nan")
-    before = [t.clone() for t in case[:5]]
+    before = [t.clone() for t in tensors_of(case)]
     assert_same(cpp.reveal(*case), reference(*case))
-    assert all(torch.equal(b.nan_to_num(), t.nan_to_num()) for b, t in zip(before, case[:5], strict=True))
+    assert all(torch.equal(b.nan_to_num(), t.nan_to_num()) for b, t in zip(before, tensors_of(case), strict=True))
 
 
 @pytest.mark.slow
@@ -80,7 +91,8 @@ def test_the_rule(form):
     )
     masked = torch.ones(5, 4, dtype=torch.bool)
     passes = torch.tensor([0, 0, 15, 0, 3])
-    got = form(torch.zeros(5, 4).long(), torch.ones(5, 4).long(), confidence, masked, passes, rules)
+    before = MaskedCanvases(token_RS=torch.zeros(5, 4).long(), masked_RS=masked, level_R=UNREAD, pass_index_R=passes)
+    got = form(before, torch.ones(5, 4).long(), confidence, rules)
     assert got.token_RS.tolist() == [[0, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0], [0, 1, 1, 0]]
     assert torch.equal(got.masked_RS, got.token_RS == 0)
     assert got.masked_RS.sum(dim=1).tolist() == [3, 1, 0, 3, 2]
@@ -88,19 +100,20 @@ def test_the_rule(form):
 
 
 @pytest.mark.parametrize(
-    ("index", "value", "message"),
+    ("name", "value", "message"),
     [
-        (0, torch.zeros(2, 33).long(), "token_RS has 33 positions per canvas, allowed: 1 to 32"),
-        (0, torch.zeros(2, 4), "token_RS is torch.float32, allowed: torch.int64"),
-        (1, torch.zeros(2, 3).long(), r"proposal_RS has shape \[2, 3\], wanted \[2, 4\]"),
-        (2, torch.zeros(2, 4).half(), "confidence_RS is torch.float16, allowed: torch.float32"),
-        (3, torch.zeros(2, 4).long(), "masked_RS is torch.int64, allowed: torch.bool"),
-        (4, torch.zeros(3).long(), r"pass_index_R has shape \[3\], wanted \[2\]"),
-        (5, CanvasRules(*[torch.ones(2)] * 3), "rules.width_R is torch.float32, allowed: torch.int64"),
+        ("token_RS", torch.zeros(2, 33).long(), "before.token_RS has 33 positions per canvas, allowed: 1 to 32"),
+        ("token_RS", torch.zeros(2, 4), "before.token_RS is torch.float32, allowed: torch.int64"),
+        ("proposal_RS", torch.zeros(2, 3).long(), r"proposal_RS has shape \[2, 3\], wanted \[2, 4\]"),
+        ("confidence_RS", torch.zeros(2, 4).half(), "confidence_RS is torch.float16, allowed: torch.float32"),
+        ("masked_RS", torch.zeros(2, 4).long(), "before.masked_RS is torch.int64, allowed: torch.bool"),
+        ("pass_index_R", torch.zeros(3).long(), r"before.pass_index_R has shape \[3\], wanted \[2\]"),
+        ("rules", CanvasRules(*[torch.ones(2)] * 3), "rules.width_R is torch.float32, allowed: torch.int64"),
     ],
 )
-def test_wrong_arguments_are_named(index, value, message):
-    good = list(canvases(2, 4, 4))
-    good[index] = value
+def test_wrong_arguments_are_named(name, value, message):
+    before, proposal, confidence, rules = canvases(2, 4, 4)
+    arguments = {"before": before, "proposal_RS": proposal, "confidence_RS": confidence, "rules": rules}
+    changed = {name: value} if name in arguments else {"before": replace(before, **{name: value})}
     with pytest.raises(ValueError, match=message):
-        ops.reveal(*good)
+        ops.reveal(**arguments | changed)

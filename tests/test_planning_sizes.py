@@ -11,7 +11,7 @@ from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
 from vllm_twotower.planning.gpus import GPUS
 from vllm_twotower.planning.model_facts import ModelFacts
-from vllm_twotower.planning.placement import CachePages, Placement, SplitTraffic, fit
+from vllm_twotower.planning.placement import CachePages, Placement, SplitTraffic, fit_towers
 from vllm_twotower.planning.tower_sizes import Part, Precision, Tower, TowerSizes, part_of, tower_of
 
 REAL = ModelFacts.from_config(REAL_CONFIG)
@@ -96,7 +96,7 @@ def test_ranks_share_what_is_sharded_and_repeat_the_rest(num_ranks):
     ],
 )
 def test_what_fits(gpu, num_gpus, placement, precision, fits):
-    one = fit(TOWERS, GPUS[gpu], num_gpus, placement, precision, 4096)
+    one = fit_towers(TOWERS, GPUS[gpu], num_gpus, placement, precision, 4096)
     assert (one.num_requests > 0) is fits, one
     assert (one.problem is None) is fits
 

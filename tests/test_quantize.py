@@ -91,7 +91,7 @@ def test_a_source_that_cannot_be_quantised_is_refused(tmp_path, tiny_moe, folder
     (infinite / "config.json").write_bytes((tiny_moe.path / "config.json").read_bytes())
     for source, target, message in (
         (done, tmp_path / "new", "has a quantization_config: quantise the BF16 checkpoint"),
-        (lacking, tmp_path / "new", "lacks 1 files of weights: model-00002-of-00003.safetensors"),
+        (lacking, tmp_path / "new", "lacks 1 of the files that its index names: model-00002-of-00003.safetensors"),
         (tiny_moe.path, done, "is there already and not an empty folder"),
         (tiny_moe.path / "config.json", tmp_path / "new", "is not a folder"),
         (infinite, tmp_path / "new", "context_tower.layers.0.mixer.in_proj.weight holds NaN or infinite"),

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks.quality_parts.questions import held_out
+from benchmarks.self_speculation import StoppingSpeculation
 from tests.demo_questions import OPEN
 from tests.tolerances import REPLAY
 from vllm_twotower.commands.cli import DEMO_MODEL
@@ -74,7 +75,7 @@ def test_noise_changes_what_is_written(expected):
 @pytest.mark.parametrize("max_steps", [1, 3, 16])
 def test_tokens_are_ars(model, prompts, expected, temperature, max_steps, hints, stop):
     for seed, (prompt, tokens) in enumerate(zip(prompts, expected[temperature], strict=True)):
-        settings = SelfSpeculation(
+        settings = StoppingSpeculation(
             max_steps=max_steps, temperature=temperature, seed=seed, eos_token_id=EOS, **hints, **stop
         )
         result = model.speculate(*prompt, settings)
@@ -144,7 +145,7 @@ def test_drafts_are_accepted_up_to_the_first_wrong_one(model, prompts, expected,
 
 def test_hints_and_adaptive_stop_save_forwards_and_are_off_by_default(model, prompts):
     def forwards(**settings):
-        whole = SelfSpeculation(eos_token_id=EOS, **settings)
+        whole = StoppingSpeculation(eos_token_id=EOS, **settings)
         results = [model.speculate(prompt, 96, whole) for prompt, _ in prompts[:NUM_QUESTIONS:2]]
         return sum(r.num_denoise_passes + len(r.rounds) for r in results)
 

@@ -53,7 +53,7 @@ def read_metrics(server):
 
 def test_readmes_session(server):
     """Every command of README's server section prints what README says it prints; first, since it counts canvases."""
-    shown = make_readme.session(README)
+    shown = make_readme.list_commands(README)
     assert len(shown) == 4
     for command, printed in shown:
         assert printed.strip(), "README shows what a command prints"

@@ -15,7 +15,7 @@ from tests.test_self_speculation import params
 from tools.screenshot import find_browser
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.commands.live import Recording
-from vllm_twotower.commands.trace_page import canvases_of, render_page
+from vllm_twotower.commands.trace_page import list_canvases, render_page
 from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 # Drives the page as a person would, and leaves what it saw in the document's title.
@@ -86,7 +86,7 @@ def test_the_canvases_are_the_references(case, recording):
 
 
 def test_every_position_is_shown_as_it_was_revealed(case, recording):
-    canvases = canvases_of(recording, decode)
+    canvases = list_canvases(recording, decode)
     cells = [cell for canvas in canvases for cell in canvas["cells"]]
     assert [cell["text"] for cell in cells if cell["kept"]] == [decode(t) for t in recording.token_ids]
     assert sum(len(canvas["passes"]) for canvas in canvases) == len(case["trace"])
@@ -165,7 +165,7 @@ def test_plain_steps_between_rounds_are_recorded(tiny_moe):
     for req_id, own in records.items():
         recording = Recording("", own, outputs[int(req_id.split("-")[0])], "")
         texts = []
-        for canvas in canvases_of(recording, decode):
+        for canvas in list_canvases(recording, decode):
             texts += [cell["text"] for cell in canvas["cells"] if cell["kept"]]
             texts += [canvas["verified"]["next"]] * canvas["verified"]["kept"]
         assert texts == [decode(token) for token in recording.token_ids]
@@ -176,7 +176,7 @@ def test_every_draft_is_shown_as_it_was_verified(rounds):
     num_hints = num_late = 0
     for recordings, stats in rounds:
         for recording in recordings:
-            shown, steps = canvases_of(recording, decode), steps_of(recording)
+            shown, steps = list_canvases(recording, decode), steps_of(recording)
             assert len(shown) == len(steps)
             known = None
             for canvas, step in zip(shown, steps, strict=True):
@@ -190,7 +190,7 @@ def test_every_draft_is_shown_as_it_was_verified(rounds):
                 known = canvas["verified"]["next"]
             kept = sum(cell["kept"] for c in shown for cell in c["cells"]) + sum(c["verified"]["kept"] for c in shown)
             assert kept == len(recording.token_ids)
-        assert sum(len(c["passes"]) for r in recordings for c in canvases_of(r, decode)) == stats["denoise_passes"]
+        assert sum(len(c["passes"]) for r in recordings for c in list_canvases(r, decode)) == stats["denoise_passes"]
     assert num_hints > 0
     assert num_late > 0
 
@@ -211,7 +211,7 @@ def play(recording, threshold, tmp_path):
 
 def test_the_page_plays_in_a_browser(case, recording, tmp_path):
     seen = play(recording, case["params"]["confidence_threshold"], tmp_path)
-    canvases, num_passes = canvases_of(recording, decode), len(recording.records)
+    canvases, num_passes = list_canvases(recording, decode), len(recording.records)
     assert seen["frames"] == num_passes + len(canvases) + len(canvases) - 1
     assert seen["start"]["masked"] == 16
     assert seen["back"] == seen["start"]
@@ -234,7 +234,7 @@ def test_the_page_of_drafts_plays_in_a_browser(rounds, tmp_path):
     """What was kept, struck out and the context tower's own, round by round."""
     recording = rounds[0][0][0]
     seen = play(recording, 0.8, tmp_path)
-    shown, steps = canvases_of(recording, decode), steps_of(recording)
+    shown, steps = list_canvases(recording, decode), steps_of(recording)
     num_passes = sum(len(canvas["passes"]) for canvas in shown)
     with_draft = [step for step in steps if step["drafts"]]
     # each draft as it starts, after each pass and as it is verified; a step without a draft is one frame

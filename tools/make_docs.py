@@ -165,7 +165,7 @@ def attribute_docs(owner: type) -> dict[str, str]:
     return docs
 
 
-def allowed(provoke) -> str:
+def read_allowed(provoke) -> str:
     """What the refusal of an impossible value says is allowed: the documentation and the message are one text."""
     try:
         provoke()
@@ -178,7 +178,7 @@ def engine_table() -> str:
     docs = attribute_docs(EngineOptions)
     rows = ["| option | default | allowed | meaning |", "| --- | --- | --- | --- |"]
     for field in dataclasses.fields(EngineOptions):
-        range_ = allowed(lambda name=field.name: EngineOptions(**{name: object()}))
+        range_ = read_allowed(lambda name=field.name: EngineOptions(**{name: object()}))
         rows.append(f"| `{field.name}` | `{field.default}` | {range_} | {docs[field.name].replace('``', '`')} |")
     return "\n".join(rows)
 
@@ -188,7 +188,7 @@ def request_table() -> str:
     rows = ["| setting | default | allowed | meaning |", "| --- | --- | --- | --- |"]
     for field in dataclasses.fields(RequestOptions):
         name = REQUEST_PREFIX + field.name
-        range_ = allowed(lambda name=name: RequestOptions.from_extra_args({name: object()}, engine))
+        range_ = read_allowed(lambda name=name: RequestOptions.from_extra_args({name: object()}, engine))
         if field.name == "canvas_length":
             range_ = "an integer from 1 to the engine's"
         default = "`mask_diffusion`" if field.name == "mode" else "the engine's"
@@ -196,7 +196,7 @@ def request_table() -> str:
     return "\n".join(rows)
 
 
-def usages() -> str:
+def list_usages() -> str:
     parser = make_parser()
     (commands,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     texts = []
@@ -227,7 +227,7 @@ def configuration() -> str:
         DEFAULTS.format(max_num_seqs=DEFAULT_MAX_NUM_SEQS),
         RULES.format(rows=rule_rows),
         METRICS.format(rows="\n".join(metrics), stats=stats),
-        COMMANDS.format(usages=usages()),
+        COMMANDS.format(usages=list_usages()),
     ]
     return "\n".join(sections).rstrip() + "\n"
 

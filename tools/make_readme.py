@@ -31,7 +31,7 @@ GAMMAS = (0.8, 0.95, 0.99)
 HALF_WAY = "<script>pause(); go(Math.ceil(trace.canvases[0].passes.length / 2));</script></body>"
 
 
-def session(readme: str) -> list[tuple[str, str]]:
+def list_commands(readme: str) -> list[tuple[str, str]]:
     """The commands of the section on the server, each with what README says it prints."""
     return ANSWERED.findall(readme.split("## As a server")[1].split("\n## ")[0])
 
@@ -63,7 +63,7 @@ def is_shown(printed: str, output: str) -> bool:
     return re.search(pattern, output, re.DOTALL) is not None
 
 
-def shown(printed: str, output: str) -> str:
+def renew_output(printed: str, output: str) -> str:
     """What README should show in place of ``printed``; of an abbreviated answer only its text changes."""
     if "..." not in printed:
         return output.strip() + "\n"
@@ -72,9 +72,11 @@ def shown(printed: str, output: str) -> str:
     return text.sub(lambda _: new[0], printed) if new else printed
 
 
-def replaced(readme: str, command: str, printed: str, output: str) -> str:
+def replace_output(readme: str, command: str, printed: str, output: str) -> str:
     """README with the output of a command as it is now."""
-    before, after = (f"```bash\n{command}```\n\n```text\n{text}```" for text in (printed, shown(printed, output)))
+    before, after = (
+        f"```bash\n{command}```\n\n```text\n{text}```" for text in (printed, renew_output(printed, output))
+    )
     assert before in readme
     return readme.replace(before, after)
 
@@ -94,8 +96,8 @@ def with_session(readme: str) -> str:
         tempfile.TemporaryDirectory() as folder,
         vllm_server(*serve_arguments(readme), log=pathlib.Path(folder) / "log", cwd=ROOT) as url,
     ):
-        for command, printed in session(readme):
-            readme = replaced(readme, command, printed, run_command(command, url))
+        for command, printed in list_commands(readme):
+            readme = replace_output(readme, command, printed, run_command(command, url))
     return readme
 
 

@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from vllm_twotower.core import MASK_TOKEN_ID, MAX_CANVAS_LENGTH, Mode
+from vllm_twotower.core import (
+    DEFAULT_CANVAS_LENGTH,
+    DEFAULT_CONFIDENCE_THRESHOLD,
+    DEFAULT_MAX_STEPS,
+    MASK_TOKEN_ID,
+    MAX_CANVAS_LENGTH,
+    Mode,
+)
 
 CONFIG_KEY = "diffusion"
 """Key of ``additional_config`` that turns diffusion on: True, or a dict of engine options."""
@@ -31,13 +38,13 @@ DEFAULT_COMMIT_QUORUM = 0.4
 class EngineOptions:
     """Options of one engine: ``additional_config["diffusion"]`` or ``--diffusion '{...}'``."""
 
-    canvas_length: int = 16
+    canvas_length: int = DEFAULT_CANVAS_LENGTH
     """Tokens per canvas, S; also the default and the maximum of the request's ``diffusion_canvas_length``."""
 
-    max_steps: int = 16
+    max_steps: int = DEFAULT_MAX_STEPS
     """Denoise passes per canvas at most, T; the default of the request's ``diffusion_max_steps``."""
 
-    confidence_threshold: float = 0.8
+    confidence_threshold: float = DEFAULT_CONFIDENCE_THRESHOLD
     """Gamma; the default of the request's ``diffusion_confidence_threshold``."""
 
     commit_quorum: float = DEFAULT_COMMIT_QUORUM

@@ -11,10 +11,20 @@
 Nothing here imports torch or vLLM, so every layer of the package may import it.
 """
 
+import os
 from enum import StrEnum
 
 MASK_TOKEN_ID = 3
 """The mask's token id unless ``config.json`` has a ``mask_token_id``; the released one has none (model card: 3)."""
+
+DEFAULT_CANVAS_LENGTH = 16
+"""Tokens per canvas, as the released model was trained."""
+
+DEFAULT_MAX_STEPS = 16
+"""Denoise passes per canvas at most."""
+
+DEFAULT_CONFIDENCE_THRESHOLD = 0.8
+"""Gamma, as published."""
 
 MAX_CANVAS_LENGTH = 32
 """Widest canvas; the released model was trained at 16 and collapses beyond its training width (paper, table 4)."""
@@ -30,6 +40,11 @@ TIMESTEP_MAX_PERIOD = 10_000.0
 
 KERNELS_VARIABLE = "VLLM_TWOTOWER_KERNELS"
 """Environment variable that chooses between kernels and references (``ops/backend.py``)."""
+
+
+def is_triton_interpreted() -> bool:
+    """Whether Triton interprets its kernels in this process."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Mode(StrEnum):

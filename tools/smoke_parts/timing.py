@@ -148,14 +148,14 @@ def this_gpu() -> Any:
 
 def config_that_fits(config: dict[str, Any], gpu: Any, args: Any) -> tuple[dict[str, Any], int]:
     """The model cut after so many layers that both towers and the largest batch fit; all of it on a CPU."""
-    from vllm_twotower.planning.placement import Placement, fit
+    from vllm_twotower.planning.placement import Placement, fit_towers
 
     pattern = config["hybrid_override_pattern"]
     for layers in range(len(pattern), 0, -1):
         cut = {**config, "hybrid_override_pattern": pattern[:layers], "num_hidden_layers": layers}
         if gpu is None:
             return cut, layers
-        one = fit(sizes_of(cut), gpu, 1, Placement.COLOCATED, precision_of(args), model_length(args))
+        one = fit_towers(sizes_of(cut), gpu, 1, Placement.COLOCATED, precision_of(args), model_length(args))
         if one.num_requests >= max(args.batches) and {"M", "*"} <= set(pattern[:layers]):
             return cut, layers
     raise RuntimeError(f"not even a few layers fit beside {max(args.batches)} requests: use smaller --batches")

@@ -5,6 +5,8 @@ import os
 import pathlib
 import sys
 
+from vllm_twotower.core import DEFAULT_CANVAS_LENGTH, DEFAULT_CONFIDENCE_THRESHOLD, Mode
+from vllm_twotower.planning.inspection import DEFAULT_TOKENS
 from vllm_twotower.planning.placement import GPU_MEMORY_UTILIZATION
 
 DEMO_MODEL = pathlib.Path(__file__).parents[1] / "assets" / "demo"
@@ -45,8 +47,8 @@ def make_parser() -> argparse.ArgumentParser:
     trace.add_argument("prompt")
     trace.add_argument(
         "--mode",
-        choices=["mask_diffusion", "self_speculation"],
-        default="mask_diffusion",
+        choices=[Mode.MASK_DIFFUSION.value, Mode.SELF_SPECULATION.value],
+        default=Mode.MASK_DIFFUSION.value,
         help="self_speculation shows drafts: what the context tower kept, what it struck out, and its own tokens",
     )
     trace.add_argument("--max-tokens", type=int, default=64)
@@ -59,8 +61,10 @@ def make_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="say what a checkpoint needs and fits on, loading nothing")
     inspect.add_argument("model", help="a checkpoint folder, or a config.json")
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")
-    inspect.add_argument("--tokens-per-request", type=int, help="prompt and output of each request (default 4096)")
-    inspect.add_argument("--canvas-length", type=int, default=16)
+    inspect.add_argument(
+        "--tokens-per-request", type=int, help=f"prompt and output of each request (default {DEFAULT_TOKENS})"
+    )
+    inspect.add_argument("--canvas-length", type=int, default=DEFAULT_CANVAS_LENGTH)
     inspect.add_argument(
         "--gpu-memory-utilization", type=float, default=GPU_MEMORY_UTILIZATION, help="vLLM's option of that name"
     )
@@ -96,9 +100,8 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _trace(args: argparse.Namespace) -> int:
     from vllm_twotower import diffusion_params
-    from vllm_twotower.commands.live import print_table, start_engine, write_live
+    from vllm_twotower.commands.live import start_engine, write_live
     from vllm_twotower.commands.trace_page import render_page
-    from vllm_twotower.config import EngineOptions
 
     if not args.html.parent.is_dir():
         raise ValueError(f"--html {args.html}: the folder {args.html.parent} does not exist; make it or name another")
@@ -111,14 +114,14 @@ def _trace(args: argparse.Namespace) -> int:
     )
     llm = start_engine(args.model)
     run = write_live(llm, [args.prompt], params, title=args.mode)
-    print_table([run])
-    threshold = args.confidence_threshold or EngineOptions().confidence_threshold
-    speculates = args.mode == "self_speculation"
+    threshold = args.confidence_threshold or DEFAULT_CONFIDENCE_THRESHOLD
+    speculates = args.mode == Mode.SELF_SPECULATION
     about = (
         f"{pathlib.Path(args.model).name}: {run.num_tokens} tokens in {run.num_denoise_passes} denoise passes and "
         f"{run.num_context_passes} {'verifications and steps without a draft' if speculates else 'commits'}, "
         f"confidence threshold {threshold:g}, temperature {args.temperature:g}"
     )
+    print(about)
     title = "Drafts verified" if speculates else "Canvases denoising"
     decode = llm.get_tokenizer().decode
     page = render_page(run.recordings[0], lambda t: decode([t]), title, about, threshold)

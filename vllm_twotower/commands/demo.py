@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_twotower import diffusion_params
 from vllm_twotower.commands.live import (
@@ -16,6 +16,7 @@ from vllm_twotower.commands.live import (
     write_live,
     write_silently,
 )
+from vllm_twotower.core import DEFAULT_CONFIDENCE_THRESHOLD, Mode
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -54,13 +55,12 @@ class Way:
     """One way to decode."""
 
     title: str
-    mode: str
-    settings: dict[str, Any]
+    mode: Mode
 
 
-AR = Way("ar", "ar", {})
-MASK_DIFFUSION = Way("mask diffusion 0.8", "mask_diffusion", {"confidence_threshold": 0.8, "max_steps": 16})
-SELF_SPECULATION = Way("self-speculation", "self_speculation", {})
+AR = Way("ar", Mode.AR)
+MASK_DIFFUSION = Way(f"mask diffusion {DEFAULT_CONFIDENCE_THRESHOLD}", Mode.MASK_DIFFUSION)
+SELF_SPECULATION = Way("self-speculation", Mode.SELF_SPECULATION)
 WAYS = (AR, MASK_DIFFUSION, SELF_SPECULATION)
 """The baseline, the published settings, and the baseline's own tokens in fewer forwards."""
 _LABEL_WIDTH = 30
@@ -98,7 +98,7 @@ def show_demo(model: pathlib.Path, own_questions: Sequence[str] | None, max_toke
 
 
 def _params(way: Way, max_tokens: int) -> "SamplingParams":
-    return diffusion_params(mode=way.mode, temperature=0.0, max_tokens=max_tokens, **way.settings)
+    return diffusion_params(mode=way.mode, temperature=0.0, max_tokens=max_tokens)
 
 
 def _compare_ways(llm: "LLM", prompts: list[str], max_tokens: int) -> list[Run]:

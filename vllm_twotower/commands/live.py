@@ -198,14 +198,3 @@ class _Screen:
 def in_one_line(text: str) -> str:
     """Text with its line breaks as signs."""
     return text.replace("\n", "⏎")
-
-
-def print_table(runs: list[Run]) -> None:
-    """Print one line per run."""
-    print("| mode | tokens | denoise passes | context passes | tokens per forward | seconds |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for run in runs:
-        print(
-            f"| {run.title} | {run.num_tokens} | {run.num_denoise_passes} | {run.num_context_passes} "
-            f"| {run.tokens_per_forward:.2f} | {run.seconds:.1f} |"
-        )

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vllm_twotower.models.stored_quantization import MODULES_LEFT
-from vllm_twotower.models.tensor_shapes import MATRIX_END, check_tensor, checkpoint_tensors, list_names
-from vllm_twotower.planning.checkpoint_folder import INDEX_FILE, SINGLE_FILE, CheckpointFolder
+from vllm_twotower.models.tensor_shapes import MATRIX_END, checkpoint_tensors, list_names
+from vllm_twotower.planning.checkpoint_folder import INDEX_FILE, CheckpointFolder
 from vllm_twotower.planning.model_facts import ModelFacts
 
 PRESETS = {"fp8": ("FP8_DYNAMIC", "float-quantized"), "int8": ("W8A8", "int-quantized")}
@@ -72,8 +72,7 @@ def quantize_checkpoint(
     compressor = BaseCompressor.get_value_from_registry(layout)
     num_matrices, before, after = 0, 0, 0
     weight_map: dict[str, str] = {}
-    files = _list_shards(source)
-    for number, file in enumerate(files, 1):
+    for number, file in enumerate(folder.shards, 1):
         written: dict[str, torch.Tensor] = {}
         with safe_open(source / file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 - no mapping
@@ -90,7 +89,7 @@ def quantize_checkpoint(
         weight_map |= dict.fromkeys(written, file)
         save_file(written, target / file, metadata={"format": "pt"})
         shutil.copymode(source / file, target / file)
-        report(f"{file}: {number} of {len(files)}, {before / 1e9:.2f} GB read, {after / 1e9:.2f} GB written")
+        report(f"{file}: {number} of {len(folder.shards)}, {before / 1e9:.2f} GB read, {after / 1e9:.2f} GB written")
     if (source / INDEX_FILE).is_file():
         _write_json(target / INDEX_FILE, {"metadata": {"total_size": after}, "weight_map": weight_map})
     for other in sorted(path for path in source.iterdir() if path.is_file()):
@@ -112,22 +111,14 @@ def _read_source(source: pathlib.Path) -> CheckpointFolder:
     facts = ModelFacts.from_config(folder.config, str(folder.config_file))
     if facts.quantization_config is not None:
         raise ValueError(f"{folder.config_file} has a quantization_config: quantise the BF16 checkpoint it came from")
-    if folder.tensors is None or folder.missing_shards:
-        absent = folder.missing_shards or (SINGLE_FILE,)
-        raise ValueError(f"{source} lacks {len(absent)} files of weights: {list_names(absent)}")
     expected = checkpoint_tensors(facts)
-    for name, stored in folder.tensors.items():
+    folder.check_tensors(expected)
+    if folder.tensors is None:
+        raise ValueError(f"{source} has no weights: {list_names(folder.shards)} is not there")
+    for name in folder.tensors:
         if name not in expected:
             raise ValueError(f"{source} has a tensor {name}, which is not part of the model: is it this config's?")
-        check_tensor(name, stored.shape, stored.dtype, expected)
     return folder
-
-
-def _list_shards(source: pathlib.Path) -> list[str]:
-    """Names of the files with weights."""
-    if not (source / INDEX_FILE).is_file():
-        return [SINGLE_FILE]
-    return sorted(set(json.loads((source / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()))
 
 
 def _quantize_matrix(

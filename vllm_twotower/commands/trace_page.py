@@ -37,14 +37,14 @@ def render_page(recording: "Recording", decode: Callable[[int], str], title: str
         "about": about,
         "prompt": recording.prompt,
         "threshold": threshold,
-        "canvases": canvases_of(recording, decode),
+        "canvases": list_canvases(recording, decode),
     }
     # inside a script element only `<` could end the data
     data = json.dumps(document, ensure_ascii=False).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, data)
 
 
-def canvases_of(recording: "Recording", decode: Callable[[int], str]) -> list[dict[str, Any]]:
+def list_canvases(recording: "Recording", decode: Callable[[int], str]) -> list[dict[str, Any]]:
     """The recording canvas by canvas, or context step by context step, token ids replaced by text.
 
     Returns:
@@ -60,18 +60,18 @@ def canvases_of(recording: "Recording", decode: Callable[[int], str]) -> list[di
     """
     shown: list[dict[str, Any]] = []
     num_left, last_token = len(recording.token_ids), -1
-    for passes, verified in _canvases(recording.records):
+    for passes, verified in _group_passes(recording.records):
         if verified is None:
-            cells = _cells(passes, passes[0]["tokens"], decode)
+            cells = _list_cells(passes, passes[0]["tokens"], decode)
             kept = len(cells)
         else:
-            cells = _cells(passes, [last_token, *verified["drafts"]], decode) if verified["drafts"] else []
+            cells = _list_cells(passes, [last_token, *verified["drafts"]], decode) if verified["drafts"] else []
             kept, last_token = verified["num_accepted"], verified["next_token"]
         first = 0 if verified is None else 1  # the known token counts where it was written
         for position, cell in enumerate(cells):
             cell["kept"] = first <= position < first + min(kept, num_left)
         num_left = max(0, num_left - kept)
-        canvas: dict[str, Any] = {"cells": cells, "passes": [_candidates(p["proposals"], decode) for p in passes]}
+        canvas: dict[str, Any] = {"cells": cells, "passes": [_list_candidates(p["proposals"], decode) for p in passes]}
         if verified is not None:
             canvas["verified"] = {"accepted": kept, "next": decode(last_token), "kept": num_left > 0}
             num_left = max(0, num_left - 1)
@@ -79,7 +79,7 @@ def canvases_of(recording: "Recording", decode: Callable[[int], str]) -> list[di
     return shown
 
 
-def _canvases(records: list[dict[str, Any]]) -> list[tuple[list[dict[str, Any]], dict[str, Any] | None]]:
+def _group_passes(records: list[dict[str, Any]]) -> list[tuple[list[dict[str, Any]], dict[str, Any] | None]]:
     """Passes of each canvas, and the context step that verified it or had none to verify; a draft that a preemption
     dropped is left out."""
     canvases: list[tuple[list[dict[str, Any]], dict[str, Any] | None]] = []
@@ -101,7 +101,9 @@ def _canvases(records: list[dict[str, Any]]) -> list[tuple[list[dict[str, Any]],
     return [(own, verified) for own, verified in canvases if verified is not None or not speculates]
 
 
-def _cells(passes: list[dict[str, Any]], tokens: Sequence[int], decode: Callable[[int], str]) -> list[dict[str, Any]]:
+def _list_cells(
+    passes: list[dict[str, Any]], tokens: Sequence[int], decode: Callable[[int], str]
+) -> list[dict[str, Any]]:
     """Each position's outcome: it was revealed by the last pass that still proposed something for it, and where none
     did, the token was there before."""
     cells = [{"text": decode(token), "pass": 0, "confidence": None} for token in tokens]
@@ -115,7 +117,7 @@ def _cells(passes: list[dict[str, Any]], tokens: Sequence[int], decode: Callable
     return cells
 
 
-def _candidates(proposals: dict[int, dict[str, Any]], decode: Callable[[int], str]) -> dict[int, list[list[Any]]]:
+def _list_candidates(proposals: dict[int, dict[str, Any]], decode: Callable[[int], str]) -> dict[int, list[list[Any]]]:
     shown = {}
     for position, proposal in proposals.items():
         others = [pair for pair in proposal["candidates"] if pair[0] != proposal["token"]]

@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import Any
 
-from vllm_twotower.models.tensor_shapes import check_scales, check_tensor, checkpoint_tensors, list_names
+from vllm_twotower.models.tensor_shapes import check_scales, checkpoint_tensors
 from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
 from vllm_twotower.planning.model_facts import ARCHITECTURE, ModelFacts
 
@@ -35,13 +35,8 @@ def check_checkpoint(engine_args: Any) -> None:
         return
     if engine_args.quantization is not None and facts.quantization_config is None:
         return
-    if folder.missing_shards:
-        missing = folder.missing_shards
-        raise ValueError(f"{path} lacks {len(missing)} of the files that its index names: {list_names(missing)}")
     expected = checkpoint_tensors(facts)
-    for name, stored in (folder.tensors or {}).items():
-        if name in expected:
-            check_tensor(name, stored.shape, stored.dtype, expected)
+    folder.check_tensors(expected)
     check_scales(folder.tensors or {}, expected)
 
 

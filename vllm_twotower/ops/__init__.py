@@ -14,13 +14,13 @@ Legend, for all ops: R rows (requests), S canvas positions, T tokens, N rows of 
 import torch
 
 from vllm_twotower.ops.adaln.reference import UNMODULATED, Modulation, check_modulation, check_norm
-from vllm_twotower.ops.backend import implementation
+from vllm_twotower.ops.backend import find_implementation
 from vllm_twotower.ops.canvas_sample import reference
 from vllm_twotower.ops.canvas_sample.reference import NOISE_TILE, Draw, Sample, ShapeScores, check_logits
-from vllm_twotower.ops.checks import check_tensor
+from vllm_twotower.ops.checks import check_argument
 from vllm_twotower.ops.gated_norm.reference import check_gated_norm
 from vllm_twotower.ops.mixture_of_experts.reference import Routing, check_experts
-from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed, check_canvases
+from vllm_twotower.ops.reveal.reference import CanvasRules, MaskedCanvases, check_canvases
 from vllm_twotower.ops.seeded_scan.reference import ConvInputs, ScanInputs, check_conv, check_scan
 from vllm_twotower.ops.state_replay.reference import check_replay
 
@@ -30,8 +30,8 @@ __all__ = [
     "CanvasRules",
     "ConvInputs",
     "Draw",
+    "MaskedCanvases",
     "Modulation",
-    "Revealed",
     "Routing",
     "Sample",
     "ScanInputs",
@@ -67,34 +67,29 @@ def canvas_sample(
     check_logits(logits_NV, mask_token_id, draw)
     if shape_scores is not None:
         return reference.canvas_sample(logits_NV, mask_token_id, draw, shape_scores)
-    return implementation("canvas_sample", logits_NV)(logits_NV, mask_token_id, draw)
+    return find_implementation("canvas_sample", logits_NV)(logits_NV, mask_token_id, draw)
 
 
 def reveal(
-    token_RS: torch.Tensor,
-    proposal_RS: torch.Tensor,
-    confidence_RS: torch.Tensor,
-    masked_RS: torch.Tensor,
-    pass_index_R: torch.Tensor,
-    rules: CanvasRules,
-) -> Revealed:
+    before: MaskedCanvases, proposal_RS: torch.Tensor, confidence_RS: torch.Tensor, rules: CanvasRules
+) -> MaskedCanvases:
     """Write the surest proposals of a pass into their canvases (``generate_mask_diffusion``, number to commit).
 
     k = max(#(confidence > gamma), 1, ceil(masked / (T - pass))) positions of each row that has any masked, all of them
     in the last pass; ties go to the lowest position.
 
     Args:
-        token_RS: int64 [R, S], S at most 32, not written.
+        before: the canvases; ``level_R`` is not read, nothing is written.
         proposal_RS: int64 [R, S], read where masked.
         confidence_RS: float32 [R, S], read where masked.
-        masked_RS: bool [R, S], undecided positions; none from a row's width on.
-        pass_index_R: int64 [R], passes run over each canvas before this one.
         rules: the rows' width, gamma and T.
 
+    Returns:
+        The canvases after the pass; ``pass_index_R`` is one more for each row that had anything masked.
+
     """
-    canvases = (token_RS, proposal_RS, confidence_RS, masked_RS, pass_index_R, rules)
-    check_canvases(*canvases)
-    return implementation("reveal", token_RS)(*canvases)
+    check_canvases(before, proposal_RS, confidence_RS, rules)
+    return find_implementation("reveal", before.token_RS)(before, proposal_RS, confidence_RS, rules)
 
 
 def modulate_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modulation: Modulation) -> torch.Tensor:
@@ -113,14 +108,14 @@ def modulate_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modula
     """
     check_modulation(x_TD, modulation)
     check_norm(x_TD, weight_D, eps)
-    return implementation("modulate_norm", x_TD)(x_TD, weight_D, eps, modulation)
+    return find_implementation("modulate_norm", x_TD)(x_TD, weight_D, eps, modulation)
 
 
 def norm_modulate(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, modulation: Modulation) -> torch.Tensor:
     """RMSNorm(x) (1 + scale) + shift: the input of a MoE or MLP layer; otherwise as ``modulate_norm``."""
     check_modulation(x_TD, modulation)
     check_norm(x_TD, weight_D, eps)
-    return implementation("norm_modulate", x_TD)(x_TD, weight_D, eps, modulation)
+    return find_implementation("norm_modulate", x_TD)(x_TD, weight_D, eps, modulation)
 
 
 def gate_add(x_TD: torch.Tensor, residual_TD: torch.Tensor, modulation: Modulation) -> torch.Tensor:
@@ -136,8 +131,8 @@ def gate_add(x_TD: torch.Tensor, residual_TD: torch.Tensor, modulation: Modulati
 
     """
     check_modulation(x_TD, modulation)
-    check_tensor("residual_TD", residual_TD, tuple(x_TD.shape), (x_TD.dtype,), x_TD.device)
-    return implementation("gate_add", x_TD)(x_TD, residual_TD, modulation)
+    check_argument("residual_TD", residual_TD, tuple(x_TD.shape), (x_TD.dtype,), x_TD.device)
+    return find_implementation("gate_add", x_TD)(x_TD, residual_TD, modulation)
 
 
 def gated_norm(
@@ -159,7 +154,7 @@ def gated_norm(
 
     """
     check_gated_norm(x_TD, gate_TD, weight_D, eps, num_groups)
-    return implementation("gated_norm", x_TD)(x_TD, gate_TD, weight_D, eps, num_groups)
+    return find_implementation("gated_norm", x_TD)(x_TD, gate_TD, weight_D, eps, num_groups)
 
 
 def seeded_conv(inputs: ConvInputs) -> torch.Tensor:
@@ -170,7 +165,7 @@ def seeded_conv(inputs: ConvInputs) -> torch.Tensor:
 
     """
     check_conv(inputs)
-    return implementation("seeded_conv", inputs.x_RSC)(inputs)
+    return find_implementation("seeded_conv", inputs.x_RSC)(inputs)
 
 
 def seeded_scan(inputs: ScanInputs, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -188,7 +183,7 @@ def seeded_scan(inputs: ScanInputs, out_dtype: torch.dtype = torch.float32) -> t
 
     """
     check_scan(inputs)
-    return implementation("seeded_scan", inputs.x_RSHP)(inputs, out_dtype)
+    return find_implementation("seeded_scan", inputs.x_RSHP)(inputs, out_dtype)
 
 
 def state_replay(
@@ -210,7 +205,7 @@ def state_replay(
 
     """
     check_replay(inputs, raw_RSC, conv_cache_ZKC, num_tokens_R)
-    run = implementation("state_replay", inputs.x_RSHP)
+    run = find_implementation("state_replay", inputs.x_RSHP)
     run(inputs, raw_RSC=raw_RSC, conv_cache_ZKC=conv_cache_ZKC, num_tokens_R=num_tokens_R)
 
 
@@ -230,4 +225,4 @@ def mixture_of_experts(
 
     """
     check_experts(x_TD, routing, up_EDI, down_EID)
-    return implementation("mixture_of_experts", x_TD)(x_TD, routing, up_EDI, down_EID)
+    return find_implementation("mixture_of_experts", x_TD)(x_TD, routing, up_EDI, down_EID)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from vllm_twotower.core import KERNELS_VARIABLE
+from vllm_twotower.core import KERNELS_VARIABLE, is_triton_interpreted
 
 CHOICES = ("auto", "reference", "triton")
 
@@ -62,7 +62,7 @@ def register_implementation(op: str, backend: OpBackend, function: Implementatio
     _implementations[backend][op] = function
 
 
-def implementation(op: str, tensor: torch.Tensor) -> Implementation:
+def find_implementation(op: str, tensor: torch.Tensor) -> Implementation:
     """The function that runs an op over this tensor.
 
     Raises:
@@ -94,7 +94,7 @@ def select_backend(tensor: torch.Tensor) -> OpBackend:
             return OpBackend.TRITON if importlib.util.find_spec("triton") is not None else OpBackend.REFERENCE
         has_cpp = tensor.device.type == "cpu" and _implementations[OpBackend.CPP]
         return OpBackend.CPP if has_cpp else OpBackend.REFERENCE
-    if choice == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if choice == "triton" and not tensor.is_cuda and not is_triton_interpreted():
         raise ValueError(
             f"{KERNELS_VARIABLE}=triton with tensors on {tensor.device}: kernels run there in Triton's interpreter "
             f"only, so set TRITON_INTERPRET=1 before Python starts, or {KERNELS_VARIABLE}=reference"

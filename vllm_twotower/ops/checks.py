@@ -10,7 +10,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INDEX = (torch.int64,)
 
 
-def check_tensor(
+def check_argument(
     name: str,
     tensor: torch.Tensor,
     shape: Sequence[int | str],

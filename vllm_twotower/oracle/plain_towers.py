@@ -148,17 +148,31 @@ class PlainTwoTower:
         """The context tower's final hidden states [B, L, D] over new tokens, and the caches after them."""
         kept = VerifiedCaches()
         hidden_BLD = self.embed(CONTEXT, tokens_BL)
-        for index, kind in enumerate(self.shape.hybrid_override_pattern):
-            name = f"{CONTEXT}.layers.{index}"
-            x_BLD = self.norm(f"{name}.norm", hidden_BLD)
-            if kind == "*":
-                out_BLD, kept.attention[index] = self._attention(name, x_BLD, cache.attention.get(index), causal=True)
-            elif kind == "M":
-                out_BLD, kept.mamba[index] = self.mamba(name, x_BLD, cache.mamba.get(index), chunk)
-            else:
-                out_BLD = self.feed_forward(name, kind, x_BLD)
-            hidden_BLD = hidden_BLD + out_BLD
+        for index in range(len(self.shape.hybrid_override_pattern)):
+            x_BLD = self.norm(f"{CONTEXT}.layers.{index}.norm", hidden_BLD)
+            hidden_BLD = hidden_BLD + self._run_mixer(CONTEXT, index, x_BLD, cache, kept, chunk=chunk)
         return self.norm(f"{CONTEXT}.norm_f", hidden_BLD), kept
+
+    def _run_mixer(
+        self,
+        tower: str,
+        index: int,
+        x_BLD: torch.Tensor,
+        cache: ContextCache,
+        kept: VerifiedCaches,
+        *,
+        causal: bool = True,
+        chunk: int | None = None,
+    ) -> torch.Tensor:
+        """One layer's mixer over new tokens, [B, L, D]. ``cache`` is only read; what it becomes goes into ``kept``."""
+        name, kind = f"{tower}.layers.{index}", self.shape.hybrid_override_pattern[index]
+        if kind == "*":
+            out_BLD, kept.attention[index] = self._attention(name, x_BLD, cache.attention.get(index), causal)
+        elif kind == "M":
+            out_BLD, kept.mamba[index] = self.mamba(name, x_BLD, cache.mamba.get(index), chunk)
+        else:
+            out_BLD = self.feed_forward(name, kind, x_BLD)
+        return out_BLD
 
     def context_logits(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         """Next-token logits of the context tower, float32 [B, L, V]."""
@@ -184,12 +198,7 @@ class PlainTwoTower:
                 x_BSD = self.norm(f"{name}.norm", hidden_BSD * (1 + scale) + shift)
             else:
                 x_BSD = self.norm(f"{name}.norm", hidden_BSD) * (1 + scale) + shift
-            if kind == "*":
-                out_BSD, _ = self._attention(name, x_BSD, cache.attention[index], causal=False)
-            elif kind == "M":
-                out_BSD, _ = self.mamba(name, x_BSD, cache.mamba[index])
-            else:
-                out_BSD = self.feed_forward(name, kind, x_BSD)
+            out_BSD = self._run_mixer(DENOISER, index, x_BSD, cache, VerifiedCaches(), causal=False)
             hidden_BSD = hidden_BSD + gate * out_BSD
         return self.denoiser_logits(hidden_BSD)
 
@@ -198,19 +207,14 @@ class PlainTwoTower:
 
         It sees the keys and values of every token but the last, and the Mamba states from before it.
         """
-        hidden = self.embed(DENOISER, last_B1)
-        for index, kind in enumerate(self.shape.hybrid_override_pattern):
-            name = f"{DENOISER}.layers.{index}"
-            x = self.norm(f"{name}.norm", hidden)
-            if kind == "*":
-                layer = cache.attention[index]
-                before = AttentionCache(layer.keys_BJLd[:, :, :-1], layer.values_BJLd[:, :, :-1])
-                out, _ = self._attention(name, x, before, causal=True)
-            elif kind == "M":
-                out, _ = self.mamba(name, x, cache.previous[index])
-            else:
-                out = self.feed_forward(name, kind, x)
-            hidden = hidden + out
+        shorter = {
+            index: AttentionCache(layer.keys_BJLd[:, :, :-1], layer.values_BJLd[:, :, :-1])
+            for index, layer in cache.attention.items()
+        }
+        before, hidden = ContextCache(shorter, cache.previous), self.embed(DENOISER, last_B1)
+        for index in range(len(self.shape.hybrid_override_pattern)):
+            x = self.norm(f"{DENOISER}.layers.{index}.norm", hidden)
+            hidden = hidden + self._run_mixer(DENOISER, index, x, before, VerifiedCaches())
         return self.denoiser_logits(hidden)
 
     @torch.inference_mode()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_twotower.core import MASK_TOKEN_ID
+from vllm_twotower.core import DEFAULT_CANVAS_LENGTH, DEFAULT_CONFIDENCE_THRESHOLD, DEFAULT_MAX_STEPS, MASK_TOKEN_ID
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.decoding.noise_level import noise_level
 from vllm_twotower.oracle.logits_rules import LogitsRules
@@ -40,9 +40,9 @@ class DecodingResult:
 class MaskDiffusion:
     """Mask-diffusion settings of one request; names and meaning as in ``diffusion_params``."""
 
-    canvas_length: int = 16
-    max_steps: int = 16
-    confidence_threshold: float = 0.8
+    canvas_length: int = DEFAULT_CANVAS_LENGTH
+    max_steps: int = DEFAULT_MAX_STEPS
+    confidence_threshold: float = DEFAULT_CONFIDENCE_THRESHOLD
     temperature: float = 0.0
     seed: int = 0
     mask_token_id: int = MASK_TOKEN_ID

@@ -4,9 +4,7 @@ AR's choice at a position is a function of the tokens before it: the likeliest, 
 for (seed, position) picks. So a draft is kept exactly as far as AR would have chosen the same, whatever drafted it.
 """
 
-import itertools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -30,10 +28,12 @@ class SelfSpeculation(MaskDiffusion):
     hint_threshold: float = math.inf
     """What is left of a rejected draft goes into the next canvas where AR chose the same token with a probability above
     this, although it saw a wrong one further left. Infinite: nothing does."""
-    stop_above: float = math.inf
-    """No more passes once so many drafts are expected to be accepted."""
-    stop_below: float = -math.inf
-    """No more passes where no more than that are expected: more passes would not help."""
+
+    def choose_reveals(
+        self, proposals: dict[int, tuple[int, float]], confidences: Sequence[float], step: int
+    ) -> Sequence[int]:
+        """Positions that a pass reveals; ``confidences`` are those of all drafts so far, by position."""
+        return positions_to_reveal(proposals, step, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +60,6 @@ class SpeculationResult:
     def num_denoise_passes(self) -> int:
         """Of all drafts."""
         return sum(one.num_passes for one in self.rounds)
-
-    @property
-    def tokens_per_round(self) -> float:
-        """Accepted drafts and AR's next, also where the end of the request cut them off."""
-        return sum(one.num_accepted + 1 for one in self.rounds) / len(self.rounds)
 
     @property
     def tokens_per_forward(self) -> float:
@@ -134,9 +129,7 @@ def _draft_canvas(
         start = len(tokens) - 1
         proposals = {i: propose(logits_SV[i], prompt, left[: start + i], AR_PASS, settings) for i in masked}
         guesses |= proposals
-        expected = sum(itertools.accumulate((guesses[i][1] for i in range(1, len(canvas))), operator.mul))
-        revealed = positions_to_reveal(proposals, step, settings)
-        for i in revealed if settings.stop_below < expected < settings.stop_above else masked:
+        for i in settings.choose_reveals(proposals, [guesses[i][1] for i in range(1, len(canvas))], step):
             canvas[i] = proposals[i][0]
     return canvas, settings.max_steps
 

@@ -5,10 +5,14 @@ shards take a second.
 import json
 import math
 import pathlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from vllm_twotower.models.stored_schemes import TensorSpec
+from vllm_twotower.models.tensor_shapes import check_tensor, list_names
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -47,6 +51,8 @@ class CheckpointFolder:
     """Its content."""
     tensors: dict[str, StoredTensor] | None
     """Every tensor of every shard by name; None where there are no shards."""
+    shards: tuple[str, ...]
+    """Files with weights that there should be: those that the index names, or the one."""
     missing_shards: tuple[str, ...]
     """Files that the index names and the folder has not."""
 
@@ -62,8 +68,23 @@ class CheckpointFolder:
         config = _read_json(file)
         if config.get("quantization_config") is None and (older := file.parent / OLDER_QUANTIZATION_FILE).is_file():
             config["quantization_config"] = {"quant_method": "modelopt", **_read_json(older)}
-        tensors, missing = _read_shards(file.parent) if pathlib.Path(path).is_dir() else (None, ())
-        return cls(file, config, tensors, missing)
+        if not pathlib.Path(path).is_dir():
+            return cls(file, config, None, (), ())
+        return cls(file, config, *_read_shards(file.parent))
+
+    def check_tensors(self, expected: Mapping[str, TensorSpec]) -> None:
+        """Check that all shards are there, and of the tensors in them those that are expected.
+
+        Raises:
+            ValueError: shards are missing, or a tensor is not what it has to be; by name.
+
+        """
+        if self.missing_shards:
+            folder, missing = self.config_file.parent, self.missing_shards
+            raise ValueError(f"{folder} lacks {len(missing)} of the files that its index names: {list_names(missing)}")
+        for name, stored in (self.tensors or {}).items():
+            if name in expected:
+                check_tensor(name, stored.shape, stored.dtype, expected)
 
 
 def config_file_of(path: pathlib.Path) -> pathlib.Path:
@@ -91,27 +112,29 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def _read_shards(folder: pathlib.Path) -> tuple[dict[str, StoredTensor] | None, tuple[str, ...]]:
-    """The tensors of the shards that are there, and the names of those that are not."""
+def _read_shards(
+    folder: pathlib.Path,
+) -> tuple[dict[str, StoredTensor] | None, tuple[str, ...], tuple[str, ...]]:
+    """The tensors of the shards that are there, the names of all shards, and of those that are not there."""
     index = folder / INDEX_FILE
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} has no weight_map: download it again")
-        files = sorted({str(name) for name in weight_map.values()})
+        files = tuple(sorted({str(name) for name in weight_map.values()}))
     else:
-        files = [SINGLE_FILE]
+        files = (SINGLE_FILE,)
     present = [name for name in files if (folder / name).is_file()]
     missing = tuple(name for name in files if name not in present) if index.is_file() else ()
     if not present:
-        return None, missing
+        return None, files, missing
     tensors: dict[str, StoredTensor] = {}
     for name in present:
         for tensor, stored in read_header(folder / name).items():
             if tensor in tensors:
                 raise ValueError(f"{folder / name} holds {tensor}, and so does an earlier shard: remove the wrong file")
             tensors[tensor] = stored
-    return tensors, missing
+    return tensors, files, missing
 
 
 def read_header(file: pathlib.Path) -> dict[str, StoredTensor]:

@@ -7,10 +7,9 @@ returns plain data (``--json``), ``inspection_text.describe`` the same for a per
 import itertools
 import math
 from collections import Counter
-from dataclasses import asdict
 from typing import Any
 
-from vllm_twotower.core import MAX_CANVAS_LENGTH
+from vllm_twotower.core import DEFAULT_CANVAS_LENGTH, MAX_CANVAS_LENGTH
 from vllm_twotower.models.tensor_shapes import checkpoint_shapes, checkpoint_tensors, list_names
 from vllm_twotower.planning.assumptions import WITH_OVERHEAD
 from vllm_twotower.planning.checkpoint_folder import CheckpointFolder
@@ -22,7 +21,7 @@ from vllm_twotower.planning.placement import (
     CachePages,
     Placement,
     SplitTraffic,
-    fit,
+    fit_towers,
 )
 from vllm_twotower.planning.speed import estimate_speeds, expected_passes
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes, tower_of
@@ -38,7 +37,7 @@ def inspect(
     path: str,
     *,
     tokens_per_request: int | None = None,
-    canvas_length: int = 16,
+    canvas_length: int = DEFAULT_CANVAS_LENGTH,
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
 ) -> Report:
     """Everything about a checkpoint folder or a ``config.json``, as plain data.
@@ -65,7 +64,7 @@ def inspect(
         )
     towers = {tower: TowerSizes.of(facts, tower) for tower in Tower}
     fits = [
-        fit(towers, gpu, num_gpus, placement, precision, tokens + canvas_length, gpu_memory_utilization)
+        fit_towers(towers, gpu, num_gpus, placement, precision, tokens + canvas_length, gpu_memory_utilization)
         for gpu, num_gpus, placement, precision in itertools.product(
             GPUS.values(), GPU_COUNTS, Placement, _precisions(facts)
         )
@@ -88,7 +87,7 @@ def inspect(
             {**vars(one), "precision": _precisions(facts)[one.precision], "requests": one.num_requests} for one in fits
         ],
         "speeds": [
-            {**asdict(one), "precision": _precisions(facts)[one.precision]}
+            {**one, "precision": _precisions(facts)[one["precision"]]}
             for one in estimate_speeds(towers, fits, tokens, canvas_length)
         ],
     }

@@ -1,14 +1,12 @@
 """``vllm-twotower inspect`` for a person: the report of ``inspection.inspect`` as a page of text."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from vllm_twotower.planning.gpus import GIB, GPUS
+from vllm_twotower.planning.inspection import Report
+from vllm_twotower.planning.placement import Placement
 
-Report = dict[str, Any]
-
-PLACEMENT_NAMES = {"ar": "AR", "colocated": "colocated", "split": "split"}
-SPEED_NAMES = {"ar": "AR", "diffusion": "diffusion"}
+SPEEDS = ("ar", "diffusion")
 PRECISION_NAMES = {"bf16": "unquantized", "fp8": "fp8", "stored": "as stored"}
 
 
@@ -104,9 +102,9 @@ def _fits(report: Report) -> Iterable[str]:
         line = lines.setdefault(f"{row['num_gpus']} x {gpu.name} ({gpu.marketed_gb} GB)", {})
         line[row["placement"], row["precision"]] = f"{row['requests']:,}" if row["requests"] else "-"
     precisions = list(dict.fromkeys(row["precision"] for row in report["fits"]))
-    columns = [(placement, precision) for placement in PLACEMENT_NAMES for precision in precisions]
+    columns = [(placement, precision) for placement in Placement for precision in precisions]
     rows = [[name, *(line.get(column, "") for column in columns)] for name, line in lines.items()]
-    yield from _table(["", *(f"{PLACEMENT_NAMES[p]}, {_precision(report, q)}" for p, q in columns)], rows)
+    yield from _table(["", *(f"{_name_way(p)}, {_precision(report, q)}" for p, q in columns)], rows)
     yield "AR: the context tower alone; colocated: both towers sharded over all GPUs, which tower_placement=auto means"
     yield "wherever the heads divide; split, as published: half of the GPUs for each tower"
     yield "A step runs one tower: with split the other half of the GPUs waits, which is why auto is colocated"
@@ -123,14 +121,14 @@ def _speeds(report: Report) -> Iterable[str]:
         yield "none: no such GPUs hold both towers"
         return
     batches = list(dict.fromkeys(row["requests"] for row in report["speeds"]))
-    columns = [(requests, kind) for requests in batches for kind in SPEED_NAMES]
+    columns = [(requests, kind) for requests in batches for kind in SPEEDS]
     lines: dict[str, dict[tuple[int, str], str]] = {}
     for row in report["speeds"]:
         line = lines.setdefault(f"{row['num_gpus']} x {row['gpu']}, {_precision(report, row['precision'])}", {})
-        for kind in SPEED_NAMES:
+        for kind in SPEEDS:
             line[row["requests"], kind] = f"{row['floor'][kind]:,.0f} / {row['overhead'][kind]:,.0f}"
     rows = [[name, *(line.get(column, "-") for column in columns)] for name, line in lines.items()]
-    yield from _table(["requests at once", *(f"{requests}, {SPEED_NAMES[kind]}" for requests, kind in columns)], rows)
+    yield from _table(["requests at once", *(f"{requests}, {_name_way(kind)}" for requests, kind in columns)], rows)
     yield f"floor: bytes and products counted, at {assumed['passes_per_canvas']} passes per canvas; no GPU was timed"
     yield (
         f"overhead: {assumed['fixed_s_per_forward'] * 1e3:.1f} ms more for each forward, fitted to AR steps of the 30B "
@@ -149,6 +147,11 @@ def _traffic(traffic: Report) -> Iterable[str]:
         "a canvas",
         f"{traffic['bytes_per_canvas']:,} B to the denoiser, tokens and inputs of Mamba layers; back {back}",
     )
+
+
+def _name_way(name: str) -> str:
+    """A placement, or a way to decode."""
+    return "AR" if name == "ar" else name
 
 
 def _precision(report: Report, precision: str) -> str:

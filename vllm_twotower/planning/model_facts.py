@@ -129,7 +129,7 @@ _NOT_COUNTED = {
 
 _FIXED = {
     "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False,
-    "mlp_bias": False, "mamba_proj_bias": False,
+    "mlp_bias": False, "mamba_proj_bias": False, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
 }  # fmt: skip
 """Fields that say what both towers are in any case."""
 

@@ -58,7 +58,7 @@ class Fit:
         return max(0, self.cache_bytes_per_gpu // max(1, self.bytes_per_request_per_gpu))
 
 
-def fit(
+def fit_towers(
     towers: Towers,
     gpu: Gpu,
     num_gpus: int,

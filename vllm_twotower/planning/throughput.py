@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 
 from vllm_twotower.config import DEFAULT_COMMIT_QUORUM
-from vllm_twotower.core import StepKind
+from vllm_twotower.core import DEFAULT_CANVAS_LENGTH, StepKind
 from vllm_twotower.planning.assumptions import Assumptions
 from vllm_twotower.planning.canvas_passes import CanvasPasses
 from vllm_twotower.planning.forward_cost import Machine, ar_step, context_step, denoise_pass
@@ -30,7 +30,7 @@ class Workload:
 
     context_length: int = 2048
     """Tokens of a request in the cache, on average."""
-    canvas_length: int = 16
+    canvas_length: int = DEFAULT_CANVAS_LENGTH
     passes: CanvasPasses = field(default_factory=CanvasPasses)
 
 
@@ -79,7 +79,7 @@ def ar_tokens_per_s(times: StepTimes, rows: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepCounts:
+class SimulatedSteps:
     """Steps of a simulation after its first quarter, by how many rows they held."""
 
     denoise: Mapping[int, int]
@@ -91,7 +91,7 @@ class StepCounts:
 
 
 @cache
-def count_steps(passes: CanvasPasses, rows: int, commit_quorum: float, seed: int = 0) -> StepCounts:
+def count_steps(passes: CanvasPasses, rows: int, commit_quorum: float, seed: int = 0) -> SimulatedSteps:
     """Simulate one kind of step at a time, chosen by the engine's policy, which does not look at a step's price."""
     policy, counts = StepPolicy(commit_quorum), [passes.draw_counts(row, seed) for row in range(rows)]
     passes_left = [next(count) for count in counts]
@@ -118,7 +118,7 @@ def count_steps(passes: CanvasPasses, rows: int, commit_quorum: float, seed: int
             denoise.clear()
             commits.clear()
     assert warm is not None
-    return StepCounts(denoise=denoise, commits=commits, canvases=done - warm)
+    return SimulatedSteps(denoise=denoise, commits=commits, canvases=done - warm)
 
 
 def diffusion_tokens_per_s(

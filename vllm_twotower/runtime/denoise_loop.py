@@ -15,6 +15,7 @@ Legend: R rows (requests), S widest canvas, T tokens in batch order, D hidden, N
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -108,13 +109,12 @@ class DenoiseLoop:
                 hidden_TD = self.denoiser(token_T, now.level_R, layout, self.context_layers)
             wanted_T = wanted_RS[layout.row_T, layout.column_T] if undecided_T is None else undecided_T
             proposal_RS, confidence_RS = self._propose(hidden_TD, wanted_T, rows, layout, now)
-            revealed = reveal(now.token_RS, proposal_RS, confidence_RS, now.masked_RS, now.pass_index_R, rules)
-            now = Canvases(
-                token_RS=torch.where(mock_ar_RS, proposal_RS, revealed.token_RS),
-                masked_RS=revealed.masked_RS,
-                level_R=revealed.level_R,
-                pass_index_R=revealed.pass_index_R + mock_ar_RS.any(dim=1),
-                broken_R=now.broken_R | (confidence_RS.isnan() & wanted_RS).any(dim=1),
+            broken_R = now.broken_R | (confidence_RS.isnan() & wanted_RS).any(dim=1)
+            now = Canvases(**vars(reveal(now, proposal_RS, confidence_RS, rules)), broken_R=broken_R)
+            now = replace(
+                now,
+                token_RS=torch.where(mock_ar_RS, proposal_RS, now.token_RS),
+                pass_index_R=now.pass_index_R + mock_ar_RS.any(dim=1),
             )
         return now
 

@@ -17,7 +17,7 @@ import torch
 
 from vllm_twotower.config import RequestOptions
 from vllm_twotower.core import Mode, StepKind
-from vllm_twotower.ops import Draw
+from vllm_twotower.ops import Draw, MaskedCanvases
 from vllm_twotower.runtime.host_copies import copy_together
 
 
@@ -257,17 +257,9 @@ class ScheduledStep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Canvases:
+class Canvases(MaskedCanvases):
     """The canvases of a step between two passes, on the device."""
 
-    token_RS: torch.Tensor
-    """int64 [R, S]."""
-    masked_RS: torch.Tensor
-    """bool [R, S], undecided positions."""
-    level_R: torch.Tensor
-    """int64 [R], noise level of each, see ``decoding.noise_level.level_index``."""
-    pass_index_R: torch.Tensor
-    """int64 [R], passes run over each so far."""
     broken_R: torch.Tensor
     """bool [R], rows with a confidence that was NaN."""
 

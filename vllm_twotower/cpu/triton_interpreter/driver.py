@@ -1,16 +1,12 @@
 """The driver half of the backend: active only under the interpreter, on a machine without a GPU."""
 
-import os
 import sys
 import types
 from typing import Any
 
 from triton.backends.driver import DriverBase
 
-
-def interpreting() -> bool:
-    """Whether Triton interprets its kernels in this process."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+from vllm_twotower.core import is_triton_interpreted
 
 
 class _BackendsWithoutUs(types.ModuleType):
@@ -28,7 +24,7 @@ class _BackendsWithoutUs(types.ModuleType):
         return {n: b for n, b in self.__dict__["backends"].items() if b.driver is not InterpreterDriver}
 
 
-if not interpreting():
+if not is_triton_interpreted():
     # Triton imports this module while it discovers its backends: the dict is not bound yet, and there is no later hook
     sys.modules["triton.backends"].__class__ = _BackendsWithoutUs
 
@@ -39,7 +35,7 @@ class InterpreterDriver(DriverBase):
     @classmethod
     def is_active(cls) -> bool:
         """True under ``TRITON_INTERPRET=1`` where torch sees no GPU; two active drivers are an error in Triton."""
-        if not interpreting():
+        if not is_triton_interpreted():
             return False
         import torch
 

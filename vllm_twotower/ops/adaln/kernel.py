@@ -14,10 +14,7 @@ import triton.language as tl
 
 from vllm_twotower.ops.adaln.reference import Modulation
 from vllm_twotower.ops.checks import check_unit_strides
-from vllm_twotower.ops.launch import launch
-
-MAX_HIDDEN = 16_384
-"""Most elements of a token that 8 warps hold in registers."""
+from vllm_twotower.ops.launch import MAX_BLOCK, count_warps, launch
 
 
 @triton.jit
@@ -114,8 +111,8 @@ def _gate_add(
 def _run(kernel: Any, x_TD: torch.Tensor, modulation: Modulation, **own: Any) -> torch.Tensor:
     """Launch one program per token; ``own`` is what the two kernels do not share."""
     num_tokens, hidden = x_TD.shape
-    if hidden > MAX_HIDDEN:
-        raise ValueError(f"x_TD has {hidden} columns, the kernel takes at most {MAX_HIDDEN}: use the reference")
+    if hidden > MAX_BLOCK:
+        raise ValueError(f"x_TD has {hidden} columns, the kernel takes at most {MAX_BLOCK}: use the reference")
     check_unit_strides(x_TD=x_TD)
     out_TD = torch.empty(num_tokens, hidden, dtype=x_TD.dtype, device=x_TD.device)
     block = triton.next_power_of_2(hidden)
@@ -131,7 +128,7 @@ def _run(kernel: Any, x_TD: torch.Tensor, modulation: Modulation, **own: Any) ->
         x_stride=x_TD.stride(0),
         hidden=hidden,
         BLOCK_D=block,
-        num_warps=min(8, max(1, block // 512)),
+        num_warps=count_warps(block),
         **own,
     )
     return out_TD

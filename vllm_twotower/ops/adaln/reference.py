@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_twotower.ops.checks import FLOATS, INDEX, check_tensor
+from vllm_twotower.ops.checks import FLOATS, INDEX, check_argument
 
 UNMODULATED = -1
 """The level of a row without time conditioning: shift 0, scale 0, gate 1."""
@@ -40,18 +40,18 @@ class Modulation:
 
 def check_modulation(x_TD: torch.Tensor, modulation: Modulation) -> None:
     """Refuse a modulation that does not fit the tokens: a ``ValueError`` that names it."""
-    check_tensor("x_TD", x_TD, ("T", "D"), FLOATS)
+    check_argument("x_TD", x_TD, ("T", "D"), FLOATS)
     num_tokens, hidden = x_TD.shape
     dtype = (x_TD.dtype,)
-    check_tensor("modulation.vector_L3D", modulation.vector_L3D, ("L", 3, hidden), dtype, x_TD.device)
-    check_tensor("modulation.table_3D", modulation.table_3D, (3, hidden), dtype, x_TD.device)
-    check_tensor("modulation.level_R", modulation.level_R, ("R",), INDEX, x_TD.device)
-    check_tensor("modulation.row_T", modulation.row_T, (num_tokens,), INDEX, x_TD.device)
+    check_argument("modulation.vector_L3D", modulation.vector_L3D, ("L", 3, hidden), dtype, x_TD.device)
+    check_argument("modulation.table_3D", modulation.table_3D, (3, hidden), dtype, x_TD.device)
+    check_argument("modulation.level_R", modulation.level_R, ("R",), INDEX, x_TD.device)
+    check_argument("modulation.row_T", modulation.row_T, (num_tokens,), INDEX, x_TD.device)
 
 
 def check_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> None:
     """Refuse what is no weight or epsilon of a norm over x: a ``ValueError`` that names it."""
-    check_tensor("weight_D", weight_D, (x_TD.shape[1],), FLOATS, x_TD.device)
+    check_argument("weight_D", weight_D, (x_TD.shape[1],), FLOATS, x_TD.device)
     if not eps >= 0:
         raise ValueError(f"eps={eps}: must be 0 or more")
 

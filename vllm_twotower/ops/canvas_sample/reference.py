@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from vllm_twotower.decoding.noise import gumbel_noise
-from vllm_twotower.ops.checks import FLOATS, INDEX, check_tensor
+from vllm_twotower.ops.checks import FLOATS, INDEX, check_argument
 
 ShapeScores = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tempered scores [N, V], indices of their rows [N]) -> the scores with top-k, top-p and min-p applied."""
@@ -49,14 +49,14 @@ class Sample:
 
 def check_logits(logits_NV: torch.Tensor, mask_token_id: int, draw: Draw | None) -> None:
     """Refuse logits, a mask id or a draw that do not fit together: a ``ValueError`` that names it."""
-    check_tensor("logits_NV", logits_NV, ("N", "V"), FLOATS)
+    check_argument("logits_NV", logits_NV, ("N", "V"), FLOATS)
     num_rows, vocab_size = logits_NV.shape
     if not 0 <= mask_token_id < vocab_size:
         raise ValueError(f"mask_token_id={mask_token_id}: must be in [0, {vocab_size}), the columns of logits_NV")
     if draw is not None:
-        check_tensor("draw.temperature_N", draw.temperature_N, (num_rows,), (torch.float32,), logits_NV.device)
+        check_argument("draw.temperature_N", draw.temperature_N, (num_rows,), (torch.float32,), logits_NV.device)
         for name in ("seed_N", "position_N", "pass_index_N"):
-            check_tensor(f"draw.{name}", getattr(draw, name), (num_rows,), INDEX, logits_NV.device)
+            check_argument(f"draw.{name}", getattr(draw, name), (num_rows,), INDEX, logits_NV.device)
 
 
 def canvas_sample(

@@ -8,11 +8,8 @@ import triton
 import triton.language as tl
 
 from vllm_twotower.ops.checks import check_unit_strides
-from vllm_twotower.ops.launch import launch
+from vllm_twotower.ops.launch import MAX_BLOCK, count_warps, launch
 from vllm_twotower.ops.seeded_scan.kernel import times_sigmoid
-
-MAX_WIDTH = 16_384
-"""Most elements of a group that 8 warps hold in registers."""
 
 
 @triton.jit
@@ -50,8 +47,8 @@ def gated_norm(
 ) -> torch.Tensor:
     """See ``vllm_twotower.ops.gated_norm``."""
     num_tokens, width = x_TD.shape[0], x_TD.shape[1] // num_groups
-    if width > MAX_WIDTH:
-        raise ValueError(f"a group of x_TD has {width} columns, the kernel takes at most {MAX_WIDTH}: use references")
+    if width > MAX_BLOCK:
+        raise ValueError(f"a group of x_TD has {width} columns, the kernel takes at most {MAX_BLOCK}: use references")
     check_unit_strides(x_TD=x_TD, gate_TD=gate_TD)
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     block = triton.next_power_of_2(width)
@@ -67,6 +64,6 @@ def gated_norm(
         width=width,
         eps=eps,
         BLOCK_W=block,
-        num_warps=min(8, max(1, block // 512)),
+        num_warps=count_warps(block),
     )
     return out_TD

@@ -5,20 +5,19 @@ Legend: T tokens, D = C * W channels, C groups of W.
 
 import torch
 
-from vllm_twotower.ops.checks import FLOATS, check_tensor
+from vllm_twotower.ops.adaln.reference import check_norm
+from vllm_twotower.ops.checks import FLOATS, check_argument
 
 
 def check_gated_norm(
     x_TD: torch.Tensor, gate_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, num_groups: int
 ) -> None:
     """Refuse what does not fit together: a ``ValueError`` that names it."""
-    check_tensor("x_TD", x_TD, ("T", "D"), FLOATS)
-    check_tensor("gate_TD", gate_TD, tuple(x_TD.shape), (x_TD.dtype,), x_TD.device)
-    check_tensor("weight_D", weight_D, (x_TD.shape[1],), FLOATS, x_TD.device)
+    check_argument("x_TD", x_TD, ("T", "D"), FLOATS)
+    check_argument("gate_TD", gate_TD, tuple(x_TD.shape), (x_TD.dtype,), x_TD.device)
+    check_norm(x_TD, weight_D, eps)
     if num_groups < 1 or x_TD.shape[1] % num_groups:
         raise ValueError(f"num_groups={num_groups}: must divide the {x_TD.shape[1]} columns of x_TD")
-    if not eps >= 0:
-        raise ValueError(f"eps={eps}: must be 0 or more")
 
 
 def gated_norm(

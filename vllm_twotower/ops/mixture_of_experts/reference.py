@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from vllm_twotower.ops.checks import FLOATS, check_tensor
+from vllm_twotower.ops.checks import FLOATS, check_argument
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Routing:
 
 def check_experts(x_TD: torch.Tensor, routing: Routing, up_EDI: torch.Tensor, down_EID: torch.Tensor) -> None:
     """Refuse experts or a routing that do not fit the tokens: a ``ValueError`` that names it."""
-    check_tensor("x_TD", x_TD, ("T", "D"), FLOATS)
+    check_argument("x_TD", x_TD, ("T", "D"), FLOATS)
     hidden = x_TD.shape[1]
-    check_tensor("up_EDI", up_EDI, ("E", hidden, "I"), FLOATS, x_TD.device)
+    check_argument("up_EDI", up_EDI, ("E", hidden, "I"), FLOATS, x_TD.device)
     num_experts, _, width = up_EDI.shape
-    check_tensor("down_EID", down_EID, (num_experts, width, hidden), FLOATS, x_TD.device)
-    check_tensor("routing.weight_ED", routing.weight_ED, (num_experts, hidden), FLOATS, x_TD.device)
-    check_tensor("routing.bias_E", routing.bias_E, (num_experts,), (torch.float32,), x_TD.device)
+    check_argument("down_EID", down_EID, (num_experts, width, hidden), FLOATS, x_TD.device)
+    check_argument("routing.weight_ED", routing.weight_ED, (num_experts, hidden), FLOATS, x_TD.device)
+    check_argument("routing.bias_E", routing.bias_E, (num_experts,), (torch.float32,), x_TD.device)
     if not 1 <= routing.top_k <= num_experts:
         raise ValueError(f"routing.top_k={routing.top_k}: must be in [1, {num_experts}], the experts there are")
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from vllm_twotower.ops.launch import launch
-from vllm_twotower.ops.reveal.reference import CanvasRules, Revealed
+from vllm_twotower.ops.reveal.reference import CanvasRules, MaskedCanvases
 
 
 @triton.jit
@@ -69,36 +69,34 @@ def _reveal(
 
 
 def reveal(
-    token_RS: torch.Tensor,
-    proposal_RS: torch.Tensor,
-    confidence_RS: torch.Tensor,
-    masked_RS: torch.Tensor,
-    pass_index_R: torch.Tensor,
-    rules: CanvasRules,
-) -> Revealed:
+    before: MaskedCanvases, proposal_RS: torch.Tensor, confidence_RS: torch.Tensor, rules: CanvasRules
+) -> MaskedCanvases:
     """See ``vllm_twotower.ops.reveal``."""
-    num_rows, width = token_RS.shape
-    out_RS = torch.empty_like(token_RS, memory_format=torch.contiguous_format)
-    out_masked_RS = torch.empty(num_rows, width, dtype=torch.bool, device=token_RS.device)
+    num_rows, width = before.token_RS.shape
     # an allocation each: Triton compiles another kernel for a pointer that is not aligned, as a slice's may be
-    level_R, out_pass_index_R = torch.empty_like(pass_index_R), torch.empty_like(pass_index_R)
+    after = MaskedCanvases(
+        token_RS=torch.empty_like(before.token_RS, memory_format=torch.contiguous_format),
+        masked_RS=torch.empty(num_rows, width, dtype=torch.bool, device=before.token_RS.device),
+        level_R=torch.empty_like(before.pass_index_R),
+        pass_index_R=torch.empty_like(before.pass_index_R),
+    )
     launch(
         _reveal,
         (num_rows,),
-        token_ptr=token_RS.contiguous(),
+        token_ptr=before.token_RS.contiguous(),
         proposal_ptr=proposal_RS.contiguous(),
         confidence_ptr=confidence_RS.contiguous(),
-        masked_ptr=masked_RS.contiguous(),
-        pass_index_ptr=pass_index_R.contiguous(),
+        masked_ptr=before.masked_RS.contiguous(),
+        pass_index_ptr=before.pass_index_R.contiguous(),
         width_ptr=rules.width_R.contiguous(),
         threshold_ptr=rules.threshold_R.contiguous(),
         max_steps_ptr=rules.max_steps_R.contiguous(),
-        out_token_ptr=out_RS,
-        out_masked_ptr=out_masked_RS,
-        level_ptr=level_R,
-        out_pass_index_ptr=out_pass_index_R,
+        out_token_ptr=after.token_RS,
+        out_masked_ptr=after.masked_RS,
+        level_ptr=after.level_R,
+        out_pass_index_ptr=after.pass_index_R,
         width=width,
         BLOCK_S=triton.next_power_of_2(width),
         num_warps=1,
     )
-    return Revealed(out_RS, out_masked_RS, level_R, out_pass_index_R)
+    return after

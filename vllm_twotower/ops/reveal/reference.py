@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_twotower.decoding.noise_level import level_index
-from vllm_twotower.ops.checks import INDEX, check_canvas_width, check_tensor
+from vllm_twotower.ops.checks import INDEX, check_argument, check_canvas_width
 
 
 @dataclass(frozen=True)
@@ -26,40 +26,35 @@ class CanvasRules:
     """int64 [R], T."""
 
 
-@dataclass(frozen=True)
-class Revealed:
-    """Canvases after a pass."""
+@dataclass(frozen=True, kw_only=True)
+class MaskedCanvases:
+    """Canvases before or after a pass."""
 
     token_RS: torch.Tensor
-    """int64 [R, S]."""
+    """int64 [R, S], S at most 32."""
     masked_RS: torch.Tensor
-    """bool [R, S], what is still undecided."""
+    """bool [R, S], undecided positions; none from a row's width on."""
     level_R: torch.Tensor
-    """int64 [R], the row of the tabulated noise levels for the next pass (``decoding.noise_level.level_index``)."""
+    """int64 [R], noise level for the next pass, see ``decoding.noise_level.level_index``."""
     pass_index_R: torch.Tensor
-    """int64 [R], one more for each row that had anything masked."""
+    """int64 [R], passes run over each so far."""
 
 
 def check_canvases(
-    token_RS: torch.Tensor,
-    proposal_RS: torch.Tensor,
-    confidence_RS: torch.Tensor,
-    masked_RS: torch.Tensor,
-    pass_index_R: torch.Tensor,
-    rules: CanvasRules,
+    before: MaskedCanvases, proposal_RS: torch.Tensor, confidence_RS: torch.Tensor, rules: CanvasRules
 ) -> None:
     """Refuse canvases, proposals or rules that do not fit together: a ``ValueError`` that names it."""
-    check_tensor("token_RS", token_RS, ("R", "S"), INDEX)
-    check_canvas_width("token_RS", token_RS)
-    num_rows, width = token_RS.shape
-    device = token_RS.device
-    check_tensor("proposal_RS", proposal_RS, (num_rows, width), INDEX, device)
-    check_tensor("confidence_RS", confidence_RS, (num_rows, width), (torch.float32,), device)
-    check_tensor("masked_RS", masked_RS, (num_rows, width), (torch.bool,), device)
-    check_tensor("pass_index_R", pass_index_R, (num_rows,), INDEX, device)
-    check_tensor("rules.width_R", rules.width_R, (num_rows,), INDEX, device)
-    check_tensor("rules.threshold_R", rules.threshold_R, (num_rows,), (torch.float32,), device)
-    check_tensor("rules.max_steps_R", rules.max_steps_R, (num_rows,), INDEX, device)
+    check_argument("before.token_RS", before.token_RS, ("R", "S"), INDEX)
+    check_canvas_width("before.token_RS", before.token_RS)
+    num_rows, width = before.token_RS.shape
+    device = before.token_RS.device
+    check_argument("proposal_RS", proposal_RS, (num_rows, width), INDEX, device)
+    check_argument("confidence_RS", confidence_RS, (num_rows, width), (torch.float32,), device)
+    check_argument("before.masked_RS", before.masked_RS, (num_rows, width), (torch.bool,), device)
+    check_argument("before.pass_index_R", before.pass_index_R, (num_rows,), INDEX, device)
+    check_argument("rules.width_R", rules.width_R, (num_rows,), INDEX, device)
+    check_argument("rules.threshold_R", rules.threshold_R, (num_rows,), (torch.float32,), device)
+    check_argument("rules.max_steps_R", rules.max_steps_R, (num_rows,), INDEX, device)
 
 
 def num_to_reveal(
@@ -98,20 +93,16 @@ def select_surest(confidence_RS: torch.Tensor, masked_RS: torch.Tensor, num_to_r
 
 
 def reveal(
-    token_RS: torch.Tensor,
-    proposal_RS: torch.Tensor,
-    confidence_RS: torch.Tensor,
-    masked_RS: torch.Tensor,
-    pass_index_R: torch.Tensor,
-    rules: CanvasRules,
-) -> Revealed:
+    before: MaskedCanvases, proposal_RS: torch.Tensor, confidence_RS: torch.Tensor, rules: CanvasRules
+) -> MaskedCanvases:
     """See ``vllm_twotower.ops.reveal``."""
+    masked_RS, pass_index_R = before.masked_RS, before.pass_index_R
     k_R = num_to_reveal(confidence_RS, masked_RS, rules.threshold_R, pass_index_R, rules.max_steps_R)
     revealed_RS = select_surest(confidence_RS, masked_RS, k_R)
     still_masked_RS = masked_RS & ~revealed_RS
-    return Revealed(
-        torch.where(revealed_RS, proposal_RS, token_RS),
-        still_masked_RS,
-        level_index(still_masked_RS.sum(dim=1), rules.width_R),
-        pass_index_R + masked_RS.any(dim=1),
+    return MaskedCanvases(
+        token_RS=torch.where(revealed_RS, proposal_RS, before.token_RS),
+        masked_RS=still_masked_RS,
+        level_R=level_index(still_masked_RS.sum(dim=1), rules.width_R),
+        pass_index_R=pass_index_R + masked_RS.any(dim=1),
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from vllm_twotower.ops.checks import FLOATS, INDEX, check_canvas_width, check_tensor
+from vllm_twotower.ops.checks import FLOATS, INDEX, check_argument, check_canvas_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,32 +55,32 @@ class ScanInputs:
 def check_conv(inputs: ConvInputs) -> None:
     """Refuse inputs of the wrong shape, dtype or device: a ``ValueError`` that names it."""
     i, device = inputs, inputs.x_RSC.device
-    check_tensor("x_RSC", i.x_RSC, ("R", "S", "C"), FLOATS)
+    check_argument("x_RSC", i.x_RSC, ("R", "S", "C"), FLOATS)
     check_canvas_width("x_RSC", i.x_RSC)
     num_rows, _, channels = i.x_RSC.shape
-    check_tensor("weight_CK", i.weight_CK, (channels, "K"), FLOATS, device)
+    check_argument("weight_CK", i.weight_CK, (channels, "K"), FLOATS, device)
     if i.bias_C is not None:
-        check_tensor("bias_C", i.bias_C, (channels,), FLOATS, device)
-    check_tensor("cache_ZKC", i.cache_ZKC, ("Z", i.weight_CK.shape[1] - 1, channels), FLOATS, device)
-    check_tensor("slot_R", i.slot_R, (num_rows,), INDEX, device)
+        check_argument("bias_C", i.bias_C, (channels,), FLOATS, device)
+    check_argument("cache_ZKC", i.cache_ZKC, ("Z", i.weight_CK.shape[1] - 1, channels), FLOATS, device)
+    check_argument("slot_R", i.slot_R, (num_rows,), INDEX, device)
 
 
 def check_scan(inputs: ScanInputs) -> None:
     """Refuse inputs of the wrong shape, dtype or device: a ``ValueError`` that names it."""
     i, device = inputs, inputs.x_RSHP.device
-    check_tensor("x_RSHP", i.x_RSHP, ("R", "S", "H", "P"), FLOATS)
+    check_argument("x_RSHP", i.x_RSHP, ("R", "S", "H", "P"), FLOATS)
     check_canvas_width("x_RSHP", i.x_RSHP)
     num_rows, width, heads, head_dim = i.x_RSHP.shape
-    check_tensor("dt_RSH", i.dt_RSH, (num_rows, width, heads), FLOATS, device)
+    check_argument("dt_RSH", i.dt_RSH, (num_rows, width, heads), FLOATS, device)
     for name in ("a_H", "skip_H", "dt_bias_H"):
-        check_tensor(name, getattr(i, name), (heads,), FLOATS, device)
-    check_tensor("b_RSGN", i.b_RSGN, (num_rows, width, "G", "N"), FLOATS, device)
+        check_argument(name, getattr(i, name), (heads,), FLOATS, device)
+    check_argument("b_RSGN", i.b_RSGN, (num_rows, width, "G", "N"), FLOATS, device)
     groups, state_size = i.b_RSGN.shape[2:]
     if groups < 1 or heads % groups:
         raise ValueError(f"b_RSGN has {groups} groups, which do not divide the {heads} heads of x_RSHP")
-    check_tensor("c_RSGN", i.c_RSGN, (num_rows, width, groups, state_size), FLOATS, device)
-    check_tensor("state_ZHPN", i.state_ZHPN, ("Z", heads, head_dim, state_size), FLOATS, device)
-    check_tensor("slot_R", i.slot_R, (num_rows,), INDEX, device)
+    check_argument("c_RSGN", i.c_RSGN, (num_rows, width, groups, state_size), FLOATS, device)
+    check_argument("state_ZHPN", i.state_ZHPN, ("Z", heads, head_dim, state_size), FLOATS, device)
+    check_argument("slot_R", i.slot_R, (num_rows,), INDEX, device)
 
 
 def seeded_conv(inputs: ConvInputs) -> torch.Tensor:

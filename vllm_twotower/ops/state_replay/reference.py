@@ -7,7 +7,7 @@ Legend: R rows, S canvas positions, C conv channels, K conv kernel, H heads, P h
 import torch
 import torch.nn.functional as F
 
-from vllm_twotower.ops.checks import FLOATS, INDEX, check_tensor
+from vllm_twotower.ops.checks import FLOATS, INDEX, check_argument
 from vllm_twotower.ops.seeded_scan.reference import ScanInputs, check_scan
 
 
@@ -17,10 +17,10 @@ def check_replay(
     """Refuse inputs of the wrong shape, dtype or device: a ``ValueError`` that names it."""
     check_scan(inputs)
     (num_rows, width), device = inputs.x_RSHP.shape[:2], inputs.x_RSHP.device
-    check_tensor("raw_RSC", raw_RSC, (num_rows, width, "C"), FLOATS, device)
+    check_argument("raw_RSC", raw_RSC, (num_rows, width, "C"), FLOATS, device)
     num_slots, channels = inputs.state_ZHPN.shape[0], raw_RSC.shape[2]
-    check_tensor("conv_cache_ZKC", conv_cache_ZKC, (num_slots, "K - 1", channels), FLOATS, device)
-    check_tensor("num_tokens_R", num_tokens_R, (num_rows,), INDEX, device)
+    check_argument("conv_cache_ZKC", conv_cache_ZKC, (num_slots, "K - 1", channels), FLOATS, device)
+    check_argument("num_tokens_R", num_tokens_R, (num_rows,), INDEX, device)
 
 
 def state_replay(
