@@ -47,7 +47,7 @@ class Recorder:
 def recorder(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(denoise_graphs, "record_cuda_graph", recorder)
-    monkeypatch.setattr(denoise_graphs, "capturing", lambda device: nullcontext())
+    monkeypatch.setattr(denoise_graphs, "graph_capture", lambda device: nullcontext())
     monkeypatch.setattr(denoise_graphs, "CAPTURABLE_BACKENDS", ("CPU_ATTN",))
     return recorder
 
@@ -165,9 +165,9 @@ def test_a_step_reads_nothing_between_its_passes(tiny_moe, recorder, monkeypatch
         with torch.utils._python_dispatch._disable_current_modes():
             return run(graph, *args)
 
-    run = denoise_graphs.DenoiseGraph.run
+    run = denoise_graphs.DenoiseGraphs._replay
     monkeypatch.setattr(DenoiseLoop, "run_passes", counted)
-    monkeypatch.setattr(denoise_graphs.DenoiseGraph, "run", replay_unseen)
+    monkeypatch.setattr(denoise_graphs.DenoiseGraphs, "_replay", replay_unseen)
     with start_engine(tiny_moe.path, {"passes_per_step": 3}) as e:
         capture(e)
         for free in (True, False):

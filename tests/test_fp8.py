@@ -5,6 +5,7 @@ For a bf16 checkpoint vLLM 0.32 reads ``fp8`` as ``fp8_per_tensor``: ``OnlineQua
 """
 
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 from tests.harness.engine import start_engine
 from tests.test_loading import REAL_CONFIG, real_engine_config
 from vllm_twotower import diffusion_params
-from vllm_twotower.models import denoiser_tower, entry, twotower
+from vllm_twotower.models import entry, twotower
 from vllm_twotower.models.tensor_shapes import checkpoint_shapes
 from vllm_twotower.planning.model_facts import ModelFacts
 from vllm_twotower.planning.tower_sizes import Precision, Tower, TowerSizes
@@ -28,7 +29,7 @@ MIXER_LAYERS = {"M": ("in_proj", "out_proj"), "*": ("qkv_proj", "o_proj"), "E": 
 
 @pytest.fixture
 def gpu_modules(monkeypatch):
-    """Build the fused experts, as a GPU does: two platform checks of ours and one of vLLM's keep them off a CPU."""
+    """Build the fused experts, as a GPU does: a platform check of vLLM's and our own experts keep them off a CPU."""
     from vllm.model_executor.layers.fused_moe import config as fused_moe_config
     from vllm.platforms import current_platform
 
@@ -36,14 +37,11 @@ def gpu_modules(monkeypatch):
         def __getattr__(self, name):
             return getattr(current_platform, name)
 
-        def is_cpu(self):
-            return False
-
         def is_cuda_alike(self):
             return True
 
-    for module in (twotower, denoiser_tower, fused_moe_config):
-        monkeypatch.setattr(module, "current_platform", LikeCuda())
+    monkeypatch.setattr(fused_moe_config, "current_platform", LikeCuda())
+    monkeypatch.setattr(twotower, "running_on_cpu", nullcontext)
 
 
 def tower_of(module_name):

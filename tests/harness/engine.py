@@ -50,7 +50,7 @@ def list_backends(llm: "LLM") -> list[str]:
 def count_denoise_graphs(llm: "LLM") -> int:
     """CUDA graphs of denoise passes that the engine has captured."""
     graphs = find_runner(llm).model_state.graphs
-    return graphs.num_captured if graphs is not None else 0
+    return len(graphs._recorded) if graphs is not None else 0
 
 
 def read_clock() -> float:

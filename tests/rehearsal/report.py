@@ -11,7 +11,7 @@ from tests.rehearsal.passes import RehearsedStep, Watch
 def describe_start(core: Any, config: Any) -> dict[str, Any]:
     """What start-up has decided."""
     from vllm_twotower.models.kernel_names import describe_kernels
-    from vllm_twotower.runtime.denoise_graphs import find_uncapturable, row_counts
+    from vllm_twotower.runtime.denoise_graphs import find_uncapturable, list_row_counts
 
     runner, model = find_runner(core.model_executor), find_model(core.model_executor)
     cache, scheduler, compilation = config.cache_config, config.scheduler_config, config.compilation_config
@@ -33,7 +33,7 @@ def describe_start(core: Any, config: Any) -> dict[str, Any]:
         "mamba cache": f"{cache.mamba_cache_mode}, {cache.mamba_block_size} tokens a block",
         "cache layout": str(cache.kv_cache_layout) if hasattr(cache, "kv_cache_layout") else None,
         "graphs of the context tower": compilation.cudagraph_mode.name,
-        "graphs of denoise passes": row_counts(config, model.options.canvas_length)
+        "graphs of denoise passes": list_row_counts(config, model.options.canvas_length)
         if model.denoiser is not None and not find_uncapturable(runner.attn_groups)
         else "none",
     }

@@ -110,14 +110,11 @@ class CanvasTable:
             for slot, width, is_new in zip(slots, step.widths, starts, strict=True):
                 if is_new:  # where hints are the host does not know
                     self._undecided[slot], self._pass_index[slot] = (1 << width) - 1, 0
-        mock_ar_RS = torch.zeros_like(token_RS, dtype=torch.bool)
-        known_RS = mock_ar_RS
+        mock_ar_R = known_R = None
         undecided = [self._undecided[slot] for slot in slots]
         if known is not None:
-            mock_ar_RS[:, 0] = known.mock_ar_R
-            known_RS = mock_ar_RS.clone()
-            known_RS[:, 0] |= known.drafted_R
-            token_RS[:, 0] = torch.where(known_RS[:, 0], known.token_R, token_RS[:, 0])
+            mock_ar_R, known_R = known.mock_ar_R, known.mock_ar_R | known.drafted_R
+            token_RS[:, 0] = torch.where(known_R, known.token_R, token_RS[:, 0])
             undecided = [
                 bits & ~1 if mode is Mode.SELF_SPECULATION else bits
                 for bits, mode in zip(undecided, step.modes, strict=True)
@@ -130,8 +127,8 @@ class CanvasTable:
             slots_np=step.slots_np,
             seq_lens_np=step.ends_np,
             token_RS=token_RS,
-            mock_ar_RS=mock_ar_RS,
-            known_RS=known_RS,
+            mock_ar_R=mock_ar_R,
+            known_R=known_R,
             pass_index_R=pass_index_R,
             max_steps_R=self.max_steps_B[slot_R],
             threshold_R=self.threshold_B[slot_R],

@@ -83,7 +83,7 @@ class DenoiseLoop:
         assert step.canvases is not None
         rows, layout, places = step.canvases.rows, step.canvases.layout, step.canvases.places
         # a captured pass modulates every row
-        graph = graphs.load(step.widths, places) if graphs is not None and layout.unmodulated_R is None else None
+        replay = graphs.load(step.widths, places) if graphs is not None and layout.unmodulated_R is None else None
         reads = self.reads_between_passes(step)
         undecided_T = None if reads else _undecided_at_start(step.widths, rows, layout)
         rules = CanvasRules(rows.width_R, rows.threshold_R, rows.max_steps_R)
@@ -96,14 +96,14 @@ class DenoiseLoop:
             broken_R=torch.zeros_like(rows.pass_index_R, dtype=torch.bool),
         )
         for index in range(self._num_passes(step)):
-            mock_ar_RS = rows.mock_ar_RS if index == 0 else torch.zeros_like(rows.mock_ar_RS)
-            wanted_RS = now.masked_RS | mock_ar_RS
+            mock_ar_R = rows.mock_ar_R if index == 0 else None
+            wanted_RS = now.masked_RS if mock_ar_R is None else now.masked_RS | mock_ar_R[:, None]
             if reads and not wanted_RS.any():
                 break
             if self.trace is not None:
                 self.trace.start_pass(step, now.masked_RS.any(dim=1), now.token_RS)
-            if graph is not None:
-                hidden_TD = graph.run(now.token_RS, now.level_R)
+            if replay is not None:
+                hidden_TD = replay(now.token_RS, now.level_R)
             else:
                 token_T = now.token_RS[layout.row_T, layout.column_T]
                 hidden_TD = self.denoiser(token_T, now.level_R, layout, self.context_layers)
@@ -111,11 +111,9 @@ class DenoiseLoop:
             proposal_RS, confidence_RS = self._propose(hidden_TD, wanted_T, rows, layout, now)
             broken_R = now.broken_R | (confidence_RS.isnan() & wanted_RS).any(dim=1)
             now = Canvases(**vars(reveal(now, proposal_RS, confidence_RS, rules)), broken_R=broken_R)
-            now = replace(
-                now,
-                token_RS=torch.where(mock_ar_RS, proposal_RS, now.token_RS),
-                pass_index_R=now.pass_index_R + mock_ar_RS.any(dim=1),
-            )
+            if mock_ar_R is not None:
+                token_RS = torch.where(mock_ar_R[:, None], proposal_RS, now.token_RS)
+                now = replace(now, token_RS=token_RS, pass_index_R=now.pass_index_R + mock_ar_R)
         return now
 
     def read_outcome(
@@ -147,7 +145,10 @@ class DenoiseLoop:
 
     def _masked(self, token_RS: torch.Tensor, rows: CanvasRows) -> torch.Tensor:
         """Undecided positions; a known token may be the mask id, as any token of a prompt."""
-        return (token_RS == self.proposals.mask_token_id) & ~rows.known_RS
+        masked_RS = token_RS == self.proposals.mask_token_id
+        if rows.known_R is not None:
+            masked_RS[:, 0] &= ~rows.known_R
+        return masked_RS
 
     def _propose(
         self,

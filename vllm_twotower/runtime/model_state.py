@@ -18,7 +18,6 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
-from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
@@ -33,9 +32,13 @@ from vllm_twotower.models.denoiser_tower import DenoiserTower
 from vllm_twotower.models.kernel_names import describe_kernels
 from vllm_twotower.models.mamba import mamba_mixers
 from vllm_twotower.models.twotower import TwoTowerForCausalLM
-from vllm_twotower.runtime import denoise_graphs
 from vllm_twotower.runtime.canvas_table import CanvasTable, resolve_seed
-from vllm_twotower.runtime.denoise_graphs import CAPTURABLE_BACKENDS, DenoiseGraphs, find_uncapturable
+from vllm_twotower.runtime.denoise_graphs import (
+    CAPTURABLE_BACKENDS,
+    DenoiseGraphs,
+    build_canvas_metadata,
+    find_uncapturable,
+)
 from vllm_twotower.runtime.denoise_loop import DenoiseLoop
 from vllm_twotower.runtime.host_copies import copy_together
 from vllm_twotower.runtime.proposals import ProposalSampler
@@ -179,8 +182,8 @@ class TwoTowerModelState(MambaHybridModelState):
         )
         step.canvases = self._lay_out_canvases(step, input_batch, places)
         seq_lens_upper_bound = input_batch.seq_lens_cpu_upper_bound
-        return build_attn_metadata(
-            attn_groups=[[g for g in gs if not isinstance(g.kv_cache_spec, MambaSpec)] for gs in attn_groups],
+        return build_canvas_metadata(
+            attn_groups,
             num_reqs=num_reqs,
             num_tokens=input_batch.num_tokens,
             query_start_loc_gpu=input_batch.query_start_loc[: num_reqs + 1],
@@ -193,7 +196,6 @@ class TwoTowerModelState(MambaHybridModelState):
             kv_cache_config=kv_cache_config,
             seq_lens_cpu_upper_bound=seq_lens_upper_bound,
             positions=input_batch.positions,
-            causal=False,
         )
 
     def _begin_verification(
@@ -376,8 +378,7 @@ class TwoTowerModelState(MambaHybridModelState):
             block_tables.input_block_tables,
             self.device,
         )
-        with denoise_graphs.capturing(self.device):
-            self.graphs.capture(denoise_graphs.record_cuda_graph)
+        self.graphs.capture()
 
     def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
         """No full CUDA graphs: they are chosen by shape alone, and a canvas can have the shape of a decode step."""

@@ -86,26 +86,31 @@ class CanvasSampler:
         is_denoised = [options is not None and not options.is_sampled for options in step.options]
         if step.is_real:
             self._count_context_step(step, is_denoised)
-        if not all(is_denoised):
-            output = self.sample_ar_rows(step, logits, batch)
-            if output.num_nans is None:
-                # whether, not how many: a maximum hands a NaN on, and needs no second tensor of the logits' size
-                output.num_nans = logits.amax(dim=-1).isnan().to(torch.int32)
-            if step.verify is not None:
-                output = accept_drafts(output, step.verify, batch)
-                hint_VS = self.find_hints(logits, output, step.verify, batch)
-                self.canvases.keep_hints(step, hint_VS, output.num_sampled[step.verify.row_V])
-                widths = [step.widths[row] - 1 for row in step.verify.rows]
-                self.stats.count_verification(widths, output.num_sampled[step.verify.row_V] - 1)
-            if (trace := self.find_trace()) is not None and step.is_real:
-                trace.record_verifications(step, output)
-            if any(is_denoised):
-                is_denoised_R = async_tensor_h2d(is_denoised, output.num_sampled.device)
-                output.num_sampled = output.num_sampled.masked_fill(is_denoised_R, 0)
-            return output
-        zeros_R = torch.zeros(batch.num_reqs, dtype=torch.int32, device=logits.device)
-        tokens_R1 = torch.zeros(batch.num_reqs, 1, dtype=torch.int64, device=logits.device)
-        return SamplerOutput(tokens_R1, None, None, zeros_R, zeros_R.clone())
+        if all(is_denoised):
+            zeros_R = torch.zeros(batch.num_reqs, dtype=torch.int32, device=logits.device)
+            tokens_R1 = torch.zeros(batch.num_reqs, 1, dtype=torch.int64, device=logits.device)
+            return SamplerOutput(tokens_R1, None, None, zeros_R, zeros_R.clone())
+        output = self.sample_ar_rows(step, logits, batch)
+        if output.num_nans is None:
+            # whether, not how many: a maximum hands a NaN on, and needs no second tensor of the logits' size
+            output.num_nans = logits.amax(dim=-1).isnan().to(torch.int32)
+        if step.verify is not None:
+            output = self._verify_drafts(step, step.verify, output, logits, batch)
+        if (trace := self.find_trace()) is not None and step.is_real:
+            trace.record_verifications(step, output)
+        if any(is_denoised):
+            is_denoised_R = async_tensor_h2d(is_denoised, output.num_sampled.device)
+            output.num_sampled = output.num_sampled.masked_fill(is_denoised_R, 0)
+        return output
+
+    def _verify_drafts(
+        self, step: Step, verify: VerifyRows, chosen: SamplerOutput, logits: torch.Tensor, batch: InputBatch
+    ) -> SamplerOutput:
+        output = accept_drafts(chosen, verify, batch)
+        num_sampled = output.num_sampled[verify.row_V]
+        self.canvases.keep_hints(step, self.find_hints(logits, output, verify, batch), num_sampled)
+        self.stats.count_verification([step.widths[row] - 1 for row in verify.rows], num_sampled - 1)
+        return output
 
     def sample_ar_rows(self, step: Step, logits: torch.Tensor, batch: InputBatch) -> SamplerOutput:
         """vLLM's own sampling."""

@@ -113,10 +113,11 @@ class CanvasRows:
     """int64 [R] on the host, each row's length with its canvas."""
     token_RS: torch.Tensor
     """int64 [R, S], the mask id where undecided; positions past a row's width hold 0."""
-    mock_ar_RS: torch.Tensor
-    """bool [R, S], the one token of each mock-AR row: a known token, about whose successor the pass is asked."""
-    known_RS: torch.Tensor
-    """bool [R, S], tokens that no pass may change: those, and the first of each draft."""
+    mock_ar_R: torch.Tensor | None
+    """bool [R], mock-AR rows: of one token, a known one, about whose successor the pass is asked. None if all rows are
+    mask diffusion's."""
+    known_R: torch.Tensor | None
+    """bool [R], rows whose first token no pass may change: those, and drafts. None likewise."""
     pass_index_R: torch.Tensor
     """int64 [R], passes already run over each canvas."""
     max_steps_R: torch.Tensor
@@ -300,7 +301,10 @@ class Tile:
     @property
     def is_draft_N(self) -> torch.Tensor:
         """bool [N], whether the row is of a draft."""
-        return (self.rows.known_RS & ~self.rows.mock_ar_RS)[self.row_N, 0]
+        rows = self.rows
+        assert rows.known_R is not None
+        assert rows.mock_ar_R is not None
+        return (rows.known_R & ~rows.mock_ar_R)[self.row_N]
 
     @property
     def canvas_token_N(self) -> torch.Tensor:
@@ -311,7 +315,8 @@ class Tile:
     def position_N(self) -> torch.Tensor:
         """int64 [N], absolute position of the token that the logits are about: a canvas position's own, a mock-AR
         row's next."""
-        return self.rows.first_position_R[self.row_N] + self.column_N + self.rows.mock_ar_RS[self.row_N, self.column_N]
+        position_N = self.rows.first_position_R[self.row_N] + self.column_N
+        return position_N if self.rows.mock_ar_R is None else position_N + self.rows.mock_ar_R[self.row_N]
 
     def draw(self) -> Draw:
         """How the rows' tokens are drawn."""
