@@ -73,11 +73,11 @@ ALLOWED = {  # of ours, besides itself
     # and that of ``split``, which extends it; the towers take ``runtime.step``'s nouns, while ``runtime`` asks
     # ``models`` what a Mamba layer is made of; ``cpu`` reads the layouts of ``models``, which enters the shims of
     # ``cpu`` where it builds a model.
-    "cpu": {"models", "ops"},
+    "cpu": {"core", "models", "ops"},
     "models": {"core", "config", "compat", "cpu", "decoding", "ops", "registration", "runtime", "split"},
     "split": {"core", "config", "compat", "cpu", "models", "runtime"},
     "planning": {"core", "config", "models", "runtime"},
-    "commands": {"config", "models", "planning", "runtime", NAME},
+    "commands": {"core", "config", "models", "planning", "runtime", NAME},
 }
 
 
