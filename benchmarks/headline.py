@@ -23,13 +23,12 @@ import pathlib
 import shlex
 import subprocess
 import tempfile
-import urllib.request
 from typing import Any
 
 from benchmarks.machine import described, environment
 from benchmarks.markdown_table import table
 from benchmarks.paths import DEMO, RESULTS, ROOT
-from tests.harness.server import VLLM, vllm_server
+from tests.harness.server import VLLM, read_metrics, vllm_server
 
 DIFFUSION = {"canvas_length": 16, "max_steps": 16, "confidence_threshold": 0.8}
 ARMS: dict[str, list[str]] = {
@@ -81,8 +80,7 @@ def client_command(args: argparse.Namespace, data: pathlib.Path, concurrency: in
 
 def counters(url: str) -> dict[str, float]:
     """Our counters on /metrics; none where diffusion is off."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
-        lines = reply.read().decode().splitlines()
+    lines = read_metrics(url).splitlines()
     found = {}
     for name in COUNTERS:
         values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"vllm:twotower_{name}_total{{")]
@@ -178,7 +176,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, help="default: 4096")
     parser.add_argument("--warmups", type=int, default=8, help="requests before each measurement")
     parser.add_argument(
-        "--serve-options", default="", help='more for every server, as one string: "--quantization fp8"'
+        "--serve-options", default="", help='more for every server, as one string: "--quantization fp8_per_tensor"'
     )
     parser.add_argument("--start-seconds", type=float, default=1800, help="a server may take this long to start")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)

@@ -1,4 +1,5 @@
-"""lm-eval against a real server, in both modes, on a task of a few lines that needs no download: ``make lm-eval``.
+"""lm-eval against a real server, in mask diffusion and in AR, on a task of a few lines that needs no download:
+``make lm-eval``.
 
 Starts ``vllm serve --diffusion`` with the demo model, runs ``lm_eval --model local-completions`` once in
 ``mask_diffusion`` and once in ``ar`` with lm-eval's own temperature 0 and seed, and prints both tables. The task is

@@ -2,11 +2,11 @@
 
 import re
 import time
-import urllib.request
 from collections.abc import Sequence
 
 from benchmarks.soak_client import Outcome
 from benchmarks.soak_requests import ONE_TOKEN_A_STEP
+from tests.harness.server import read_metrics
 
 COUNTERS = {
     "generation_tokens": "vllm:generation_tokens_total",
@@ -31,12 +31,6 @@ def metric(text: str, pattern: str) -> float:
     name, _, labels = pattern.partition("{")
     where = rf"^{re.escape(name)}\{{{labels.removesuffix('}')}.*\}} (\S+)$"
     return float(re.search(where, text, re.MULTILINE)[1])
-
-
-def read_metrics(url: str) -> str:
-    """``/metrics`` as text."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
-        return answer.read().decode()
 
 
 def read_counters(url: str) -> dict[str, float]:

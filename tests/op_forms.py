@@ -47,6 +47,31 @@ def kernels_of(module: ModuleType, *names: str, device: str | None = "cuda" if N
     return SimpleNamespace(**forms)
 
 
+def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest expected value."""
+    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def scan_step_by_step(
+    x_BLHP: torch.Tensor,
+    dt_BLH: torch.Tensor,
+    a_H: torch.Tensor,
+    b_BLGN: torch.Tensor,
+    c_BLGN: torch.Tensor,
+    state_BHPN: torch.Tensor,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The recurrence as the Mamba-2 paper writes it, one token at a time, in fp64: y [B, L, H, P] and the state after
+    each token. ``dt`` is positive, the skip term is left out."""
+    x, dt, a, b, c, h = (t.double() for t in (x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, state_BHPN))
+    b, c = (t.repeat_interleave(x.shape[2] // b.shape[2], dim=2) for t in (b, c))
+    y, states = [], []
+    for t in range(x.shape[1]):
+        h = torch.exp(a * dt[:, t])[..., None, None] * h + (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, :, None]
+        y.append((h * c[:, t, :, None]).sum(-1))
+        states.append(h)
+    return torch.stack(y, dim=1), states
+
+
 def _over_copies(form: Callable[..., Any], device: str) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []

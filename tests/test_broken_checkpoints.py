@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.harness.engine import start_engine
-from tests.harness.goldens import golden_params
-from vllm_twotower import diffusion_params
+from tests.harness.goldens import golden_params, greedy_params
 from vllm_twotower.frontend.checkpoint_checks import check_checkpoint
 
 TENSOR = "denoiser_tower.layers.3.mixer.q_proj.weight"
@@ -233,10 +232,6 @@ def test_nothing_of_a_checkpoint_is_executed_or_unpickled(folder, tiny_moe):
 # ---- NaN -------------------------------------------------------------------------------------------------------------
 
 
-def one_by_one(mode):
-    return diffusion_params(mode=mode, temperature=0.0, max_tokens=6, ignore_eos=True, detokenize=False)
-
-
 def poison_of(cases):
     """A token that one case generates in its second canvas or later and no other case ever has; and that case."""
     for index, case in enumerate(cases):
@@ -261,7 +256,12 @@ def test_nan_ends_a_request_with_an_error_and_nobody_else(folder, tiny_moe, pref
     with start_engine(folder, {"passes_per_step": 4}, enable_prefix_caching=prefix_caching, **small) as e:
         for _ in range(2):
             prompts = [bad_prompt, cases[lost]["prompt"], bad_prompt, bad_prompt, *(c["prompt"] for c in healthy)]
-            params = [golden_params(cases[0]), golden_params(cases[lost]), one_by_one("ar"), one_by_one("mock_ar")]
+            params = [
+                golden_params(cases[0]),
+                golden_params(cases[lost]),
+                greedy_params("ar", 6),
+                greedy_params("mock_ar", 6),
+            ]
             outputs = [o.outputs[0] for o in e.generate(prompts, params + [golden_params(c) for c in healthy])]
             assert [o.finish_reason for o in outputs[:4]] == ["error"] * 4
             assert [list(outputs[i].token_ids) for i in (0, 2, 3)] == [[], [], []]
@@ -279,7 +279,7 @@ def test_a_denoiser_of_nan_reveals_nothing_and_the_context_tower_goes_on(folder,
     case, ar = tiny_moe.cases(16)[4], tiny_moe.ar[4]
     with start_engine(folder) as e:
         prompts = [case["prompt"], ar["prompt"], case["prompt"]]
-        outputs = e.generate(prompts, [golden_params(case), one_by_one("ar"), one_by_one("mock_ar")])
+        outputs = e.generate(prompts, [golden_params(case), greedy_params("ar", 6), greedy_params("mock_ar", 6)])
         assert [o.outputs[0].finish_reason for o in outputs] == ["error", "length", "error"]
         assert [list(o.outputs[0].token_ids) for o in outputs] == [[], ar["output"][:6], []]
         assert e.stats()["canvases"] == 0

@@ -11,29 +11,22 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.harness.engine import start_engine
-from tests.harness.goldens import golden_params
+from tests.harness.goldens import golden_params, greedy_params
 from tests.request_mixes import MixedRequest, play
-from vllm_twotower import diffusion_params
 
 CANVAS, KV_BLOCK = 16, 128
 KV_FOR_TWO = 3 << 19
 """12 blocks; a request of 128 to 256 tokens holds two for keys and values and two Mamba states."""
 
 
-def greedy(mode, max_tokens, **more):
-    return diffusion_params(
-        mode=mode, temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, **more
-    )
-
-
 def all_modes(golden, diffusion, one_by_one, num_tokens=32):
-    """Golden requests of the three modes: prompts, parameters and what NVIDIA's reference writes."""
+    """Golden requests in mask diffusion, AR and mock-AR: prompts, parameters and what NVIDIA's reference writes."""
     requests = []
     for case in [golden.cases(CANVAS)[i] for i in diffusion]:
-        short = golden_params({"params": {**case["params"], "max_new_tokens": num_tokens}})
+        short = golden_params(case, num_tokens)
         requests.append((case["prompt"], short, case["output"][:num_tokens]))
     for mode, cases in (("ar", golden.ar), ("mock_ar", golden.mock_ar)):
-        requests += [(c["prompt"], greedy(mode, 8), c["output"][:8]) for c in [cases[i] for i in one_by_one]]
+        requests += [(c["prompt"], greedy_params(mode, 8), c["output"][:8]) for c in [cases[i] for i in one_by_one]]
     return [list(part) for part in zip(*requests, strict=True)]
 
 
@@ -79,7 +72,7 @@ def check_cuts(e, prompt, output, cuts):
     """Prompts that are the first ``cut`` tokens of another request, prompt and canvases, and go on differently."""
     whole = prompt + output
     prompts = [whole[:cut] + [(7 * cut + i) % 500 + 4 for i in range(3)] for cut in cuts]
-    params = greedy("mask_diffusion", CANVAS + 1, confidence_threshold=0.5)
+    params = greedy_params("mask_diffusion", CANVAS + 1, confidence_threshold=0.5)
     expected = []
     for cut_prompt in prompts:
         e.llm.reset_prefix_cache()
@@ -87,7 +80,7 @@ def check_cuts(e, prompt, output, cuts):
     e.llm.reset_prefix_cache()
     hits = {}
     for again in range(2):  # what these write must not spoil what they read
-        assert e.tokens([prompt], greedy("mask_diffusion", len(output))) == [output]
+        assert e.tokens([prompt], greedy_params("mask_diffusion", len(output))) == [output]
         for cut, one, wanted in zip(cuts, e.generate(prompts, params), expected, strict=True):
             assert list(one.outputs[0].token_ids) == wanted, f"cut at {cut}, round {again}"
             hits.setdefault(cut, one.num_cached_tokens)  # in the second round there are its own blocks
@@ -113,7 +106,7 @@ def test_shared_prefixes_cut_around_a_kv_block_and_canvas_boundaries(tiny_moe, c
 def test_every_mode_reports_what_a_prompt_found_in_the_cache_and_added_to_it(tiny_moe, mode):
     """Of 300 tokens two blocks can be shared; mock-AR does not read the cache."""
     prompt = [(31 * i) % 500 + 4 for i in range(300)]
-    params = greedy(mode, 2 * CANVAS)
+    params = greedy_params(mode, 2 * CANVAS)
     with start_engine(tiny_moe.path, {"passes_per_step": 4}, enable_prefix_caching=True, max_num_seqs=4) as e:
         outputs = [e.generate([prompt], params)[0] for _ in range(2)]
     reported = [(o.num_cached_tokens, o.num_cache_creation_tokens) for o in outputs]
@@ -136,7 +129,7 @@ def test_a_prefix_that_is_being_written_holds_the_queue_up_for_four_steps_at_mos
 def test_prefixes_that_are_evicted_and_computed_again(tiny_moe):
     """Memory for two; six prompts of two blocks in turns, again and again."""
     stems = [[(31 * k + 3 * i) % 500 + 4 for i in range(200)] for k in range(6)]
-    params = greedy("mask_diffusion", 20, confidence_threshold=0.5)
+    params = greedy_params("mask_diffusion", 20, confidence_threshold=0.5)
     options = {"passes_per_step": 16}
     with start_engine(tiny_moe.path, options, enable_prefix_caching=False) as e:
         prompts = [stem[:cut] for cut in (127, 128, 129, 200) for stem in stems]

@@ -3,12 +3,11 @@
 import concurrent.futures
 import re
 import shutil
-import urllib.request
 
 import httpx
 import pytest
 
-from tests.harness.server import vllm_server
+from tests.harness.server import read_metrics, vllm_server
 from vllm_twotower.commands.cli import DEMO_MODEL
 
 OPTIONS = ["--diffusion", '{"passes_per_step": 4}', "--data-parallel-size", "2", "--served-model-name", "tiny"]
@@ -25,8 +24,8 @@ def complete(url, case, **xargs):
 
 
 def answered_by_engine(url):
-    text = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
-    found = re.findall(r'^vllm:request_success_total\{engine="(\d)",[^}]*\} (\S+)$', text, re.MULTILINE)
+    pattern = r'^vllm:request_success_total\{engine="(\d)",[^}]*\} (\S+)$'
+    found = re.findall(pattern, read_metrics(url), re.MULTILINE)
     return [sum(float(value) for engine, value in found if engine == which) for which in "01"]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 from tests.harness.engine import start_engine
 from tests.harness.goldens import golden_params
@@ -101,12 +102,25 @@ def test_a_captured_pass_has_no_plan_of_its_dummies(tiny_moe, recorder, monkeypa
     assert bounds == {n: min(most, denoise_graphs.MOST_SPLIT_ROWS // n) for n in SIZES[:-1]}
 
 
+def test_captured_passes_stay_until_caches_are_set_up_again(tiny_moe, recorder, monkeypatch):
+    with start_engine(tiny_moe.path) as e:
+        capture(e)
+        state = e.runner.model_state
+        graphs = state.graphs
+        assert graphs is not None
+        state.get_additional_cg_support()
+        assert state.graphs is graphs
+        monkeypatch.setattr(MambaHybridModelState, "initialize_kv_cache", lambda self, *args: None)
+        state.initialize_kv_cache(e.runner.kv_cache_config, e.runner.block_tables)
+        assert state.graphs is None
+
+
 def test_other_shapes_run_layer_by_layer(tiny_moe, recorder):
     """A mock-AR row among canvases, and a last canvas cut short by ``max_model_len``."""
     case = tiny_moe.cases(16)[0]
     room = len(case["prompt"]) + 24
     mock_ar = diffusion_params(mode="mock_ar", temperature=0.0, max_tokens=2, ignore_eos=True, detokenize=False)
-    settings = golden_params({"params": {**case["params"], "max_new_tokens": 24}})
+    settings = golden_params(case, 24)
     prompts = [case["prompt"], tiny_moe.mock_ar[0]["prompt"][:4]]
     with start_engine(tiny_moe.path, {"passes_per_step": 2}, max_model_len=room) as e:
         expected = e.tokens(prompts, [settings, mock_ar])

@@ -1,5 +1,6 @@
 """What README and the docs show is what happens."""
 
+import fnmatch
 import inspect
 import os
 import pathlib
@@ -12,11 +13,12 @@ import pytest
 from benchmarks.quality_parts.questions import held_out
 from tools import make_readme, shim_sections
 from tools.demo_training.item import PROMPT_END
-from vllm_twotower import compat
+from vllm_twotower import compat, ops
 from vllm_twotower.commands.demo import DEMO_QUESTION_END, DEMO_QUESTIONS, NUM_WATCHED, WAYS, demo_prompt
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 # as a user has it
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
 
@@ -117,6 +119,58 @@ def test_the_watching_example():
 
 def test_the_generated_pages_are_what_the_code_says():
     run("-m", "tools.make_docs", "--check")
+
+
+def test_examples_ask_the_model_for_its_mask():
+    """Its id is a checkpoint's own, so no example may hold one."""
+    files = sorted((ROOT / "examples").rglob("*.py"))
+    assert len(files) > 3
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert "MASK_TOKEN_ID" not in text, path
+        assert not re.search(r"\bmask\w* *(=|==|!=|in) *[\[({]?\d", text, re.IGNORECASE), path
+
+
+def test_no_file_cites_documents_that_are_not_here():
+    cited = re.compile(r"\b[Ss]pec (section )?[0-9]|\btraps [A-Z][0-9]")
+    listed = subprocess.run(
+        ["git", "ls-files", "*.py", "*.md", "*.cpp"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    if not listed:
+        pytest.skip("not a git checkout")
+    found = {path: cited.findall((ROOT / path).read_text(encoding="utf-8")) for path in listed}
+    assert {path: found[path] for path in listed if found[path]} == {}
+
+
+def test_readme_and_architecture_name_the_same_files_in_the_same_order():
+    readers_path = {}
+    for name, text in (("README.md", README), ("docs/architecture.md", ARCHITECTURE)):
+        readers_path[name] = re.findall(r"^\d+\. \[`([\w/]+\.py)`\]\(([\w./]+)\)", text, re.MULTILINE)
+        assert all(link.endswith(f"vllm_twotower/{file}") for file, link in readers_path[name])
+    in_readme, in_architecture = ([file for file, _ in listed] for listed in readers_path.values())
+    assert in_readme == in_architecture
+    assert 5 < len(in_readme) <= 10
+    assert all((ROOT / "vllm_twotower" / file).exists() for file in in_readme)
+
+
+def test_the_drawing_has_a_node_for_each_file_of_the_readers_path():
+    (drawing,) = re.findall(r"```mermaid\n(.*?)```", ARCHITECTURE, re.DOTALL)
+    of_the_path = re.findall(r"^\d+\. \[`([\w/]+\.py)`", ARCHITECTURE, re.MULTILINE)
+    words_and_rules = {"core.py", "oracle/reference.py", "config.py"}
+    assert [file for file in of_the_path if file not in words_and_rules and file not in drawing] == []
+
+
+def test_the_table_of_ops_has_every_op():
+    table = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").split("## The ops")[1].split("\n- ")[0]
+    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|(.*?)\|", table, re.MULTILINE))))
+    assert named == {name for name in ops.__all__ if name.islower()}
+
+
+def test_every_test_file_is_named_where_tests_are_explained():
+    named = re.findall(r"`(test_[\w*]+\.py)`", (ROOT / "tests" / "README.md").read_text(encoding="utf-8"))
+    files = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert {file for file in files if not any(fnmatch.fnmatch(file, pattern) for pattern in named)} == set()
+    assert {pattern for pattern in named if not fnmatch.filter(files, pattern)} == set()
 
 
 def test_every_shim_says_what_it_is_and_names_a_test_that_exists():

@@ -47,7 +47,7 @@ def launched(monkeypatch):
 
 def test_all_modes_with_kernels_on_and_off_in_one_engine(tiny_moe, launched, monkeypatch):
     case = tiny_moe.cases(16)[16]  # its canvas crosses a KV block
-    golden = golden_params({"params": {**case["params"], "max_new_tokens": 16}})
+    golden = golden_params(case, 16)
     drawn = diffusion_params(temperature=0.8, seed=5, max_tokens=16, max_steps=2, ignore_eos=True, detokenize=False)
     mock_ar = diffusion_params(mode="mock_ar", temperature=0.0, max_tokens=2, ignore_eos=True, detokenize=False)
     speculation = diffusion_params(mode="self_speculation", temperature=0.0, max_tokens=3, detokenize=False)

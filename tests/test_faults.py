@@ -10,7 +10,6 @@ import signal
 import socket
 import time
 import urllib.parse
-import urllib.request
 
 import httpx
 import openai
@@ -18,7 +17,14 @@ import psutil
 import pytest
 
 from tests.demo_questions import LONG
-from tests.harness.server import START_SECONDS, is_healthy, starting_server, terminate, wait_until_healthy
+from tests.harness.server import (
+    START_SECONDS,
+    is_healthy,
+    read_metrics,
+    starting_server,
+    terminate,
+    wait_until_healthy,
+)
 from vllm_twotower.commands.cli import DEMO_MODEL
 
 OPTIONS = ["--diffusion", "--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "512"]
@@ -62,8 +68,7 @@ def within(seconds, condition):
 
 
 def gauge(url, name):
-    text = urllib.request.urlopen(f"{url}/metrics", timeout=SECONDS).read().decode()
-    return float(re.search(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE)[1])
+    return float(re.search(rf"^vllm:{name}\{{.*\}} (\S+)$", read_metrics(url), re.MULTILINE)[1])
 
 
 def family_of(process):

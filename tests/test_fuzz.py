@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.demo_questions import LONG, OPEN, SHORT
-from tests.harness.server import vllm_server
+from tests.harness.server import read_metrics, vllm_server
 from tests.hostile_requests import (
     CHAT,
     COMPLETIONS,
@@ -173,7 +173,7 @@ def good_answers(url: str) -> list[str]:
 
 
 def gauges(url: str) -> dict[str, float]:
-    text = urllib.request.urlopen(f"{url}/metrics", timeout=ANSWER_SECONDS).read().decode()
+    text = read_metrics(url)
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     found = {name: re.search(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE) for name in names}
     return {name: float(match[1]) for name, match in found.items()}

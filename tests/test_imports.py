@@ -60,7 +60,7 @@ def test_there_are_no_circles():
     assert done == set(MODULES)
 
 
-ABOVE = {"cpu", "split", "frontend", "commands", "planning", "registration"}
+ABOVE = {"cpu", "split", "oracle", "frontend", "commands", "planning", "registration"}
 ALLOWED = {  # of ours, besides itself
     "core": set(),
     "config": {"core"},
@@ -69,6 +69,15 @@ ALLOWED = {  # of ours, besides itself
     "oracle": {"core", "decoding"},
     "compat": {"core", "config"},
     "frontend": {"core", "config", "compat", "planning", "models"},
+    # Of these the modules form no circles, but the parts do. ``models.entry`` chooses between the model of ``models``
+    # and that of ``split``, which extends it; the towers take ``runtime.step``'s nouns, while ``runtime`` asks
+    # ``models`` what a Mamba layer is made of; ``cpu`` reads the layouts of ``models``, which enters the shims of
+    # ``cpu`` where it builds a model.
+    "cpu": {"core", "models", "ops"},
+    "models": {"core", "config", "compat", "cpu", "decoding", "ops", "registration", "runtime", "split"},
+    "split": {"core", "config", "compat", "cpu", "models", "runtime"},
+    "planning": {"core", "config", "models", "runtime"},
+    "commands": {"core", "config", "models", "planning", "runtime", NAME},
 }
 
 
@@ -94,12 +103,44 @@ def test_the_towers_know_of_a_step_its_nouns_only():
         assert of_runtime <= {f"{NAME}.runtime.step", f"{NAME}.runtime.model_state"}, module
 
 
+def test_towers_do_not_know_the_oracle():
+    """It judges them."""
+    for module in [module for module in MODULES if part_of(module) in ("models", "split")]:
+        assert "oracle" not in {part_of(other) for other in IMPORTS[module]}, module
+
+
+@pytest.mark.parametrize(
+    ("part", "heavy"),
+    [
+        ("ops", {"vllm"}),
+        ("oracle", {"vllm"}),
+        ("decoding", {"vllm"}),
+        ("core", {"torch", "vllm"}),
+        ("config", {"torch", "vllm"}),
+    ],
+)
+def test_nothing_heavy_is_imported_anywhere_in_their_text(part, heavy):
+    """In kernels and inside functions neither."""
+    modules = [module for module in MODULES if part_of(module) == part]
+    assert modules
+    for module in modules:
+        assert not IMPORTS[module] & heavy, module
+
+
 @pytest.mark.parametrize("part", ["ops", "oracle", "decoding", "planning", "frontend"])
 def test_what_needs_no_vllm_imports_none(part):
     """At import; the front desk asks vLLM a few things when it is called. Kernels import Triton when they run."""
     modules = [m for m in MODULES if part_of(m) == part and not m.endswith(".kernel")]
     heavy = {"vllm", "torch"} if part in ("planning", "frontend") else {"vllm"}
     code = f"import sys, {', '.join(modules)}; found = {heavy!r} & set(sys.modules); assert not found, found"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_denoise_loop_knows_nothing_of_the_cpu_wing():
+    """Triton loads the interpreter's backend, and with it the wing's empty ``__init__``, wherever it is imported."""
+    code = "import sys, vllm_twotower.runtime.denoise_loop; wing = 'vllm_twotower.cpu.'"
+    code += "; found = [m for m in sys.modules if m.startswith(wing) and not m.startswith(wing + 'triton_interpreter')]"
+    code += "; assert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -62,7 +62,7 @@ REAL_CONFIG = {
     "chunk_size": 128,
     "mamba_ssm_cache_dtype": "float32",
 }
-"""Spec section 1: Nemotron-3-Nano-30B-A3B's values, which the two-tower config repeats."""
+"""Nemotron-3-Nano-30B-A3B's values, which the two-tower config repeats: ``docs/model.md#sizes``."""
 
 
 def test_the_real_checkpoint_has_12544_tensors_of_the_published_shapes():

@@ -4,7 +4,7 @@ formulas in fp64."""
 import pytest
 import torch
 
-from tests.op_forms import every_form, kernels_of
+from tests.op_forms import difference, every_form, kernels_of
 from tests.tolerances import BF16_OP, FP32_OP
 from vllm_twotower import ops
 from vllm_twotower.cpu.ops import adaln as cpp
@@ -41,10 +41,6 @@ def in_fp64(op, arguments):
     if op == "gate_add":
         return other + gate * x
     return norm(x * (1 + scale) + shift) if op == "modulate_norm" else norm(x) * (1 + scale) + shift
-
-
-def difference(got, expected):
-    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 @pytest.mark.parametrize("op", OPS)

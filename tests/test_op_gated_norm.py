@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from tests.op_forms import every_form, kernels_of
+from tests.op_forms import difference, every_form, kernels_of
 from tests.tolerances import BF16_OP, FP32_OP
 from vllm_twotower import ops
 from vllm_twotower.cpu.ops import gated_norm as cpp
@@ -29,10 +29,6 @@ def arguments(tokens=5, groups=3, width=16, dtype=torch.float32):
 def in_fp64(x, gate, weight, eps, groups):
     gated = (x.double() * silu(gate.double())).unflatten(-1, (groups, -1))
     return (gated / (gated.square().mean(-1, keepdim=True) + eps).sqrt()).flatten(1) * weight.double()
-
-
-def difference(got, expected):
-    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))

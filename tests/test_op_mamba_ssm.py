@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.op_forms import NATIVE, every_form, every_size, kernels_of
-from tests.test_op_seeded_scan import conv_arguments, difference, scan_arguments
+from tests.op_forms import NATIVE, difference, every_form, every_size, kernels_of
+from tests.test_op_seeded_scan import conv_arguments, scan_arguments
 from tests.test_op_state_replay import replay_arguments
 from tests.tolerances import BF16_OP, FP32_OP
 from vllm_twotower.cpu.ops import seeded_scan as cpp

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.op_forms import every_form
+from tests.op_forms import difference, every_form
 from tests.tolerances import BF16_OP, FP32_OP
 from vllm_twotower import ops
 from vllm_twotower.cpu.ops import mixture_of_experts as cpp
@@ -37,10 +37,6 @@ def in_fp64(x, routing, up, down):
         for expert, weight in zip(chosen, share * routing.scaling, strict=True):
             out[token] += weight * ((row @ up[expert].double()).relu().square() @ down[expert].double())
     return out
-
-
-def difference(got, expected):
-    return float((got.double() - expected).abs().max() / expected.abs().max())
 
 
 @FORMS

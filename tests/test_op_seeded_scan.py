@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.op_forms import every_form, every_size, kernels_of
+from tests.op_forms import difference, every_form, every_size, kernels_of, scan_step_by_step
 from tests.tolerances import BF16_OP, FP32_OP
 from vllm_twotower import ops
 from vllm_twotower.cpu.ops import seeded_scan as cpp
@@ -21,20 +21,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "bf16_rounds_to_nearest"
 
 
 def step_by_step(x, dt, a, b, c, skip, dt_bias, state):
-    """The recurrence as the Mamba-2 paper writes it, one token at a time, in fp64."""
-    x, dt, a, b, c, skip, dt_bias, h = (t.double() for t in (x, dt, a, b, c, skip, dt_bias, state))
-    per_group = x.shape[2] // b.shape[2]
-    out = []
-    for t in range(x.shape[1]):
-        step = F.softplus(dt[:, t] + dt_bias)
-        b_t, c_t = b[:, t].repeat_interleave(per_group, 1), c[:, t].repeat_interleave(per_group, 1)
-        h = torch.exp(a * step)[..., None, None] * h + (step[..., None] * x[:, t])[..., None] * b_t[:, :, None]
-        out.append((h * c_t[:, :, None]).sum(-1) + skip[:, None] * x[:, t])
-    return torch.stack(out, dim=1)
-
-
-def difference(got, expected):
-    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
+    y, _ = scan_step_by_step(x, F.softplus(dt.double() + dt_bias.double()), a, b, c, state)
+    return y + skip.double()[:, None] * x.double()
 
 
 def scan_arguments(rows=2, width=16, heads=4, head_dim=8, groups=2, state_size=16, dtype=torch.float32):

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.op_forms import every_form, every_size, kernels_of
-from tests.test_op_seeded_scan import difference, scan_arguments
+from tests.op_forms import difference, every_form, every_size, kernels_of
+from tests.test_op_seeded_scan import scan_arguments
 from tests.tolerances import BF16_OP, FP32_OP
 from vllm_twotower import ops
 from vllm_twotower.core import KERNELS_VARIABLE

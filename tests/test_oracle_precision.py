@@ -6,10 +6,11 @@ On a deep tower a small error of the scan does not stay small, and these towers 
 import pytest
 import torch
 
+from tests.op_forms import scan_step_by_step
 from tests.tolerances import DEEP_LOGITS
 from tools.demo_training.initial import context_weights, denoiser_weights
 from vllm_twotower.oracle import plain_towers
-from vllm_twotower.oracle.plain_towers import DENOISER, ContextCache, PlainTwoTower, TowerShape
+from vllm_twotower.oracle.plain_towers import DENOISER, ContextCache, PlainTwoTower, TowerShape, state_space_scan
 
 RELEASED_PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 SHAPE = TowerShape(
@@ -51,17 +52,10 @@ def model():
 
 
 def step_by_step(x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, state_BHPN, chunk):
-    """In place of ``state_space_scan``: the recurrence as the Mamba-2 paper writes it, in fp64."""
-    x, dt, a, b, c, h = (t.double() for t in (x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, state_BHPN))
-    per_group = x.shape[2] // b.shape[2]
-    b, c = (t.repeat_interleave(per_group, dim=2) for t in (b, c))
-    y, states = [], []
-    for t in range(x.shape[1]):
-        h = torch.exp(a * dt[:, t])[..., None, None] * h + (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, :, None]
-        y.append((h * c[:, t, :, None]).sum(-1))
-        if (t + 1) % chunk == 0 or t + 1 == x.shape[1]:
-            states.append(h.float())
-    return torch.stack(y, dim=1).float(), states
+    """In place of ``state_space_scan``."""
+    y, states = scan_step_by_step(x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, state_BHPN)
+    kept = [state.float() for t, state in enumerate(states, 1) if t % chunk == 0 or t == len(states)]
+    return y.float(), kept
 
 
 def logits_of(model, prompt):
@@ -76,7 +70,16 @@ def logits_of(model, prompt):
 @torch.inference_mode()
 def test_long_prompts_through_a_deep_tower(model, length, monkeypatch):
     prompt = torch.randint(4, SHAPE.vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
+    chunks = []
+
+    def scan(*arguments):
+        chunks.append((arguments[0].shape[1], arguments[-1]))
+        return state_space_scan(*arguments)
+
+    monkeypatch.setattr(plain_towers, "state_space_scan", scan)
     got = logits_of(model, prompt)
+    assert SHAPE.chunk_size == 128
+    assert set(chunks) == {(length, 128), (CANVAS, CANVAS)}
     monkeypatch.setattr(plain_towers, "state_space_scan", step_by_step)
     expected = logits_of(model, prompt)
     torch.testing.assert_close(got, expected, atol=DEEP_LOGITS, rtol=0)

@@ -1,4 +1,4 @@
-"""The package as such: public names, import directions, sizes."""
+"""The package as such: public names, sizes, and what `make setup` installs."""
 
 import importlib.metadata
 import pathlib

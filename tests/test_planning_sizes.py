@@ -34,7 +34,7 @@ def test_counts_equal_the_tensors_of_real_checkpoints(folder):
 
 
 def test_the_real_model_has_the_published_sizes():
-    """Spec section 2: what the shapes give, and what NVIDIA and others state."""
+    """What the shapes give: ``docs/model.md#sizes``."""
     context, denoiser = TOWERS[Tower.CONTEXT], TOWERS[Tower.DENOISER]
     assert context.num_parameters == pytest.approx(31.578e9, rel=1e-4)
     assert context.num_parameters + denoiser.num_parameters == pytest.approx(63.19e9, rel=1e-4)

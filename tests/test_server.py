@@ -12,9 +12,8 @@ import urllib.request
 import openai
 import pytest
 
-from benchmarks.soak_metrics import read_metrics as read_metrics_text
 from tests.demo_questions import LONG, OPEN, SHORT
-from tests.harness.server import VLLM, vllm_server
+from tests.harness.server import VLLM, read_metrics, vllm_server
 from tools import make_readme
 from vllm_twotower.commands.cli import DEMO_MODEL
 
@@ -42,10 +41,10 @@ def complete(client, prompt=LONG, xargs=None, extra_body=None, **more):
     return client.completions.create(**settings, extra_body={"vllm_xargs": xargs or {}, **(extra_body or {})})
 
 
-def read_metrics(server):
+def metrics_of(server):
     """Name -> value, summed over labels; of requests that succeeded by their reason."""
     values = collections.Counter()
-    for name, labels, value in re.findall(r"^(vllm:\w+)\{(.*)\} (\S+)$", read_metrics_text(server[0]), re.MULTILINE):
+    for name, labels, value in re.findall(r"^(vllm:\w+)\{(.*)\} (\S+)$", read_metrics(server[0]), re.MULTILINE):
         reason = re.search(r'finished_reason="(\w+)"', labels)
         values[f"{name} {reason[1]}" if reason else name] += float(value)
     return values
@@ -224,10 +223,10 @@ def test_logprobs_and_seeds_over_http(client):
 
 
 def test_metrics_count_what_was_asked_for(server, client):
-    before = read_metrics(server)
+    before = metrics_of(server)
     complete(client, max_tokens=32, xargs={"diffusion_confidence_threshold": 1.0})
     time.sleep(1)
-    grown = read_metrics(server) - before
+    grown = metrics_of(server) - before
     assert grown["vllm:twotower_canvases_total"] == 2
     assert grown["vllm:twotower_denoise_passes_total"] == 32
     assert grown["vllm:twotower_committed_tokens_total"] == 32
@@ -252,7 +251,7 @@ VLLMS = {
 
 @pytest.mark.parametrize("mode", ["mask_diffusion", "self_speculation", "ar", "mock_ar"])
 def test_vllms_metrics_say_what_a_client_got(server, client, mode):
-    before, started = read_metrics(server), time.perf_counter()
+    before, started = metrics_of(server), time.perf_counter()
     answers, first_tokens = [], []
     for prompt, more in ((LONG, {}), (OPEN, {"max_tokens": 7}), (SHORT, {"stop": "\n"}), (SHORT, {"max_tokens": 30})):
         asked_at = time.perf_counter()
@@ -266,7 +265,7 @@ def test_vllms_metrics_say_what_a_client_got(server, client, mode):
         answers.append((chunks[-1].usage, reason))
     took = time.perf_counter() - started
     time.sleep(1)
-    after = read_metrics(server)
+    after = metrics_of(server)
     grown = after - before
     seen = collections.Counter(requests=len(answers))
     for usage, reason in answers:
@@ -288,7 +287,7 @@ def test_vllms_metrics_say_what_a_client_got(server, client, mode):
 def test_the_dashboard_asks_for_metrics_that_exist(server):
     panels = json.loads((ROOT / "examples" / "deploy" / "grafana" / "dashboard.json").read_text())["panels"]
     asked = {name for panel in panels for t in panel["targets"] for name in re.findall(r"vllm:\w+", t["expr"])}
-    served = set(re.findall(r"^(vllm:\w+)", read_metrics_text(server[0]), re.MULTILINE))
+    served = set(re.findall(r"^(vllm:\w+)", read_metrics(server[0]), re.MULTILINE))
     assert len(asked) > 12
     assert asked <= served, asked - served
 

@@ -6,14 +6,13 @@ import pathlib
 import random
 import re
 import time
-import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.harness.server import vllm_server
+from tests.harness.server import read_metrics, vllm_server
 from vllm_twotower.commands.cli import DEMO_MODEL
 
 OPTIONS = ["--diffusion", '{"passes_per_step": 16, "tower_placement": "split"}', "--tensor-parallel-size", "2"]
@@ -106,8 +105,7 @@ def alone(url: str, visits: list[Visit]) -> list[list[int]]:
 
 
 def metrics(url: str) -> dict[str, float]:
-    text = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
-    found = re.findall(r"^vllm:(\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE)
+    found = re.findall(r"^vllm:(\w+)\{[^}]*\} (\S+)$", read_metrics(url), re.MULTILINE)
     return {name: float(value) for name, value in found}
 
 

@@ -2,7 +2,7 @@
 
     python -m tools.gpu_smoke                          # one GPU, some twenty minutes; writes gpu-smoke.json
     python -m tools.gpu_smoke --parts goldens_fp32     # one part
-    python -m tools.gpu_smoke --quantization fp8       # timings with both towers in FP8
+    python -m tools.gpu_smoke --quantization fp8_per_tensor    # timings with both towers in FP8
     python -m tools.gpu_smoke --dry-run                # the same code on a CPU, tiny; its times say nothing of a GPU
 
 Parts, each in a process of its own, so that what fails, or takes its GPU down, is reported and the next one runs:
@@ -118,7 +118,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", help="requests at once (default: 1 8 32 64)")
     parser.add_argument("--prompt-tokens", type=int, help="context of each request (default: 2048)")
     parser.add_argument("--cases", type=int, help="golden cases per checkpoint (default: all)")
-    parser.add_argument("--quantization", help="of the timings, such as fp8")
+    parser.add_argument("--quantization", help="of the timings, such as fp8_per_tensor")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds for each part")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("gpu-smoke.json"))
     parser.add_argument(

@@ -62,7 +62,8 @@ def diffusion_stats(llm: "LLM", reset: bool = False) -> dict[str, int]:
 
     - ``canvases``: canvases finished;
     - ``denoise_passes``: denoise passes, counted once per canvas they ran for (the reference's NFE, summed);
-    - ``context_passes``: context-tower forwards, counted once per request they ran for (prompt chunks and commits);
+    - ``context_passes``: context-tower forwards, counted once per request they ran for (prompt chunks, commits, AR
+      steps and verifications);
     - ``commits``: those of the context passes that computed a finished canvas, or a part of one;
     - ``committed_tokens``: tokens of finished canvases, before trimming at a stop;
     - ``denoise_steps``, ``context_steps``: engine steps of each kind;

@@ -6,6 +6,11 @@
 | denoise pass | one forward of the denoiser tower over a canvas |
 | reveal | a pass fixes a masked position for good |
 | commit | the context tower's causal forward over a finished canvas |
+| draft | self-speculation: a canvas that the denoiser proposes behind a known token, not emitted |
+| verification | the context tower's forward over a draft: what AR would have chosen the same is kept |
+| round | a draft and its verification |
+| hint | a token of a rejected draft that is probably right: the next draft starts with it |
+| replay | the Mamba states are advanced over the accepted tokens, and no further |
 | context step / denoise step | an engine step that runs the context tower / the denoiser tower |
 
 Nothing here imports torch or vLLM, so every layer of the package may import it.

@@ -26,17 +26,26 @@ class Golden:
         return [c for c in self.mask_diffusion if c["params"]["block_size"] == canvas_length]
 
 
-def golden_params(case: dict[str, Any], **more: Any) -> "SamplingParams":
-    """The request that a golden ``mask_diffusion`` case stands for."""
+def golden_params(case: dict[str, Any], max_tokens: int | None = None, **more: Any) -> "SamplingParams":
+    """The request that a golden ``mask_diffusion`` case stands for; of fewer tokens if so many are given."""
     from vllm_twotower import diffusion_params
 
     p = case["params"]
     return diffusion_params(
         temperature=p["temperature"],
-        max_tokens=p["max_new_tokens"],
+        max_tokens=max_tokens or p["max_new_tokens"],
         confidence_threshold=p["confidence_threshold"],
         max_steps=p["steps_per_block"],
         ignore_eos=True,
         detokenize=False,
         **more,
+    )
+
+
+def greedy_params(mode: str, max_tokens: int, **more: Any) -> "SamplingParams":
+    """A greedy request of exactly so many tokens."""
+    from vllm_twotower import diffusion_params
+
+    return diffusion_params(
+        mode=mode, temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, **more
     )

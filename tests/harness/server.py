@@ -112,6 +112,12 @@ def is_healthy(url: str) -> bool:
     return True
 
 
+def read_metrics(url: str) -> str:
+    """``/metrics`` as text."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+        return answer.read().decode()
+
+
 def processes_of(log: pathlib.Path) -> list[psutil.Process]:
     """A running server's processes, the front end first, by its log."""
     front_end = psutil.Process(int(re.search(r"\(APIServer pid=(\d+)\)", log.read_text(errors="replace"))[1]))

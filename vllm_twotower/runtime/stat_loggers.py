@@ -24,7 +24,8 @@ logger = init_logger("vllm.twotower")
 COUNTERS = {
     "canvases": "Canvases finished.",
     "denoise_passes": "Denoise passes, counted once per canvas they ran for.",
-    "context_passes": "Context-tower forwards, counted once per request they ran for: prompt chunks and commits.",
+    "context_passes": "Context-tower forwards, counted once per request they ran for: prompt chunks, commits, AR steps "
+    "and verifications.",
     "committed_tokens": "Tokens of finished canvases, before trimming at a stop.",
 }
 PASSES_PER_CANVAS = "passes_per_canvas"
