@@ -89,7 +89,7 @@ def check_mix(e, plain, seed, timings, seen):
         assert played.longest_queue <= may_queue, f"{where}: {played.longest_queue} steps in the queue, not {may_queue}"
         assert e.scheduler.kv_cache_manager.usage == pytest.approx(0), where
         assert not e.scheduler.requests, where
-        assert not e.scheduler._request_options, where
+        assert not e.scheduler._progress, where
         assert not stale & set(e.runner.model_state.request_options), f"{where}: the worker keeps finished requests"
     assert e.num_preemptions == 0
 

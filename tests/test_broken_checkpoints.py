@@ -269,7 +269,7 @@ def test_nan_ends_a_request_with_an_error_and_nobody_else(folder, tiny_moe, pref
             assert list(outputs[1].token_ids) == cases[lost]["output"][: 16 * (canvas + 1)]
             assert [list(o.token_ids) for o in outputs[4:]] == [c["output"] for c in healthy]
             assert e.scheduler.kv_cache_manager.usage == pytest.approx(0)
-            assert not e.scheduler._request_options
+            assert not e.scheduler._progress
 
 
 def test_a_denoiser_of_nan_reveals_nothing_and_the_context_tower_goes_on(folder, tiny_moe):

@@ -224,7 +224,7 @@ def test_who_waits_for_credit_sees_within_some_steps_that_drafts_have_become_che
         policy.record_round("a", 1)
     for _ in range(40):
         policy.costs.record(StepClass.DRAFT, 1, 0.1)
-    assert [policy.keep_resting() for _ in range(LOOK_AGAIN + 1)] == [True] * LOOK_AGAIN + [False]
+    assert [policy.rest_one_step() for _ in range(LOOK_AGAIN + 1)] == [True] * LOOK_AGAIN + [False]
     assert policy.choose(["a"], 1, 0)
 
 
@@ -232,6 +232,6 @@ def test_a_newcomer_ends_a_rest():
     policy = DraftPolicy(memory_bound(draft=6.0))
     while policy.choose(["a"], 1, 0):
         policy.record_round("a", 1)
-    assert policy.keep_resting()
+    assert policy.rest_one_step()
     policy.look_again()
-    assert not policy.keep_resting()
+    assert not policy.rest_one_step()

@@ -31,5 +31,5 @@ def test_an_aborted_request_frees_its_canvas_and_leaves_its_neighbours_alone(tin
                 break
         assert {i: done[i] for i in ("0", "2", "3")} == {str(i): cases[i]["output"] for i in (0, 2, 3)}
         assert e.scheduler.kv_cache_manager.usage == pytest.approx(0)
-        assert not e.scheduler._request_options
+        assert not e.scheduler._progress
         assert e.tokens([cases[1]["prompt"]], golden_params(cases[1])) == [cases[1]["output"]]

@@ -49,8 +49,8 @@ def ask_for_logits(
     batch.expanded_idx_mapping = batch.idx_mapping[row_of_N]
 
 
-def keep_states_of(metadata: "Mamba2AttentionMetadata", row_V: "torch.Tensor") -> "Mamba2AttentionMetadata":
-    """The metadata with which a Mamba layer leaves the states of rows of several tokens, int64 [V], as they are.
+def keep_states_of(metadata: "Mamba2AttentionMetadata", row_F: "torch.Tensor") -> "Mamba2AttentionMetadata":
+    """The metadata with which a Mamba layer leaves the states of rows of several tokens, int64 [F], as they are.
 
     It does not see them if it has no other such rows; among others, prompts, it reads and writes the null block for
     them.
@@ -64,15 +64,15 @@ def keep_states_of(metadata: "Mamba2AttentionMetadata", row_V: "torch.Tensor") -
     Test: tests/test_self_speculation.py::test_nvidias_ar_tokens
     """
     assert metadata.state_indices_tensor_p is not None, "a row of several tokens runs as a prefill"
-    if metadata.num_prefills == len(row_V):
+    if metadata.num_prefills == len(row_F):
         return dataclasses.replace(metadata, num_prefills=0, num_prefill_tokens=0)
-    row_V = row_V - metadata.num_decodes
+    row_F = row_F - metadata.num_decodes
     checkpoints = metadata.checkpoint_meta
     if checkpoints is not None:  # what such a row would leave behind as a state in the middle of a prompt
         checkpoints = dataclasses.replace(
-            checkpoints, state_indices=checkpoints.state_indices.index_fill(0, row_V, NULL_BLOCK)
+            checkpoints, state_indices=checkpoints.state_indices.index_fill(0, row_F, NULL_BLOCK)
         )
-    states = metadata.state_indices_tensor_p.index_fill(0, row_V, NULL_BLOCK)
+    states = metadata.state_indices_tensor_p.index_fill(0, row_F, NULL_BLOCK)
     return dataclasses.replace(metadata, state_indices_tensor_p=states, checkpoint_meta=checkpoints)
 
 

@@ -72,9 +72,13 @@ BUCKETS = 2
 """Of costs, for every doubling of rows: requests that fall into the bucket of others seem to draft for nothing."""
 
 
+NO_ROWS = -1
+"""The bucket of no rows."""
+
+
 def bucket_of(num_rows: int) -> int:
-    """Where a number of rows has its costs; -1 for none."""
-    return round(BUCKETS * math.log2(num_rows)) if num_rows else -1
+    """Where a number of rows has its costs."""
+    return round(BUCKETS * math.log2(num_rows)) if num_rows else NO_ROWS
 
 
 class StepKey(NamedTuple):
@@ -85,6 +89,11 @@ class StepKey(NamedTuple):
     """Bucket of the requests in it."""
     verified: int
     """Bucket of those whose draft is verified."""
+
+    @classmethod
+    def of(cls, kind: StepClass, num_rows: int, num_verified: int = 0) -> "StepKey":
+        """The key of a step with so many requests, of which so many have their draft verified."""
+        return cls(kind, bucket_of(num_rows), bucket_of(num_verified))
 
 
 @dataclass
@@ -107,7 +116,7 @@ class StepCosts:
     def record(self, kind: StepClass, num_rows: int, seconds: float, num_verified: int = 0) -> None:
         """Take in one step."""
         self._num_measured += 1
-        key = StepKey(kind, bucket_of(num_rows), bucket_of(num_verified))
+        key = StepKey.of(kind, num_rows, num_verified)
         cost = self._known.setdefault(key, Cost(seconds))
         share = RISE_SHARE if seconds > cost.seconds else FALL_SHARE if MAX_SLOWDOWN * seconds > cost.seconds else 1.0
         cost.seconds += share * (min(seconds, MAX_RISE * cost.seconds) - cost.seconds)
@@ -115,14 +124,14 @@ class StepCosts:
 
     def is_decode_known(self, num_rows: int) -> bool:
         """Whether AR steps were measured at about this number of rows, and not long ago."""
-        cost = self._known.get(StepKey(StepClass.DECODE, bucket_of(num_rows), -1))
+        cost = self._known.get(StepKey.of(StepClass.DECODE, num_rows))
         return cost is not None and cost.num_measured >= MIN_MEASURED and self._num_measured - cost.last < MAX_AGE
 
     def estimate(self, kind: StepClass, num_rows: int, num_verified: int = 0) -> float:
         """Cost of a step. One that has never run is taken for as cheap as it can be, so that it is tried: drafts cost
         what the nearest number of them does, or less in proportion if they are fewer, and so does what a verification
         costs more than an AR step."""
-        key = StepKey(kind, bucket_of(num_rows), bucket_of(num_verified))
+        key = StepKey.of(kind, num_rows, num_verified)
         exact = self._known.get(key)
         if exact is not None:
             return exact.seconds
@@ -159,6 +168,17 @@ class RunningMean:
         self.value += max(least_share, 1 / self._num_rounds) * (num_tokens - self.value)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """What a round held."""
+
+    num_passes: int
+    """Denoise steps of its drafts."""
+    num_drafts: int
+    num_requests: int
+    """All that took part, with a draft or an AR step."""
+
+
 @dataclass
 class Rest:
     """Nobody drafts until there is more credit, and until then nobody needs to ask."""
@@ -170,12 +190,7 @@ class Rest:
 
 
 class DraftPolicy:
-    """Chooses who drafts; learns from every round.
-
-    Args:
-        costs: of steps.
-
-    """
+    """Chooses who drafts; learns from every round."""
 
     def __init__(self, costs: StepCosts | None = None) -> None:
         self.costs = costs or StepCosts()
@@ -183,11 +198,11 @@ class DraftPolicy:
         self._of_all = RunningMean(EXPECTED_TOKENS)
         self._credit = FIRST_CREDIT
         self._allowance = MAX_LOSS
-        self._unpaid: tuple[int, int, int] | None = None  # passes, drafts and requests of the newest round
+        self._unpaid: Round | None = None  # the newest round
         self._num_requests = 1  # among whom it was
         self._rest: Rest | None = None
 
-    def keep_resting(self) -> bool:
+    def rest_one_step(self) -> bool:
         """Rest for one more step, an AR step for everybody, if the last answer was that and only time has passed since;
         whoever knows of new candidates says so before (``look_again``). Returns whether it rests."""
         rest = self._rest
@@ -227,7 +242,8 @@ class DraftPolicy:
             if req_id in self._tokens:
                 mean = self._tokens[req_id]
                 mean.value += FORGETTING * (self._of_all.value - mean.value)
-        self._unpaid, self._num_requests = (num_passes, count, total), total
+        self._unpaid = Round(num_passes=num_passes, num_drafts=count, num_requests=total)
+        self._num_requests = total
         return frozenset(ordered[:count])
 
     def _count_best(self, ordered: list[str], num_passes: int, total: int) -> int:
@@ -257,8 +273,8 @@ class DraftPolicy:
 
     def _charge_round(self) -> None:
         """Pay for the newest round, now that its steps have been measured; one AR step of it would have run anyway."""
-        if self._unpaid is not None:
-            self._credit -= self._price_round(*self._unpaid) - 1
+        if (unpaid := self._unpaid) is not None:
+            self._credit -= self._price_round(unpaid.num_passes, unpaid.num_drafts, unpaid.num_requests) - 1
             self._unpaid = None
 
     def record_decode_step(self) -> None:
@@ -291,6 +307,17 @@ class AlwaysDraft(DraftPolicy):
         return frozenset(candidates)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TimedStep:
+    """A step that runs."""
+
+    kind: StepClass
+    num_rows: int
+    num_verified: int
+    started: float
+    """In seconds of the timer's clock."""
+
+
 class StepTimer:
     """Times the steps of an engine that schedules one after the other, from schedule to result.
 
@@ -303,15 +330,14 @@ class StepTimer:
     def __init__(self, costs: StepCosts, clock: Callable[[], float] = time.perf_counter) -> None:
         self.costs = costs
         self.clock = clock
-        self._running: tuple[StepClass, int, int, float] | None = None
+        self._running: TimedStep | None = None
 
     def begin(self, kind: StepClass, num_rows: int, num_verified: int = 0) -> None:
         """A step of one class begins."""
-        self._running = kind, num_rows, num_verified, self.clock()
+        self._running = TimedStep(kind=kind, num_rows=num_rows, num_verified=num_verified, started=self.clock())
 
     def end(self) -> None:
         """The step is over."""
-        if self._running is not None:
-            kind, num_rows, num_verified, started = self._running
-            self.costs.record(kind, num_rows, self.clock() - started, num_verified)
+        if (step := self._running) is not None:
+            self.costs.record(step.kind, step.num_rows, self.clock() - step.started, step.num_verified)
         self._running = None

@@ -214,13 +214,13 @@ class TwoTowerModelState(MambaHybridModelState):
         self.canvases.drop_drafts([step.slots[row] for row in drafted if step.widths[row] == 1])
         if not rows:
             return None
-        drafts_VS = self.canvases.take_drafts([step.slots[row] for row in rows])
+        drafts_FS = self.canvases.take_drafts([step.slots[row] for row in rows])
         kept_rows = self.place_kept_rows(rows, step, batch, block_tables, kv_cache_config)
-        verify = VerifyRows(**vars(kept_rows), draft_VS=drafts_VS)
+        verify = VerifyRows(**vars(kept_rows), draft_FS=drafts_FS)
         layout = verify.layout
-        last_V = self.last_sampled_tokens[batch.idx_mapping[verify.row_V]].view(-1)
-        canvas_VS = torch.cat([last_V[:, None], drafts_VS], dim=1)
-        batch.input_ids[verify.token_U] = canvas_VS[layout.row_T, layout.column_T].to(batch.input_ids.dtype)
+        last_F = self.last_sampled_tokens[batch.idx_mapping[verify.row_F]].view(-1)
+        canvas_FS = torch.cat([last_F[:, None], drafts_FS], dim=1)
+        batch.input_ids[verify.token_U] = canvas_FS[layout.row_T, layout.column_T].to(batch.input_ids.dtype)
         ask_for_logits(batch, step, rows)
         return verify
 
@@ -237,13 +237,13 @@ class TwoTowerModelState(MambaHybridModelState):
         # where the states are now: vLLM has moved those that would cross a block
         slots = self.find_mamba_slots(rows, step.ends_np[rows], block_tables, kv_cache_config)
         layout = CanvasLayout.from_widths(widths, self.device, mamba_slots=slots)
-        row_V, width_V = copy_together(self.device, rows, widths)
+        row_F, width_F = copy_together(self.device, rows, widths)
         return KeptRows(
             rows=rows,
-            row_V=row_V,
+            row_F=row_F,
             layout=layout,
-            token_U=batch.query_start_loc[row_V].long()[layout.row_T] + layout.column_T,
-            width_V=width_V,
+            token_U=batch.query_start_loc[row_F].long()[layout.row_T] + layout.column_T,
+            width_F=width_F,
         )
 
     def find_mamba_slots(
@@ -302,7 +302,7 @@ class TwoTowerModelState(MambaHybridModelState):
             return
         if step is not None and step.verify is not None:
             verify = step.verify
-            replay_states(self.model.model.layers, verify, num_sampled[verify.row_V].to(torch.int64))
+            replay_states(self.model.model.layers, verify, num_sampled[verify.row_F].to(torch.int64))
             num_sampled = num_sampled.clamp(max=1)
         super().postprocess_state(idx_mapping, num_sampled, num_computed_tokens)
 

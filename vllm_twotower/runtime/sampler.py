@@ -107,7 +107,7 @@ class CanvasSampler:
         self, step: Step, verify: VerifyRows, chosen: SamplerOutput, logits: torch.Tensor, batch: InputBatch
     ) -> SamplerOutput:
         output = accept_drafts(chosen, verify, batch)
-        num_sampled = output.num_sampled[verify.row_V]
+        num_sampled = output.num_sampled[verify.row_F]
         self.canvases.keep_hints(step, self.find_hints(logits, output, verify, batch), num_sampled)
         self.stats.count_verification([step.widths[row] - 1 for row in verify.rows], num_sampled - 1)
         return output

@@ -9,24 +9,54 @@ canvases, the least recently served first; denoising computes nothing (``num_com
 noisy is ever hashed.
 """
 
-import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_twotower import compat
-from vllm_twotower.config import CONFIG_KEY, EngineOptions, RequestOptions
-from vllm_twotower.core import MASK_TOKEN_ID, Mode, StepKind
+from vllm_twotower.config import EngineOptions, RequestOptions
+from vllm_twotower.core import Mode, StepKind
 from vllm_twotower.runtime.draft_policy import DraftPolicy, StepClass, StepTimer
 from vllm_twotower.runtime.policy import RunnableRows, StepPolicy
 from vllm_twotower.runtime.stat_loggers import StepCounts
-from vllm_twotower.runtime.step import ScheduledStep
 
-logger = logging.getLogger("vllm.twotower")
+logger = init_logger("vllm.twotower")
+
+
+NOT_A_TOKEN = -1
+"""Stands for the tokens of a canvas, of which upstream only counts how many there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledStep:
+    """What the scheduler last scheduled."""
+
+    kind: StepKind
+    req_ids: frozenset[str]
+    """The requests with tokens in the step."""
+    verified: Mapping[str, int] = field(default_factory=dict)
+    """Of a context step, requests whose draft it verifies, and the draft's tokens, the known one included."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """What there is to know of a request beside vLLM's own record."""
+
+    options: RequestOptions
+    last_denoised: int = 0
+    """Number of the denoise step that last held its canvas."""
+    drafted: int = 0
+    """Tokens, the known one included, of a draft that waits for its verification; 0 if none does."""
+    drafts_next: bool | None = None
+    """Whether its next round is a draft or an AR step; None: not decided, or no round is next."""
+    restarted_at: int = 0
+    """Tokens that it starts again with after a preemption."""
 
 
 @dataclass(kw_only=True)
@@ -49,7 +79,7 @@ class BlockCommitScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        options = EngineOptions.from_additional_config(self.vllm_config.additional_config.get(CONFIG_KEY))
+        options = EngineOptions.read(self.vllm_config)
         assert options is not None, "the config hook sets this scheduler with diffusion on only"
         compat.keep_largest_cache_estimate()
         self.options = options
@@ -58,18 +88,11 @@ class BlockCommitScheduler(Scheduler):
         """For whoever watches; ``schedule`` replaces it."""
         # A canvas may end exactly at max_model_len: upstream must not keep a slot free for a token sampled after it.
         self.num_sampled_tokens_per_step = 0
-        self._request_options: dict[str, RequestOptions] = {}
-        self._denoising: frozenset[str] = frozenset()  # the canvases of the step that is being scheduled or run
+        self._progress: dict[str, Progress] = {}
+        self._denoising: frozenset[str] = frozenset()  # while a step is scheduled, its canvases
         self._num_denoise_steps = 0
-        self._last_denoised: dict[str, int] = {}
-        # Tokens, the known one included, of drafts that wait for their verification, and of those that a context step
-        # verifies which is being scheduled or run.
-        self._drafted: dict[str, int] = {}
-        self._verifying: dict[str, int] = {}
-        self._prefill_len: dict[str, int] = {}  # tokens that a preempted request starts again with
         self.draft_policy = DraftPolicy()
         self.step_timer = StepTimer(self.draft_policy.costs)
-        self._drafts_next: dict[str, bool] = {}  # whether a request's next round is a draft or an AR step
         self._speculation: SpecDecodingStats | None = None
         self._held_prompt_logprobs: dict[str, tuple[Any, Any]] = {}
         self._counts = StepCounts()
@@ -97,7 +120,9 @@ class BlockCommitScheduler(Scheduler):
         if kind is StepKind.DENOISE:
             output = self._schedule_denoise(rows.canvases, args, kwargs)
         self.step_policy.record_step(kind)
-        self.last_step = ScheduledStep(kind=kind, req_ids=frozenset(output.num_scheduled_tokens))
+        scheduled = output.num_scheduled_tokens
+        verified = self._start_verifications(scheduled) if kind is StepKind.CONTEXT else {}
+        self.last_step = ScheduledStep(kind=kind, req_ids=frozenset(scheduled), verified=verified)
         self._time_step()
         return output
 
@@ -113,57 +138,61 @@ class BlockCommitScheduler(Scheduler):
         return rows
 
     def _count_runnable(self, rows: RunningRequests) -> RunnableRows:
-        somebody_waits = bool(self.waiting or self.kv_holding_waiting) and not self._queue_is_stuck
         return RunnableRows(
             commits=len(rows.commits),
             canvases=len(rows.canvases),
             context_only=len(rows.others),
-            admissible=somebody_waits and len(self.running) < self.max_num_active_reqs,
+            admissible=self._may_admit() and not self._queue_is_stuck,
         )
+
+    def _may_admit(self) -> bool:
+        return bool(self.waiting or self.kv_holding_waiting) and len(self.running) < self.max_num_active_reqs
 
     def _is_commit(self, request: Request) -> bool:
         """Whether a context step ends a canvas: one that is finished is all there is to compute (no prompt, and not all
         of a preempted request), or a draft waits for its verification."""
-        if request.request_id in self._drafted:
+        progress = self._progress_of(request)
+        if progress.drafted:
             return True
-        options = self._options_of(request)
-        left = request.num_tokens - request.num_computed_tokens
-        return options.mode is Mode.MASK_DIFFUSION and request.num_output_tokens > 0 and left <= options.canvas_length
+        options = progress.options
+        is_canvas = request.num_output_tokens > 0 and _count_left(request) <= options.canvas_length
+        return options.mode is Mode.MASK_DIFFUSION and is_canvas
 
     def _is_prompt(self, request: Request) -> bool:
         """Whether more is left to compute than a request's newest token: a prompt, or all of a preempted request."""
-        left = request.num_tokens - request.num_computed_tokens
-        return left > 1 + self._options_of(request).prefill_lag
+        return _count_left(request) > 1 + self._options_of(request).prefill_lag
 
     def _is_denoisable(self, request: Request) -> bool:
-        options = self._options_of(request)
+        progress = self._progress_of(request)
+        options = progress.options
         if options.mode is Mode.SELF_SPECULATION:
-            return self._drafts_next.get(request.request_id, False)
+            return progress.drafts_next is True
         return options.is_denoisable(request.num_computed_tokens, request.num_tokens)
 
     def _can_draft(self, request: Request) -> bool:
         """Whether a request in self-speculation stands where a draft or an AR step is next."""
-        options = self._options_of(request)
+        progress = self._progress_of(request)
         return (
-            options.mode is Mode.SELF_SPECULATION
-            and options.is_denoisable(request.num_computed_tokens, request.num_tokens)
-            and request.num_tokens > self._prefill_len.get(request.request_id, request.num_prompt_tokens)
-            and request.request_id not in self._drafted
+            progress.options.mode is Mode.SELF_SPECULATION
+            and progress.options.is_denoisable(request.num_computed_tokens, request.num_tokens)
+            and request.num_tokens > max(request.num_prompt_tokens, progress.restarted_at)
+            and not progress.drafted
             and not request.use_structured_output
             and self._canvas_width(request) > 1
         )
 
     def _decide_who_drafts(self) -> None:
         """Ask the policy about those who have come to where a draft is possible since it was last asked."""
-        if self.draft_policy.keep_resting() or not compat.can_report_passes():  # nobody would say when a draft is done
+        if self.draft_policy.rest_one_step() or not compat.can_report_passes():  # nobody would say when a draft is done
             return
-        undecided = [r for r in self.running if r.request_id not in self._drafts_next and self._can_draft(r)]
+        undecided = [r for r in self.running if self._progress_of(r).drafts_next is None and self._can_draft(r)]
         if not undecided:
             return
         ids = [r.request_id for r in undecided]
         steps = max(-(-self._options_of(r).max_steps // self.options.passes_per_step) for r in undecided)
         chosen = self.draft_policy.choose(ids, steps, len(self.running) - len(ids))
-        self._drafts_next.update((req_id, req_id in chosen) for req_id in ids)
+        for req_id in ids:
+            self._progress[req_id].drafts_next = req_id in chosen
 
     def _time_step(self) -> None:
         """Time the step for the draft policy, if it holds nothing but drafts, or decoding rows."""
@@ -173,16 +202,33 @@ class BlockCommitScheduler(Scheduler):
         if self.last_step.kind is StepKind.DENOISE:
             self.step_timer.begin(StepClass.DRAFT, len(requests))
         elif not any(r.is_prefill_chunk or r.num_output_tokens == 0 for r in requests):
-            kind = StepClass.VERIFY if self._verifying else StepClass.DECODE
-            self.step_timer.begin(kind, len(requests), len(self._verifying))
+            num_verified = len(self.last_step.verified)
+            kind = StepClass.VERIFY if num_verified else StepClass.DECODE
+            self.step_timer.begin(kind, len(requests), num_verified)
+
+    def _start_verifications(self, scheduled: Mapping[str, int]) -> dict[str, int]:
+        """Those of a context step's requests whose draft it verifies; all of them are asked anew before their next
+        round."""
+        verified = {}
+        for req_id, num_tokens in scheduled.items():
+            progress = self._progress[req_id]
+            if progress.drafted:
+                verified[req_id] = num_tokens
+            progress.drafted, progress.drafts_next = 0, None
+        if scheduled and not verified:
+            self.draft_policy.record_decode_step()
+        return verified
+
+    def _progress_of(self, request: Request) -> Progress:
+        progress = self._progress.get(request.request_id)
+        if progress is None:
+            extra_args = request.sampling_params.extra_args if request.sampling_params else None
+            progress = Progress(options=RequestOptions.from_extra_args(extra_args, self.options))
+            self._progress[request.request_id] = progress
+        return progress
 
     def _options_of(self, request: Request) -> RequestOptions:
-        options = self._request_options.get(request.request_id)
-        if options is None:
-            extra_args = request.sampling_params.extra_args if request.sampling_params else None
-            options = RequestOptions.from_extra_args(extra_args, self.options)
-            self._request_options[request.request_id] = options
-        return options
+        return self._progress_of(request).options
 
     def _schedule_context(self, rows: RunningRequests, args: Any, kwargs: Any) -> SchedulerOutput:
         """Commits, prompts and AR rows. Commits that the budget does not hold take turns, the longest finished first;
@@ -190,20 +236,12 @@ class BlockCommitScheduler(Scheduler):
         self._denoising = frozenset()
         commits = rows.commits
         prompts = [r for r in rows.others if self._is_prompt(r)]
-        hidden = [*rows.canvases, *(commits if self._commits_step_aside else self._late_commits(commits))]
-        for request in commits:
-            if request not in hidden and request.request_id in self._drafted:
-                # as for a canvas: upstream allocates slots for draft tokens, and these stay in the worker
-                request.spec_token_ids = [MASK_TOKEN_ID] * (self._drafted[request.request_id] - 1)
+        taken = [] if self._commits_step_aside else self._take_turns(commits, self._count_tokens)
+        hidden = [*rows.canvases, *(r for r in commits if r not in taken)]
+        for request in taken:
+            # as for a canvas: upstream allocates slots for draft tokens, and these stay in the worker
+            request.spec_token_ids = [NOT_A_TOKEN] * (self._progress_of(request).drafted - 1)
         output = self._schedule_without(hidden, self.max_num_active_reqs, args, kwargs)
-        scheduled = output.num_scheduled_tokens
-        self._verifying = {i: scheduled[i] for i in self._drafted if i in scheduled}
-        for req_id in self._verifying:
-            del self._drafted[req_id]
-        for req_id in scheduled:
-            self._drafts_next.pop(req_id, None)
-        if scheduled and not self._verifying:
-            self.draft_policy.record_decode_step()
         output.scheduled_spec_decode_tokens.clear()
         nobody_came = not output.scheduled_new_reqs and not output.scheduled_cached_reqs.resumed_req_ids
         self._commits_step_aside = self._commits_took_all(output, commits, hidden, nobody_came)
@@ -213,16 +251,18 @@ class BlockCommitScheduler(Scheduler):
         self._queue_is_stuck |= nobody_came and not wrote_a_prompt and not self._commits_step_aside
         return output
 
-    def _late_commits(self, commits: list[Request]) -> list[Request]:
-        """Those of the commits that this step's budget does not hold."""
-        budget, late = self._budget(), []
-        for request in sorted(commits, key=lambda r: self._last_denoised.get(r.request_id, 0)):
-            left = self._drafted.get(request.request_id) or request.num_tokens - request.num_computed_tokens
-            if left > budget:
-                late.append(request)
-            else:
-                budget -= left
-        return late
+    def _take_turns(self, requests: Iterable[Request], count_tokens: Callable[[Request], int]) -> list[Request]:
+        """Those that a step's budget holds, the longest without a denoise step first."""
+        budget, taken = self._budget(), []
+        for request in sorted(requests, key=lambda r: self._progress_of(r).last_denoised):
+            num_tokens = count_tokens(request)
+            if num_tokens <= budget:
+                budget -= num_tokens
+                taken.append(request)
+        return taken
+
+    def _count_tokens(self, commit: Request) -> int:
+        return self._progress_of(commit).drafted or _count_left(commit)
 
     def _commits_took_all(
         self, output: SchedulerOutput, commits: list[Request], hidden: list[Request], nobody_came: bool
@@ -232,8 +272,7 @@ class BlockCommitScheduler(Scheduler):
         if output.total_num_scheduled_tokens < self._budget() or not any(r.request_id in scheduled for r in commits):
             return False
         served = scheduled.keys() | {r.request_id for r in hidden}
-        queue_waits = bool(self.waiting or self.kv_holding_waiting) and len(self.running) < self.max_num_active_reqs
-        return (nobody_came and queue_waits) or any(r.request_id not in served for r in self.running)
+        return (nobody_came and self._may_admit()) or any(r.request_id not in served for r in self.running)
 
     def _budget(self) -> int:
         """Tokens of one step."""
@@ -242,18 +281,12 @@ class BlockCommitScheduler(Scheduler):
     def _schedule_denoise(self, canvases: list[Request], args: Any, kwargs: Any) -> SchedulerOutput:
         """Whole canvases only, as many as the budget holds, the least recently served first; nobody is admitted."""
         self._num_denoise_steps += 1
-        self._verifying = {}
-        budget = self._budget()
-        rows: list[Request] = []
-        for request in sorted(canvases, key=lambda r: self._last_denoised.get(r.request_id, 0)):
-            width = self._canvas_width(request)
-            if width > budget:
-                continue
-            budget -= width
-            rows.append(request)
+        rows = self._take_turns(canvases, self._canvas_width)
+        for request in rows:
+            progress = self._progress_of(request)
             # upstream allocates KV slots for draft tokens: what of the canvas lies past the end of the request
-            request.spec_token_ids = [MASK_TOKEN_ID] * (width - self._options_of(request).context_lag)
-            self._last_denoised[request.request_id] = self._num_denoise_steps
+            request.spec_token_ids = [NOT_A_TOKEN] * (self._canvas_width(request) - progress.options.context_lag)
+            progress.last_denoised = self._num_denoise_steps
         self._denoising = frozenset(r.request_id for r in rows)
         hidden = [r for r in self.running if r.request_id not in self._denoising]
         with compat.without_caching_blocks(self.kv_cache_manager):
@@ -263,13 +296,8 @@ class BlockCommitScheduler(Scheduler):
         return output
 
     def _canvas_width(self, request: Request) -> int:
-        options, computed = self._options_of(request), request.num_computed_tokens
-        width = options.canvas_width(computed, self.max_model_len)
-        if options.mode is Mode.SELF_SPECULATION and self.need_mamba_block_aligned_split:
-            # the states after a verified canvas lie in the block where they began
-            block_size = self.cache_config.mamba_block_size
-            width = min(width, block_size - computed % block_size)
-        return width
+        block_size = self.cache_config.mamba_block_size if self.need_mamba_block_aligned_split else None
+        return self._options_of(request).canvas_width(request.num_computed_tokens, self.max_model_len, block_size)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Upstream's last word on a chunk: in mock-AR the context stops one token short."""
@@ -290,9 +318,11 @@ class BlockCommitScheduler(Scheduler):
         """vLLM's own ``schedule`` with some running requests passed over; they keep their place and can be
         preempted."""
         limit, self.max_num_active_reqs = self.max_num_active_reqs, max_active
-        with compat.passing_over(hidden, self.current_step):
-            output = super().schedule(*args, **kwargs)
-        self.max_num_active_reqs = limit
+        try:
+            with compat.passing_over(hidden, self.current_step):
+                output = super().schedule(*args, **kwargs)
+        finally:
+            self.max_num_active_reqs = limit
         for request in self.running:
             request.spec_token_ids = []
         return output
@@ -315,7 +345,7 @@ class BlockCommitScheduler(Scheduler):
 
     def _take_back_rejected(self, result: Any) -> None:
         """Of a verified canvas the context holds the known token and the accepted drafts."""
-        for req_id, width in self._verifying.items():
+        for req_id, width in self.last_step.verified.items():
             request = self.requests.get(req_id)
             num_sampled = len(result.sampled_token_ids[result.req_id_to_index[req_id]])
             if request is not None and num_sampled:  # a broken request has sampled nothing, and ends
@@ -324,11 +354,10 @@ class BlockCommitScheduler(Scheduler):
                 if self._speculation is None:
                     self._speculation = SpecDecodingStats.new(self.options.canvas_length - 1)
                 self._speculation.observe_draft(width - 1, num_sampled - 1)
-        self._verifying = {}
 
     def _estimate_cached_prompts(self, scheduler_output: SchedulerOutput) -> None:
         """What prompts that this context step ended added to the prefix cache: of canvases, nobody can say later."""
-        if self._denoising:
+        if self.last_step.kind is StepKind.DENOISE:
             return
         for req_id in scheduler_output.num_scheduled_tokens:
             request = self.requests.get(req_id)
@@ -352,7 +381,7 @@ class BlockCommitScheduler(Scheduler):
                         d[req_id] = held
 
     def _count(self, scheduler_output: SchedulerOutput, result: Any) -> None:
-        if not self._denoising:
+        if self.last_step.kind is StepKind.CONTEXT:
             self._counts.context_passes += len(scheduler_output.num_scheduled_tokens)
             self._end_broken(compat.nan_rows(result), result)
             return
@@ -366,8 +395,8 @@ class BlockCommitScheduler(Scheduler):
                 continue
             request = self.requests.get(req_id)
             if request is not None and self._options_of(request).mode is Mode.SELF_SPECULATION:
-                self._drafted[req_id] = scheduler_output.num_scheduled_tokens[req_id]
-                self._drafts_next[req_id] = False
+                progress = self._progress_of(request)
+                progress.drafted, progress.drafts_next = scheduler_output.num_scheduled_tokens[req_id], False
                 continue
             self._counts.add_canvas(canvas_passes, num_tokens)
 
@@ -376,7 +405,7 @@ class BlockCommitScheduler(Scheduler):
         for req_id in req_ids:
             request = self.requests.get(req_id)
             row = result.req_id_to_index[req_id]
-            is_context_row = not self._denoising
+            is_context_row = self.last_step.kind is StepKind.CONTEXT
             if request is None or (is_context_row and not self._options_of(request).is_sampled):
                 continue
             logger.error(
@@ -397,15 +426,18 @@ class BlockCommitScheduler(Scheduler):
         return stats
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        self._drafted.pop(request.request_id, None)
-        self._drafts_next.pop(request.request_id, None)
-        self._prefill_len[request.request_id] = request.num_tokens
+        progress = self._progress_of(request)
+        progress.drafted, progress.drafts_next, progress.restarted_at = 0, None, request.num_tokens
         return super()._preempt_request(request, *args, **kwargs)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        tables: tuple[dict[str, Any], ...] = (self._request_options, self._last_denoised, self._held_prompt_logprobs)
-        for table in (*tables, self._drafted, self._drafts_next, self._prefill_len):
-            table.pop(request.request_id, None)
+        self._progress.pop(request.request_id, None)
+        self._held_prompt_logprobs.pop(request.request_id, None)
         self.draft_policy.forget(request.request_id)
         self._queue_is_stuck = False
         return super()._free_request(request, *args, **kwargs)
+
+
+def _count_left(request: Request) -> int:
+    """Tokens of a request that the context does not hold."""
+    return request.num_tokens - request.num_computed_tokens

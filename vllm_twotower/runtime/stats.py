@@ -40,11 +40,11 @@ class DiffusionStats:
         self.context_passes += num_rows
         self.commits += num_commits
 
-    def count_verification(self, num_draft_tokens_V: list[int], num_accepted_V: torch.Tensor) -> None:
-        """Count the drafts of a context step; what was accepted is added up on the device, int64 [V]."""
-        self.drafts += len(num_draft_tokens_V)
-        self.draft_tokens += sum(num_draft_tokens_V)
-        self.accepted_tokens = self.accepted_tokens + num_accepted_V.sum()
+    def count_verification(self, num_draft_tokens_F: list[int], num_accepted_F: torch.Tensor) -> None:
+        """Count the drafts of a context step; what was accepted is added up on the device, int64 [F]."""
+        self.drafts += len(num_draft_tokens_F)
+        self.draft_tokens += sum(num_draft_tokens_F)
+        self.accepted_tokens = self.accepted_tokens + num_accepted_F.sum()
 
     def take(self, reset: bool) -> dict[str, int]:
         """The counters, and zeros from now on if ``reset``."""

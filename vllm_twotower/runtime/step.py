@@ -152,19 +152,19 @@ class KeptRows:
     """Rows of a context step of which is kept what the Mamba layers were fed: from it, and from the states before the
     step, follow the states after any number of the rows' tokens.
 
-    Legend: V rows, U their tokens in batch order, S widest.
+    Legend: F rows, U their tokens in batch order, S widest.
     """
 
     rows: list[int]
     """Their rows of the batch."""
-    row_V: torch.Tensor
-    """The same, int64 [V]."""
+    row_F: torch.Tensor
+    """The same, int64 [F]."""
     layout: CanvasLayout
     """How their tokens lie among themselves, [U], and the slots of the states that they start from, by layer."""
     token_U: torch.Tensor
     """int64 [U], where their tokens are in the batch."""
-    width_V: torch.Tensor
-    """int64 [V], tokens of each row."""
+    width_F: torch.Tensor
+    """int64 [F], tokens of each row."""
     kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """Name of a context Mamba layer -> its raw convolution inputs [U, C] and step sizes [U, H]; filled in by the
     forward."""
@@ -174,8 +174,8 @@ class KeptRows:
 class VerifyRows(KeptRows):
     """The rows of a context step that verify drafts: the known token and the drafts behind it."""
 
-    draft_VS: torch.Tensor
-    """int64 [V, S - 1], the drafts; past a row's width anything."""
+    draft_FS: torch.Tensor
+    """int64 [F, S - 1], the drafts; past a row's width anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,15 +246,6 @@ class Step:
     def is_real(self) -> bool:
         """Whether any row is somebody's request."""
         return any(options is not None for options in self.options)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduledStep:
-    """What the scheduler last scheduled."""
-
-    kind: StepKind
-    req_ids: frozenset[str]
-    """The requests with tokens in the step."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,7 @@ class CanvasTrace:
         """
         drafts_of: dict[int, list[int]] = {}
         if step.verify is not None:
-            drafts_of = dict(zip(step.verify.rows, step.verify.draft_VS.tolist(), strict=True))
+            drafts_of = dict(zip(step.verify.rows, step.verify.draft_FS.tolist(), strict=True))
         assert chosen.num_nans is not None
         counts = zip(chosen.num_sampled.tolist(), chosen.num_nans.tolist(), strict=True)
         for row, (count, num_nans) in enumerate(counts):

@@ -7,7 +7,7 @@ computed from their real states, which stay as they are (``ops.seeded_conv``, ``
 pass). What the layers were fed is kept, and when the sampler has said how many tokens count, the states are replayed
 over exactly those.
 
-Legend: V rows that verify, U their tokens in batch order, S widest, C conv channels, H heads, P head dim.
+Legend: F rows that verify, U their tokens in batch order, S widest, C conv channels, H heads, P head dim.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ def keep_inputs_of(step: Step, metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _make_metadata(step: Step, metadata: Mamba2AttentionMetadata) -> KeepingMetadata:
     if step.verify is not None:
-        metadata = compat.keep_states_of(metadata, step.verify.row_V)
+        metadata = compat.keep_states_of(metadata, step.verify.row_F)
     fields = {f.name: getattr(metadata, f.name) for f in dataclasses.fields(metadata)}
     return KeepingMetadata(**fields, kept=step.kept, verify=step.verify)
 
@@ -82,27 +82,27 @@ def keep_inputs_in(mixer: MambaMixer2) -> None:
             _, xbc_UC, dt_UH = projected_states[rows.token_U].split(sizes, dim=-1)
             rows.kept[mixer.prefix] = xbc_UC, dt_UH
         if mine.verify is not None:
-            y_VSHP = seeded_scan(_read_inputs(mixer, mine.verify)[0], out_dtype=output.dtype)
-            output[mine.verify.token_U] = mine.verify.layout.unpad(y_VSHP.flatten(2))
+            y_FSHP = seeded_scan(_read_inputs(mixer, mine.verify)[0], out_dtype=output.dtype)
+            output[mine.verify.token_U] = mine.verify.layout.unpad(y_FSHP.flatten(2))
 
     compat.follow_mamba_scan(mixer, keep)
 
 
 def _read_inputs(mixer: MambaMixer2, rows: KeptRows) -> tuple[ScanInputs, torch.Tensor]:
-    """What the layer's scan read of some rows, and the convolution before it, [V, S, C]."""
-    raw_VSC, dt_VSH = map(rows.layout.pad, rows.kept[mixer.prefix])
-    return convolve(mixer, raw_VSC, dt_VSH, state_caches(mixer), rows.layout.mamba_slots[mixer.prefix]), raw_VSC
+    """What the layer's scan read of some rows, and the convolution before it, [F, S, C]."""
+    raw_FSC, dt_FSH = map(rows.layout.pad, rows.kept[mixer.prefix])
+    return convolve(mixer, raw_FSC, dt_FSH, state_caches(mixer), rows.layout.mamba_slots[mixer.prefix]), raw_FSC
 
 
-def replay_states(layers: nn.ModuleList, rows: KeptRows, num_tokens_V: torch.Tensor) -> None:
+def replay_states(layers: nn.ModuleList, rows: KeptRows, num_tokens_F: torch.Tensor) -> None:
     """Advance the states of some rows over their first tokens, in place; nothing is read by the host.
 
     Args:
         layers: the context tower's, or those that mirror their caches.
         rows: with what the forward has kept.
-        num_tokens_V: int64 [V], tokens that count; of a verifying row the known one and the accepted drafts.
+        num_tokens_F: int64 [F], tokens that count; of a verifying row the known one and the accepted drafts.
 
     """
     for mixer in mamba_mixers(layers):
-        inputs, raw_VSC = _read_inputs(mixer, rows)
-        state_replay(inputs, raw_RSC=raw_VSC, conv_cache_ZKC=state_caches(mixer)[0], num_tokens_R=num_tokens_V)
+        inputs, raw_FSC = _read_inputs(mixer, rows)
+        state_replay(inputs, raw_RSC=raw_FSC, conv_cache_ZKC=state_caches(mixer)[0], num_tokens_R=num_tokens_F)

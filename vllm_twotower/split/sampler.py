@@ -38,9 +38,9 @@ class SplitCanvasSampler(CanvasSampler):
         self, logits: torch.Tensor, accepted: SamplerOutput, verify: VerifyRows, batch: InputBatch
     ) -> torch.Tensor:
         """Found on the context tower's ranks, on every rank."""
-        hint_VS = super().find_hints(logits, accepted, verify, batch) if self.link.placement.has_context else None
-        num_rows, num_drafts = verify.draft_VS.shape
-        return self.link.share_samples(hint_VS, (num_rows, num_drafts + 1))
+        hint_FS = super().find_hints(logits, accepted, verify, batch) if self.link.placement.has_context else None
+        num_rows, num_drafts = verify.draft_FS.shape
+        return self.link.share_samples(hint_FS, (num_rows, num_drafts + 1))
 
     def take_logprobs(self, step: Step, emitted: list[int]) -> LogprobsTensors | None:
         """The denoiser's, on every rank."""

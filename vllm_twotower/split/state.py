@@ -127,7 +127,7 @@ class SplitModelState(TwoTowerModelState):
         if step is not None and self.model.holds_denoiser:
             for rows in step.kept:
                 if rows is not step.verify:
-                    replay_states(self.model.model.layers, rows, rows.width_V)
+                    replay_states(self.model.model.layers, rows, rows.width_F)
         super().postprocess_state(*args, **kwargs)
 
 
