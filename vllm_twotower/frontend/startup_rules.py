@@ -6,12 +6,12 @@
 import functools
 import importlib.util
 import operator
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_twotower.config import EngineOptions, find_indivisible
+from vllm_twotower.core import is_triton_interpreted
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -61,7 +61,7 @@ def _find_missing_on_cpu(c: "VllmConfig") -> str | None:
 
     if not current_platform.is_cpu():
         return None
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not is_triton_interpreted():
         return (
             "this model needs Triton's interpreter on a CPU: set TRITON_INTERPRET=1 before Python starts, for example "
             "`TRITON_INTERPRET=1 vllm serve MODEL` (the vllm-twotower command and the Makefile set it themselves)"
