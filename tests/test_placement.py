@@ -91,6 +91,7 @@ def test_split_towers_write_the_references_tokens(tiny_moe):
     sizes[1] += sum(math.prod(s) for n, s in shapes.items() if n.endswith((".conv1d.weight", ".conv1d.bias")))
     sizes[1] += sum(math.prod(s) for n, s in shapes.items() if n.endswith((".A_log", ".D", ".dt_bias")))
     assert answer["weight_bytes"] == [4 * size for size in sizes]
+    assert answer["num_heads"] == [tiny_moe.config["num_attention_heads"]] * 2, "none of a tower's are on another rank"
 
     traffic, (to_denoiser, back) = SplitTraffic.of(facts, 16), answer["traffic"]
     stats = answer["stats"]

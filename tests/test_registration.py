@@ -115,6 +115,13 @@ def test_every_rule_is_tested():
     assert tested | REFUSED_ELSEWHERE == {r.refuses for r in STARTUP_RULES}
 
 
+def test_vllms_own_speculation_is_refused_on_a_cpu(make_config):
+    config = make_config(diffusion=None)
+    config.speculative_config = object()
+    with pytest.raises(ValueError, match=r"speculative_config is set.*leave it out"):
+        check_settings(config, None)
+
+
 def test_experts_in_groups_are_refused_on_a_cpu(make_config):
     config = make_config(diffusion=None)
     config.model_config.hf_config = SimpleNamespace(hybrid_override_pattern="ME", n_group=2, topk_group=1)

@@ -26,6 +26,12 @@ def weight_bytes(model) -> int:
     return held + sum(m.input_size_per_partition * m.output_size_per_partition * 4 for m in packed)
 
 
+def count_heads(worker) -> int:
+    """Attention heads of a rank, as vLLM's attention backends compute them."""
+    config = worker.vllm_config
+    return config.model_config.get_num_attention_heads(config.parallel_config)
+
+
 def requests_of(golden, cases):
     from vllm_twotower import diffusion_params
 
@@ -79,7 +85,7 @@ def run_questions(job, settings):
 
 
 def main() -> None:
-    from tests.two_ranks import weight_bytes  # what is sent to the workers must not be `__main__`'s
+    from tests.two_ranks import count_heads, weight_bytes  # what is sent to the workers must not be `__main__`'s
     from vllm_twotower import diffusion_stats
 
     job = json.loads(sys.argv[2])
@@ -104,6 +110,7 @@ def main() -> None:
             "stats": diffusion_stats(llm),
             "traffic": llm.collective_rpc("diffusion_traffic"),
             "weight_bytes": llm.apply_model(weight_bytes),
+            "num_heads": llm.collective_rpc(count_heads),
         }
     print("RESULT " + json.dumps(result))
 

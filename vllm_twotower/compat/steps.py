@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
-NULL_BLOCK = 0
-
 
 def ask_for_logits(
     batch: "InputBatch", num_logits: "np.ndarray", copy_together: "Callable[..., tuple[torch.Tensor, ...]]"
@@ -59,10 +57,13 @@ def keep_states_of(metadata: "Mamba2AttentionMetadata", row_F: "torch.Tensor") -
     Upstream: vllm.v1.attention.backends.mamba2_attn.Mamba2AttentionMetadata.state_indices_tensor_p,
         vllm.v1.attention.backends.mamba2_attn.Mamba2AttentionMetadata.num_prefills,
         vllm.v1.attention.backends.mamba2_attn.Mamba2AttentionMetadata.num_prefill_tokens,
-        vllm.v1.attention.backends.mamba2_attn.Mamba2AttentionMetadata.checkpoint_meta
+        vllm.v1.attention.backends.mamba2_attn.Mamba2AttentionMetadata.checkpoint_meta,
+        vllm.v1.attention.backends.utils.NULL_BLOCK_ID
     Removed when: a Mamba layer can verify drafts in place with prefix caching on.
     Test: tests/test_self_speculation.py::test_nvidias_ar_tokens
     """
+    from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
+
     assert metadata.state_indices_tensor_p is not None, "a row of several tokens runs as a prefill"
     if metadata.num_prefills == len(row_F):
         return dataclasses.replace(metadata, num_prefills=0, num_prefill_tokens=0)
@@ -70,9 +71,9 @@ def keep_states_of(metadata: "Mamba2AttentionMetadata", row_F: "torch.Tensor") -
     checkpoints = metadata.checkpoint_meta
     if checkpoints is not None:  # what such a row would leave behind as a state in the middle of a prompt
         checkpoints = dataclasses.replace(
-            checkpoints, state_indices=checkpoints.state_indices.index_fill(0, row_F, NULL_BLOCK)
+            checkpoints, state_indices=checkpoints.state_indices.index_fill(0, row_F, NULL_BLOCK_ID)
         )
-    states = metadata.state_indices_tensor_p.index_fill(0, row_F, NULL_BLOCK)
+    states = metadata.state_indices_tensor_p.index_fill(0, row_F, NULL_BLOCK_ID)
     return dataclasses.replace(metadata, state_indices_tensor_p=states, checkpoint_meta=checkpoints)
 
 

@@ -389,63 +389,6 @@ def scatter_num_accepted(idx_mapping: torch.Tensor, num_sampled: torch.Tensor, n
     num_accepted[idx_mapping[real].long()] = accepted.to(num_accepted.dtype)
 
 
-def rows_that_change_block(state_idx: torch.Tensor, src_col: torch.Tensor, idx_mapping: torch.Tensor) -> torch.Tensor:
-    """The rows whose Mamba state ``MambaSpecDecodeGPUContext.run_fused_precopy`` copies: entries of ``idx_mapping``."""
-    slot = idx_mapping.clamp(min=0).long()
-    return idx_mapping[(idx_mapping >= 0) & (src_col[slot] >= 0) & (src_col[slot] != state_idx[slot])]
-
-
-def rows_that_pass_a_boundary(
-    num_accepted: torch.Tensor, new_num_computed: torch.Tensor, idx_mapping: torch.Tensor, block_size: int
-) -> torch.Tensor:
-    """The rows whose state ``MambaSpecDecodeGPUContext.run_fused_postprocess_align`` moves to the end of a block:
-    entries of ``idx_mapping``.
-    """
-    slot = idx_mapping.clamp(min=0).long()
-    running = new_num_computed[slot] - num_accepted[slot] + 1
-    aligned = new_num_computed[slot] // block_size * block_size
-    return idx_mapping[(idx_mapping >= 0) & (aligned >= running)]
-
-
-def copy_mamba_states(
-    context: Any, slots: list[int], sources: list[int], targets: list[int], biases: list[int]
-) -> None:
-    """One block's states to another for each request slot: ``mamba_utils._copy_mamba_state_block``.
-
-    Convolution windows move ``bias`` tokens to the left on the way; the scan's state is taken ``bias`` columns of the
-    block table further on.
-
-    Args:
-        context: a ``MambaSpecDecodeGPUContext`` with convolution states that have their tokens first, as on a CPU.
-        slots: of requests, to which the three other lists belong.
-        sources, targets: columns of the block table.
-        biases: tokens.
-
-    """
-    states = zip(
-        context.state_base_addrs.tolist(),
-        context.state_block_strides.tolist(),
-        (context.state_elem_sizes * context.state_inner_sizes).tolist(),
-        context.state_conv_widths.tolist(),
-        context.block_table_ptrs[context.state_group_indices.long()].tolist(),
-        strict=True,
-    )
-    row_bytes = 4 * context.block_table_stride_req
-    for address, block_bytes, unit_bytes, width, table in states:
-        for slot, source, target, bias in zip(slots, sources, targets, biases, strict=True):
-            is_window = width > 0
-            column = source if is_window else source + bias
-            from_block, to_block = (
-                ctypes.c_int32.from_address(table + slot * row_bytes + 4 * c).value for c in (column, target)
-            )
-            skipped = bias if is_window else 0
-            ctypes.memmove(
-                address + to_block * block_bytes,
-                address + from_block * block_bytes + skipped * unit_bytes,
-                (max(width, 1) - skipped) * unit_bytes,
-            )
-
-
 def copy_states_before_step(
     self: Any,
     num_reqs: int,
@@ -454,30 +397,37 @@ def copy_states_before_step(
     token_bias_gpu: torch.Tensor,
     idx_mapping: torch.Tensor,
 ) -> None:
-    """``MambaSpecDecodeGPUContext.run_fused_precopy``."""
+    """A row that begins a block takes its Mamba states along (``MambaSpecDecodeGPUContext.run_fused_precopy``).
+
+    Args:
+        self: a ``MambaSpecDecodeGPUContext`` with convolution states that have their tokens first, as on a CPU.
+        num_reqs: rows.
+        state_idx_gpu, src_col_gpu: int32 [request slots], columns of the block table, to and from; -1: none.
+        token_bias_gpu: 0, since a step keeps one token or all of a row's.
+        idx_mapping: int32 [rows], request slots; -1: none.
+
+    """
     if not self.is_initialized:
         return
-    slots = rows_that_change_block(state_idx_gpu, src_col_gpu, idx_mapping[:num_reqs]).long()
-    columns = (values[slots].tolist() for values in (src_col_gpu, state_idx_gpu, token_bias_gpu))
-    copy_mamba_states(self, slots.tolist(), *columns)
+    slots = idx_mapping[:num_reqs][idx_mapping[:num_reqs] >= 0].long()
+    slots = slots[(src_col_gpu[slots] >= 0) & (src_col_gpu[slots] != state_idx_gpu[slots])]
+    rows = list(zip(*(values.tolist() for values in (slots, src_col_gpu[slots], state_idx_gpu[slots])), strict=True))
+    states = zip(
+        self.state_base_addrs.tolist(),
+        self.state_block_strides.tolist(),
+        (self.state_elem_sizes * self.state_inner_sizes * self.state_conv_widths.clamp(min=1)).tolist(),
+        self.block_table_ptrs[self.state_group_indices.long()].tolist(),
+        strict=True,
+    )
+    for address, block_bytes, state_bytes, table in states:
+        for slot, *columns in rows:
+            row = table + slot * 4 * self.block_table_stride_req
+            source, target = (address + block_bytes * ctypes.c_int32.from_address(row + 4 * c).value for c in columns)
+            ctypes.memmove(target, source, state_bytes)
 
 
-def copy_states_after_step(
-    self: Any,
-    num_reqs: int,
-    num_accepted_tokens_gpu: torch.Tensor,
-    state_idx_gpu: torch.Tensor,
-    new_num_computed_tokens_gpu: torch.Tensor,
-    idx_mapping: torch.Tensor,
+def keep_states_after_step(
+    self: Any, num_reqs: int, num_accepted: Any, state_idx: Any, num_computed: Any, idx_mapping: Any
 ) -> None:
-    """``MambaSpecDecodeGPUContext.run_fused_postprocess_align``."""
-    if not self.is_initialized:
-        return
-    accepted, computed = num_accepted_tokens_gpu, new_num_computed_tokens_gpu
-    slots = rows_that_pass_a_boundary(accepted, computed, idx_mapping[:num_reqs], self.block_size).long()
-    aligned = computed[slots] // self.block_size * self.block_size
-    bias = aligned - (computed[slots] - accepted[slots] + 1)
-    source, target = state_idx_gpu[slots], aligned // self.block_size - 1
-    accepted[slots[source == target]] = 1
-    moved = (source != target) | (bias > 0)
-    copy_mamba_states(self, *(values[moved].tolist() for values in (slots, source, target, bias)))
+    """Nothing moves when a step has kept one token or all of a row's: its states are where they belong
+    (``MambaSpecDecodeGPUContext.run_fused_postprocess_align``)."""

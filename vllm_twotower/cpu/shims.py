@@ -98,7 +98,7 @@ STAND_INS: dict[str, dict[str, tuple[Callable[..., Any], str]]] = {
     "vllm.v1.worker.utils.KVBlockZeroer": {"zero_block_ids": (plain.zero_block_ids, "test_zeroed_blocks")},
     "vllm.v1.worker.mamba_utils.MambaSpecDecodeGPUContext": {
         "run_fused_precopy": (plain.copy_states_before_step, "test_mamba_states_copied_before_a_step"),
-        "run_fused_postprocess_align": (plain.copy_states_after_step, "test_mamba_states_copied_after_a_step"),
+        "run_fused_postprocess_align": (plain.keep_states_after_step, "test_mamba_states_kept_after_a_step"),
     },
     "vllm.v1.worker.gpu.model_states.mamba_hybrid": {
         "preprocess_mamba_align_fused_kernel": (plain.advance_mamba_blocks, "test_mamba_blocks_advance"),
