@@ -158,7 +158,7 @@ def list_ours(llm: "LLM") -> list[Watched]:
 
     scheduler, runner = find_scheduler(llm), find_runner(llm)
     state, denoiser = runner.model_state, runner.model.denoiser
-    hooks = ("step_of", "preprocess_state", "prepare_attn", "prepare_inputs", "postprocess_state")
+    hooks = ("find_step", "preprocess_state", "prepare_attn", "prepare_inputs", "postprocess_state")
     ours = [
         (scheduler, "schedule", "schedule"),
         (scheduler, "update_from_output", "update from output"),

@@ -244,7 +244,7 @@ class DraftingRun(ScriptedRun):
         if not denoising:
             return None
         one_pass = [1] * len(scheduled)  # a draft of one pass is finished in its first step
-        packed = compat.pass_report(one_pass, one_pass, [False] * len(scheduled))
+        packed = compat.pack_pass_report(one_pass, one_pass, [False] * len(scheduled))
         assert packed is not None
         return dict(zip(scheduled, packed, strict=True))
 

@@ -33,7 +33,7 @@ from vllm_twotower.models.weights import (
     NOT_IN_CHECKPOINTS,
     check_filled,
     check_weights,
-    checkpoint_module,
+    find_checkpoint_name,
 )
 from vllm_twotower.planning.inspection import inspect
 from vllm_twotower.planning.model_facts import ModelFacts
@@ -135,9 +135,9 @@ def test_every_tensor_of_the_real_model_reaches_a_parameter(tmp_path, single_pro
     for name, layer in model.named_modules():
         if isinstance(layer, RoutedExperts):
             if "Unquantized" not in type(layer.quant_method).__name__:
-                by_vllm.add(checkpoint_module(name.removesuffix(".routed_experts")))
+                by_vllm.add(find_checkpoint_name(name.removesuffix(".routed_experts")))
         elif isinstance(layer, LinearBase) and not isinstance(layer.quant_method, UnquantizedLinearMethod):
-            by_vllm.add(checkpoint_module(name))
+            by_vllm.add(find_checkpoint_name(name))
     stated = config.model_config.hf_config.quantization_config
     quantization = StoredQuantization.read(stated)
     matrices = [n for n in checkpoint_shapes(SimpleNamespace(**REAL_CONFIG)) if n.endswith(MATRIX_END)]
@@ -169,7 +169,7 @@ def test_vllm_still_matches_patterns_with_its_own_names():
     config.apply_vllm_mapper(CHECKPOINT_TO_MODULE.get_rename_mapper())
     linear = torch.nn.Linear(1, 1)
     assert config.get_scheme_dict(linear, "denoiser.layers.0.mixer.in_proj") is None
-    assert config.get_scheme_dict(linear, checkpoint_module("denoiser.layers.0.mixer.in_proj")) is not None
+    assert config.get_scheme_dict(linear, find_checkpoint_name("denoiser.layers.0.mixer.in_proj")) is not None
 
 
 def test_what_each_layout_weighs(tmp_path):

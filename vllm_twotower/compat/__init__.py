@@ -27,18 +27,18 @@ from vllm_twotower.compat.metrics import (
     attach_counts,
     can_report_passes,
     extend_stat_loggers,
-    pass_report,
+    pack_pass_report,
     take_counts,
     take_pass_report,
 )
 from vllm_twotower.compat.requests import check_requests, decode_beams_in_ar, end_requests_at_shutdown
 from vllm_twotower.compat.scheduler import (
     end_with_error,
+    find_nan_rows,
+    find_prompt_logprobs,
     is_warmup_request,
     keep_largest_cache_estimate,
-    nan_rows,
     passing_over,
-    prompt_logprobs_of,
     without_caching_blocks,
 )
 from vllm_twotower.compat.steps import ask_for_logits, drop_attention_plans, follow_mamba_scan, keep_states_of

@@ -32,7 +32,7 @@ def record_kv_updates(attention: "Attention", record: "Callable[[str, torch.Tens
     impl.do_kv_cache_update = record_and_update
 
 
-def name_layers_as_checkpoint(quant_config: "QuantizationConfig", checkpoint_module: Callable[[str], str]) -> None:
+def name_layers_as_checkpoint(quant_config: "QuantizationConfig", find_checkpoint_name: Callable[[str], str]) -> None:
     """A quantisation finds layers by their names in the checkpoint, which its lists and expressions are written in.
 
     Symptom: vLLM renames the entries of those lists, but no regular expression and no pattern, and a name that a
@@ -46,7 +46,7 @@ def name_layers_as_checkpoint(quant_config: "QuantizationConfig", checkpoint_mod
 
     Args:
         quant_config: the engine's; changed in place, once.
-        checkpoint_module: vLLM's name of a layer -> the checkpoint's.
+        find_checkpoint_name: vLLM's name of a layer -> the checkpoint's.
 
     """
     from vllm.model_executor.models.utils import WeightsMapper
@@ -59,11 +59,11 @@ def name_layers_as_checkpoint(quant_config: "QuantizationConfig", checkpoint_mod
     def get_quant_method(layer: "nn.Module", prefix: str) -> Any:
         gate, up = (getattr(layer, f"ckpt_{part}_proj_name", "") for part in ("gate", "up"))
         if up is not None:
-            return upstream(layer, checkpoint_module(prefix))
+            return upstream(layer, find_checkpoint_name(prefix))
         named: Any = layer
         named.ckpt_up_proj_name = gate
         try:
-            return upstream(layer, checkpoint_module(prefix))
+            return upstream(layer, find_checkpoint_name(prefix))
         finally:
             named.ckpt_up_proj_name = None
 

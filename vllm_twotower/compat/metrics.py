@@ -16,7 +16,7 @@ PASSES_BITS = 16
 COUNTS_KEY = "twotower"
 
 
-def pass_report(num_passes: list[int], canvas_passes: list[int], broken: list[bool]) -> list[int] | None:
+def pack_pass_report(num_passes: list[int], canvas_passes: list[int], broken: list[bool]) -> list[int] | None:
     """Denoise passes of each row, and whether it is broken, travel from sampler to scheduler as one integer per row.
 
     Symptom: a sampler's output has fixed fields; ``num_nans`` is the only one per row that reaches the scheduler as it
@@ -43,14 +43,14 @@ def pass_report(num_passes: list[int], canvas_passes: list[int], broken: list[bo
 
 
 def can_report_passes() -> bool:
-    """Whether ``pass_report`` has room for passes: not where vLLM was told to raise on any NaN count."""
+    """Whether ``pack_pass_report`` has room for passes: not where vLLM was told to raise on any NaN count."""
     import vllm.envs as envs
 
     return not envs.VLLM_RAISE_ON_LOGIT_NANS
 
 
 def take_pass_report(result: "ModelRunnerOutput") -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """Undo ``pass_report``.
+    """Undo ``pack_pass_report``.
 
     Returns:
         Request id -> (passes of this step, of the finished canvas), and the ids of broken rows.

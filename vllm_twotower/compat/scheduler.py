@@ -69,7 +69,7 @@ def end_with_error(scheduler: "Scheduler", req_id: str) -> None:
         ending[req_id] = None
 
 
-def nan_rows(result: "ModelRunnerOutput") -> list[str]:
+def find_nan_rows(result: "ModelRunnerOutput") -> list[str]:
     """Whom to ``end_with_error``: rows of a context step whose logits held a NaN, as far as somebody counted."""
     return [req_id for req_id, count in (result.num_nans_in_logits or {}).items() if count > 0]
 
@@ -108,7 +108,7 @@ def is_warmup_request(req_id: str) -> bool:
     return req_id.startswith(("_warmup_", "_v2_mixed_warmup"))
 
 
-def prompt_logprobs_of(result: "ModelRunnerOutput") -> tuple[dict[str, Any], dict[str, Any]]:
+def find_prompt_logprobs(result: "ModelRunnerOutput") -> tuple[dict[str, Any], dict[str, Any]]:
     """The two dicts of a step's prompt logprobs, by request id: our scheduler takes out what is there without a token,
     and puts it back with the request's first. Nothing is patched.
 

@@ -19,7 +19,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_twotower.cpu.stored_matrices import multiply_out
 from vllm_twotower.models.stored_quantization import StoredQuantization
-from vllm_twotower.models.weights import checkpoint_module
+from vllm_twotower.models.weights import find_checkpoint_name
 from vllm_twotower.ops import Routing, mixture_of_experts
 
 
@@ -59,7 +59,7 @@ class _Experts(nn.Module):
     def __init__(self, config: Any, prefix: str) -> None:
         super().__init__()
         quantization = StoredQuantization.read(getattr(config, "quantization_config", None))
-        module = checkpoint_module(f"{prefix}.0.up_proj")
+        module = find_checkpoint_name(f"{prefix}.0.up_proj")
         self.scheme = quantization.scheme_of(module) if quantization is not None else None
         self.incomplete: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
         tp_size = get_tensor_model_parallel_world_size()

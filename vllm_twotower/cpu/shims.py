@@ -69,9 +69,9 @@ def disable_prefill_checkpoints(layers: Iterable[Any]) -> None:
     Removed when: the CPU scan returns intermediate states.
     Test: tests/test_compat.py::test_vllms_cpu_scan_still_cannot_export_checkpoints
     """
-    from vllm_twotower.models.mamba import mamba_mixers
+    from vllm_twotower.models.mamba import list_mamba_mixers
 
-    for mixer in mamba_mixers(layers):
+    for mixer in list_mamba_mixers(layers):
         mixer.get_kv_cache_spec = functools.partial(_spec_without_checkpoints, mixer.get_kv_cache_spec)
 
 

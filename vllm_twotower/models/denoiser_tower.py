@@ -24,7 +24,7 @@ from vllm.model_executor.models import nemotron_h
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_twotower.models.conditioning import TimeConditioning
-from vllm_twotower.models.mamba import add_recurrence, convolve, state_caches
+from vllm_twotower.models.mamba import add_recurrence, convolve, find_state_caches
 from vllm_twotower.ops import (
     UNMODULATED,
     Modulation,
@@ -104,7 +104,7 @@ class DenoiserMamba(nn.Module):
             conv = like.new_zeros(1, context_mixer.conv_kernel_size - 1, like.shape[-1])
             ssm = like.new_zeros(1, self.heads, head_dim, state_size, dtype=torch.float32)
             return (conv, ssm), torch.zeros(layout.num_rows, dtype=torch.int64, device=like.device)
-        return state_caches(context_mixer), layout.mamba_slots[context_mixer.prefix]
+        return find_state_caches(context_mixer), layout.mamba_slots[context_mixer.prefix]
 
 
 class DenoiserLayer(nn.Module):

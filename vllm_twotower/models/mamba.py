@@ -18,12 +18,12 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm_twotower.ops import ConvInputs, ScanInputs, seeded_conv
 
 
-def mamba_mixers(context_layers: Iterable[Any]) -> list[Any]:
+def list_mamba_mixers(context_layers: Iterable[Any]) -> list[Any]:
     """The Mamba mixers among the context tower's layers, or those that mirror their caches."""
     return [layer.mixer for layer in context_layers if hasattr(layer.mixer, "ssm_state_size")]
 
 
-def state_caches(mixer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def find_state_caches(mixer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """A context mixer's caches of conv inputs, [Z, K - 1, C], and of SSM states, [Z, H, P, N]."""
     conv, ssm = mixer.kv_cache[:2]
     return (conv.transpose(1, 2) if is_conv_state_dim_first() else conv), ssm

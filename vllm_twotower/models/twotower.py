@@ -19,7 +19,7 @@ from vllm_twotower.cpu.shims import running_on_cpu
 from vllm_twotower.decoding.noise import gumbel_noise
 from vllm_twotower.models.denoiser_tower import LOGITS_TILE, DenoiserTower
 from vllm_twotower.models.stored_quantization import StoredQuantization
-from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, check_filled, check_weights, checkpoint_module
+from vllm_twotower.models.weights import CHECKPOINT_TO_MODULE, check_filled, check_weights, find_checkpoint_name
 from vllm_twotower.ops import NOISE_TILE
 from vllm_twotower.runtime.step import CanvasLayout
 
@@ -49,7 +49,7 @@ class TwoTowerForCausalLM(NemotronHForCausalLM):
         """Prepare a quantisation before vLLM's own ``__new__`` does, and refuse one that the towers do not take."""
         StoredQuantization.read(getattr(vllm_config.model_config.hf_config, "quantization_config", None))
         if vllm_config.quant_config is not None:
-            compat.name_layers_as_checkpoint(vllm_config.quant_config, checkpoint_module)
+            compat.name_layers_as_checkpoint(vllm_config.quant_config, find_checkpoint_name)
         return super().__new__(cls, vllm_config=vllm_config)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:

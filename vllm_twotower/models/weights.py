@@ -38,7 +38,7 @@ _STORED_DTYPES = {
 """Safetensors' names of the dtypes that a checkpoint may have."""
 
 
-def checkpoint_module(layer: str) -> str:
+def find_checkpoint_name(layer: str) -> str:
     """A layer's name in the checkpoint, by which a ``quantization_config`` names it.
 
     Args:

@@ -76,7 +76,7 @@ NO_ROWS = -1
 """The bucket of no rows."""
 
 
-def bucket_of(num_rows: int) -> int:
+def find_bucket(num_rows: int) -> int:
     """Where a number of rows has its costs."""
     return round(BUCKETS * math.log2(num_rows)) if num_rows else NO_ROWS
 
@@ -93,7 +93,7 @@ class StepKey(NamedTuple):
     @classmethod
     def of(cls, kind: StepClass, num_rows: int, num_verified: int = 0) -> "StepKey":
         """The key of a step with so many requests, of which so many have their draft verified."""
-        return cls(kind, bucket_of(num_rows), bucket_of(num_verified))
+        return cls(kind, find_bucket(num_rows), find_bucket(num_verified))
 
 
 @dataclass
@@ -251,7 +251,7 @@ class DraftPolicy:
         best, best_rate, gained, cost = 0, float(total), 0.0, 1.0
         for count, req_id in enumerate(ordered, start=1):
             gained += self.expect_tokens(req_id)
-            if bucket_of(count) != bucket_of(count - 1):
+            if find_bucket(count) != find_bucket(count - 1):
                 cost = self._price_round(num_passes, count, total)
             rate = (gained + total - count) / cost
             if rate > best_rate:

@@ -30,7 +30,7 @@ from vllm_twotower.config import RequestOptions, read_mask_token_id
 from vllm_twotower.core import Mode, StepKind
 from vllm_twotower.models.denoiser_tower import DenoiserTower
 from vllm_twotower.models.kernel_names import describe_kernels
-from vllm_twotower.models.mamba import mamba_mixers
+from vllm_twotower.models.mamba import list_mamba_mixers
 from vllm_twotower.models.twotower import TwoTowerForCausalLM
 from vllm_twotower.runtime.canvas_table import CanvasTable, resolve_seed
 from vllm_twotower.runtime.denoise_graphs import (
@@ -54,7 +54,7 @@ from vllm_twotower.runtime.step import (
     VerifyRows,
 )
 from vllm_twotower.runtime.trace import CanvasTrace
-from vllm_twotower.runtime.verification import ask_for_logits, keep_inputs_in, keep_inputs_of, replay_states
+from vllm_twotower.runtime.verification import ask_for_logits, keep_layer_inputs, mark_kept_rows, replay_states
 
 logger = init_logger("vllm.twotower")
 
@@ -115,7 +115,7 @@ class TwoTowerModelState(MambaHybridModelState):
         super().remove_request(req_id)
         self.request_options.pop(req_id, None)
 
-    def step_of(self, batch: InputBatch) -> Step:
+    def find_step(self, batch: InputBatch) -> Step:
         """The step that a batch is; made once for each."""
         if self._current is None or self._current[0] is not batch:
             self._current = batch, self._make_step(batch)
@@ -148,7 +148,7 @@ class TwoTowerModelState(MambaHybridModelState):
 
     def preprocess_state(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> None:
         """Mamba states move across block boundaries in context steps only."""
-        step = self.step_of(input_batch)
+        step = self.find_step(input_batch)
         if step.kind is StepKind.CONTEXT:
             super().preprocess_state(input_batch, *args, **kwargs)
             step.verify = self._begin_verification(step, input_batch, *args, **kwargs)
@@ -166,12 +166,12 @@ class TwoTowerModelState(MambaHybridModelState):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Metadata of the step; in a denoise step not causal, for attention layers only."""
-        step = self.step_of(input_batch)
+        step = self.find_step(input_batch)
         if step.kind is StepKind.CONTEXT:
             metadata = super().prepare_attn(
                 input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, *args, **kwargs
             )
-            return keep_inputs_of(step, metadata)
+            return mark_kept_rows(step, metadata)
         assert cudagraph_mode != CUDAGraphMode.FULL, "no graph of the context tower may replay in a denoise step"
         num_reqs = input_batch.num_reqs
         places = CanvasPlaces(
@@ -269,7 +269,7 @@ class TwoTowerModelState(MambaHybridModelState):
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """The model's extra inputs: in a denoise step what to run instead of the context tower."""
         inputs = super().prepare_inputs(input_batch, req_states)
-        step = self.step_of(input_batch)
+        step = self.find_step(input_batch)
         if step.kind is StepKind.DENOISE:
             inputs["denoise"] = functools.partial(self._denoise, step)
         return inputs
@@ -308,8 +308,8 @@ class TwoTowerModelState(MambaHybridModelState):
 
     def custom_sampler(self, sampler: Sampler) -> tuple[CanvasSampler, None]:
         """Put the canvas sampler around vLLM's."""
-        for mixer in mamba_mixers(self.model.model.layers):
-            keep_inputs_in(mixer)
+        for mixer in list_mamba_mixers(self.model.model.layers):
+            keep_layer_inputs(mixer)
         proposals = ProposalSampler(sampler, self.mask_token_id)
         self._loop = self.make_loop(
             context_layers=self.model.model.layers,
@@ -320,7 +320,7 @@ class TwoTowerModelState(MambaHybridModelState):
         )
         canvas_sampler = self.make_sampler(
             sampler,
-            step_of=self.step_of,
+            find_step=self.find_step,
             canvases=self.canvases,
             proposals=proposals,
             stats=self.stats,

@@ -42,7 +42,7 @@ class CanvasSampler:
 
     Args:
         base: vLLM's.
-        step_of: the step that a batch is.
+        find_step: the step that a batch is.
         canvases: where unfinished canvases are kept.
         proposals: has the log-probabilities of what is revealed.
         stats: counts steps.
@@ -54,14 +54,14 @@ class CanvasSampler:
         self,
         base: Sampler,
         *,
-        step_of: Callable[[InputBatch], Step],
+        find_step: Callable[[InputBatch], Step],
         canvases: CanvasTable,
         proposals: ProposalSampler,
         stats: DiffusionStats,
         find_trace: Callable[[], CanvasTrace | None],
     ) -> None:
         self.base = base
-        self.step_of = step_of
+        self.find_step = find_step
         self.canvases = canvases
         self.proposals = proposals
         self.stats = stats
@@ -77,7 +77,7 @@ class CanvasSampler:
 
     def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Sample or report one step."""
-        step = self.step_of(input_batch)
+        step = self.find_step(input_batch)
         if step.kind is StepKind.DENOISE:
             return self._report_canvases(step)
         return self._sample_context_step(step, logits, input_batch)
@@ -146,7 +146,7 @@ class CanvasSampler:
             0 if not done or mode is Mode.MOCK_AR else max(1, passes)
             for passes, done, mode in zip(outcome.pass_index, outcome.finished, step.modes, strict=True)
         ]
-        report = compat.pass_report(outcome.num_passes, canvas_passes, outcome.broken)
+        report = compat.pack_pass_report(outcome.num_passes, canvas_passes, outcome.broken)
         device = outcome.token_RS.device
         num_sampled_R, num_rejected_R, report_R = copy_together(
             device, emitted, step.widths, report or [], dtype=np.int32

@@ -365,7 +365,7 @@ class BlockCommitScheduler(Scheduler):
                 request.prefill_stats.finalize(self.kv_cache_manager.estimate_cached_tokens(request))
 
     def _hold_prompt_logprobs(self, result: Any) -> None:
-        dicts = compat.prompt_logprobs_of(result)
+        dicts = compat.find_prompt_logprobs(result)
         if not any(dicts) and not self._held_prompt_logprobs:
             return
         for req_id in result.req_ids:
@@ -383,7 +383,7 @@ class BlockCommitScheduler(Scheduler):
     def _count(self, scheduler_output: SchedulerOutput, result: Any) -> None:
         if self.last_step.kind is StepKind.CONTEXT:
             self._counts.context_passes += len(scheduler_output.num_scheduled_tokens)
-            self._end_broken(compat.nan_rows(result), result)
+            self._end_broken(compat.find_nan_rows(result), result)
             return
         passes, broken = compat.take_pass_report(result)
         self._end_broken(broken, result)

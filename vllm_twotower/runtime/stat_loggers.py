@@ -1,7 +1,7 @@
 """Diffusion counters on vLLM's own ``/metrics`` and in its periodic log line.
 
-The way of a count: the worker's sampler reports passes per row (``compat.pass_report``), the scheduler sums them per
-step and attaches them to vLLM's ``SchedulerStats``, the front end's loggers pick them up here. Only engines of our
+The way of a count: the worker's sampler reports passes per row (``compat.pack_pass_report``), the scheduler sums them
+per step and attaches them to vLLM's ``SchedulerStats``, the front end's loggers pick them up here. Only engines of our
 architecture with diffusion on are extended.
 """
 
@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
 
 from vllm_twotower import compat
-from vllm_twotower.config import CONFIG_KEY, EngineOptions
+from vllm_twotower.config import EngineOptions
 from vllm_twotower.core import MAX_CANVAS_LENGTH
 
 logger = init_logger("vllm.twotower")
@@ -61,7 +61,7 @@ class StepCounts:
         self.canvas_tokens += num_tokens
         self.canvas_positions += (num_passes + 1) * num_tokens
 
-    def in_vllms_words(self) -> SpecDecodingStats:
+    def count_as_vllm(self) -> SpecDecodingStats:
         """Finished canvases as vLLM reports its own diffusion models: denoising steps with commits in the place of
         drafts, canvas positions in that of draft tokens, committed tokens in that of accepted ones.
         """
@@ -101,7 +101,7 @@ class DiffusionProm:
         }
         self._passes = {index: passes.labels(model_name, str(index)) for index in engine_indexes}
         # vLLM's own counters of speculation, which it makes only where its own speculation is on
-        options = EngineOptions.from_additional_config(vllm_config.additional_config[CONFIG_KEY])
+        options = EngineOptions.read(vllm_config)
         assert options is not None, "there are no counters with diffusion off"
         widest: Any = types.SimpleNamespace(num_speculative_tokens=options.canvas_length - 1)
         by_engine: dict[int, list[object]] = {index: [model_name, str(index)] for index in engine_indexes}
@@ -115,7 +115,7 @@ class DiffusionProm:
             counter.inc(getattr(counts, name))
         for passes in counts.passes_per_canvas:
             self._passes[engine_index].observe(passes)
-        self._vllms_diffusion.observe(counts.in_vllms_words(), engine_index)
+        self._vllms_diffusion.observe(counts.count_as_vllm(), engine_index)
         if counts.speculation is not None:
             self._speculation.observe(counts.speculation, engine_index)
 

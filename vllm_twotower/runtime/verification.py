@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_twotower import compat
-from vllm_twotower.models.mamba import convolve, mamba_mixers, state_caches
+from vllm_twotower.models.mamba import convolve, find_state_caches, list_mamba_mixers
 from vllm_twotower.ops import ScanInputs, seeded_scan, state_replay
 from vllm_twotower.runtime.host_copies import copy_together
 from vllm_twotower.runtime.step import KeptRows, Step, VerifyRows
@@ -45,7 +45,7 @@ def ask_for_logits(batch: InputBatch, step: Step, rows: list[int]) -> None:
     compat.ask_for_logits(batch, num_logits, copy_together)
 
 
-def keep_inputs_of(step: Step, metadata: dict[str, Any]) -> dict[str, Any]:
+def mark_kept_rows(step: Step, metadata: dict[str, Any]) -> dict[str, Any]:
     """The step's metadata, by layer name; that of Mamba layers names the rows whose inputs are kept, and leaves the
     states of verifying rows alone."""
     if not step.kept:
@@ -68,7 +68,7 @@ def _make_metadata(step: Step, metadata: Mamba2AttentionMetadata) -> KeepingMeta
     return KeepingMetadata(**fields, kept=step.kept, verify=step.verify)
 
 
-def keep_inputs_in(mixer: MambaMixer2) -> None:
+def keep_layer_inputs(mixer: MambaMixer2) -> None:
     """Let a context Mamba layer keep its inputs where its metadata says so, and compute verifying rows from states that
     it leaves alone."""
 
@@ -91,7 +91,7 @@ def keep_inputs_in(mixer: MambaMixer2) -> None:
 def _read_inputs(mixer: MambaMixer2, rows: KeptRows) -> tuple[ScanInputs, torch.Tensor]:
     """What the layer's scan read of some rows, and the convolution before it, [F, S, C]."""
     raw_FSC, dt_FSH = map(rows.layout.pad, rows.kept[mixer.prefix])
-    return convolve(mixer, raw_FSC, dt_FSH, state_caches(mixer), rows.layout.mamba_slots[mixer.prefix]), raw_FSC
+    return convolve(mixer, raw_FSC, dt_FSH, find_state_caches(mixer), rows.layout.mamba_slots[mixer.prefix]), raw_FSC
 
 
 def replay_states(layers: nn.ModuleList, rows: KeptRows, num_tokens_F: torch.Tensor) -> None:
@@ -103,6 +103,6 @@ def replay_states(layers: nn.ModuleList, rows: KeptRows, num_tokens_F: torch.Ten
         num_tokens_F: int64 [F], tokens that count; of a verifying row the known one and the accepted drafts.
 
     """
-    for mixer in mamba_mixers(layers):
+    for mixer in list_mamba_mixers(layers):
         inputs, raw_FSC = _read_inputs(mixer, rows)
-        state_replay(inputs, raw_RSC=raw_FSC, conv_cache_ZKC=state_caches(mixer)[0], num_tokens_R=num_tokens_F)
+        state_replay(inputs, raw_RSC=raw_FSC, conv_cache_ZKC=find_state_caches(mixer)[0], num_tokens_R=num_tokens_F)

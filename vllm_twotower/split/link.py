@@ -24,7 +24,7 @@ from torch import nn
 from vllm.forward_context import get_forward_context
 
 from vllm_twotower import compat
-from vllm_twotower.models.mamba import mamba_mixers
+from vllm_twotower.models.mamba import list_mamba_mixers
 from vllm_twotower.runtime.step import KeptRows
 from vllm_twotower.split.placement import TowerPlacement
 
@@ -63,7 +63,7 @@ class TowerLink:
         self.traffic = Traffic()
         mixers: list[Any] = [layer.mixer for layer in layers]
         self._attention = [mixer.attn for mixer in mixers if hasattr(mixer, "attn")]
-        self._mamba = mamba_mixers(layers)
+        self._mamba = list_mamba_mixers(layers)
         self._written: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if placement.has_context:
             for attention in self._attention:

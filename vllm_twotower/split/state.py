@@ -77,7 +77,7 @@ class SplitModelState(TwoTowerModelState):
     ) -> None:
         """As the base class's; of rows whose states the denoiser's ranks have, the layers' inputs are kept."""
         super().preprocess_state(input_batch, block_tables, kv_cache_config, *args)
-        step = self.step_of(input_batch)
+        step = self.find_step(input_batch)
         if step.kind is StepKind.CONTEXT:
             verifying = step.verify.rows if step.verify is not None else []
             mirrored = [row for row, slot in enumerate(step.slots) if slot in self._mirrored]
@@ -96,7 +96,7 @@ class SplitModelState(TwoTowerModelState):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As the base class's; in a context step also where what has to cross lies."""
-        step = self.step_of(input_batch)
+        step = self.find_step(input_batch)
         assert isinstance(step, SplitStep)
         if step.kind is StepKind.CONTEXT:
             to_denoise = _find_rows_to_denoise_next(step, input_batch)
@@ -114,7 +114,7 @@ class SplitModelState(TwoTowerModelState):
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """As the base class's; in a context step what has to cross after the forward, and the way."""
         inputs = super().prepare_inputs(input_batch, req_states)
-        step = self.step_of(input_batch)
+        step = self.find_step(input_batch)
         assert isinstance(step, SplitStep)
         if step.handover is not None:
             do = self.link.hand_over if self.model.holds_context else self.link.take_over
