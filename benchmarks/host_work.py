@@ -151,8 +151,8 @@ def list_vllms(llm: "LLM") -> list[Watched]:
 
 def list_ours(llm: "LLM") -> list[Watched]:
     """What diffusion adds to a step."""
+    import vllm_twotower.runtime.denoise_graphs as denoise_graphs
     import vllm_twotower.runtime.denoise_loop as denoise_loop
-    import vllm_twotower.runtime.model_state as model_state
     import vllm_twotower.runtime.proposals as proposals
     from vllm_twotower.runtime.sampler import CanvasSampler
 
@@ -172,7 +172,7 @@ def list_ours(llm: "LLM") -> list[Watched]:
         *((denoiser, name, Part(Whose.TOWERS, "denoiser")) for name in ("forward", "logits")),
         (proposals, "canvas_sample", Part(Whose.KERNELS, "ops")),
         (denoise_loop, "reveal", Part(Whose.KERNELS, "ops")),
-        (model_state, "build_attn_metadata", Part(Whose.VLLM, "attention metadata")),
+        (denoise_graphs, "build_attn_metadata", Part(Whose.VLLM, "attention metadata")),
     ]
 
 
