@@ -125,7 +125,7 @@ def test_vllms_own_speculation_is_refused_on_a_cpu(make_config):
 def test_experts_in_groups_are_refused_on_a_cpu(make_config):
     config = make_config(diffusion=None)
     config.model_config.hf_config = SimpleNamespace(hybrid_override_pattern="ME", n_group=2, topk_group=1)
-    with pytest.raises(ValueError, match=r"n_group=2, topk_group=1.*use a GPU"):
+    with pytest.raises(ValueError, match=r"n_group=2, topk_group=1.*set both to 1"):
         check_settings(config, None)
 
 

@@ -411,6 +411,7 @@ def copy_states_before_step(
         return
     slots = idx_mapping[:num_reqs][idx_mapping[:num_reqs] >= 0].long()
     slots = slots[(src_col_gpu[slots] >= 0) & (src_col_gpu[slots] != state_idx_gpu[slots])]
+    assert not token_bias_gpu[slots].any(), "more than one accepted token"
     rows = list(zip(*(values.tolist() for values in (slots, src_col_gpu[slots], state_idx_gpu[slots])), strict=True))
     states = zip(
         self.state_base_addrs.tolist(),
@@ -431,3 +432,5 @@ def keep_states_after_step(
 ) -> None:
     """Nothing moves when a step has kept one token or all of a row's: its states are where they belong
     (``MambaSpecDecodeGPUContext.run_fused_postprocess_align``)."""
+    slots = idx_mapping[:num_reqs][idx_mapping[:num_reqs] >= 0].long()
+    assert (num_accepted[slots] == 1).all(), "more than one accepted token"

@@ -69,10 +69,10 @@ def _find_missing_on_cpu(c: "VllmConfig") -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'vllm-twotower[cpu]'"
     if c.speculative_config is not None:
-        return "speculative_config is set: with it vLLM's Mamba layers are wrong on a CPU; leave it out, or use a GPU"
+        return "speculative_config is set: with it vLLM's Mamba layers are wrong on a CPU; leave it out"
     groups = [c.model_config.hf_config.n_group, c.model_config.hf_config.topk_group]
     if "E" in c.model_config.hf_config.hybrid_override_pattern and groups != [1, 1]:
-        return f"n_group={groups[0]}, topk_group={groups[1]}: a CPU's experts know one group only; use a GPU"
+        return f"n_group={groups[0]}, topk_group={groups[1]}: a two-tower model has one group of experts; set both to 1"
     return None
 
 

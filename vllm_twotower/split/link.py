@@ -12,7 +12,7 @@ Both ends derive every shape from the step itself, so nothing but the data is se
 A Mamba state is large, and what a layer was fed over a canvas is a tenth of it. So a request's states cross once, when
 its prompt ends; from then on the denoiser's rank advances its copy over the tokens that the context tower has run.
 
-Legend: T tokens of a step, R rows, U tokens of carried rows, C conv channels, H heads.
+Legend: T tokens of a step, R rows, U tokens of kept rows, C conv channels, H heads.
 """
 
 from collections.abc import Mapping, Sequence
