@@ -159,14 +159,14 @@ def test_tools_benchmarks_and_tests_find_what_they_import_of_each_other():
         for folder in ("tools", "benchmarks", "tests", NAME)
         for path in (root / folder).rglob("*.py")
     }
-    for module, path in paths.items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+    trees = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in paths.items()}
+    for module, tree in trees.items():
         found = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         found |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
         imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
         names[module] = found | {alias.asname or alias.name for node in imports for alias in node.names}
-    for module, path in paths.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module in paths:
                 for alias in node.names:
                     there = alias.name in names[node.module] or f"{node.module}.{alias.name}" in paths

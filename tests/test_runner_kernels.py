@@ -336,6 +336,13 @@ def test_block_tables_and_slots(seed):
 STAND_INS = {name: function for names in shims.STAND_INS.values() for name, (function, _) in names.items()}
 
 
+def test_what_has_one_name_in_two_places_is_one_function():
+    functions = {}
+    for names in shims.STAND_INS.values():
+        for name, (function, _) in names.items():
+            assert functions.setdefault(name, function) is function
+
+
 def test_vllms_own_callers_pass_no_more_than_the_stand_ins_take():
     """By position: keywords that a later vLLM adds are passed over (next test), one argument more ends the engine."""
     found = dict.fromkeys(STAND_INS, 0)

@@ -64,7 +64,7 @@ class EngineOptions:
 
     tower_placement: str = "auto"
     """Where the towers live: ``colocated`` on every device, ``split`` (the context tower on the first half of the
-    devices, the denoiser on the other), or ``auto``: colocated wherever the model's heads divide over the devices,
+    devices, the denoiser on the other), or ``auto``: colocated wherever each tower divides over the devices,
     else split."""
 
     def __post_init__(self) -> None:

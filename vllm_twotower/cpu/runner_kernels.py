@@ -389,6 +389,11 @@ def scatter_num_accepted(idx_mapping: torch.Tensor, num_sampled: torch.Tensor, n
     num_accepted[idx_mapping[real].long()] = accepted.to(num_accepted.dtype)
 
 
+def select_real_slots(idx_mapping: torch.Tensor) -> torch.Tensor:
+    """int64, the request slots of those rows that have one."""
+    return idx_mapping[idx_mapping >= 0].long()
+
+
 def copy_states_before_step(
     self: Any,
     num_reqs: int,
@@ -409,7 +414,7 @@ def copy_states_before_step(
     """
     if not self.is_initialized:
         return
-    slots = idx_mapping[:num_reqs][idx_mapping[:num_reqs] >= 0].long()
+    slots = select_real_slots(idx_mapping[:num_reqs])
     slots = slots[(src_col_gpu[slots] >= 0) & (src_col_gpu[slots] != state_idx_gpu[slots])]
     assert not token_bias_gpu[slots].any(), "more than one accepted token"
     rows = list(zip(*(values.tolist() for values in (slots, src_col_gpu[slots], state_idx_gpu[slots])), strict=True))
@@ -432,5 +437,5 @@ def keep_states_after_step(
 ) -> None:
     """Nothing moves when a step has kept one token or all of a row's: its states are where they belong
     (``MambaSpecDecodeGPUContext.run_fused_postprocess_align``)."""
-    slots = idx_mapping[:num_reqs][idx_mapping[:num_reqs] >= 0].long()
+    slots = select_real_slots(idx_mapping[:num_reqs])
     assert (num_accepted[slots] == 1).all(), "more than one accepted token"

@@ -47,14 +47,15 @@ def check_settings(vllm_config: "VllmConfig", options: EngineOptions | None) -> 
         ValueError: names the setting, its value and what to type instead.
 
     """
-    problem = _find_missing_on_cpu(vllm_config)
+    problem = _find_missing_on_cpu()
     if problem is None and options is not None:
         problem = next(filter(None, (rule.problem(vllm_config, options) for rule in STARTUP_RULES)), None)
+    problem = problem or _find_refused_on_cpu(vllm_config)
     if problem is not None:
         raise ValueError(f"Nemotron-Labs-TwoTower: {problem}")
 
 
-def _find_missing_on_cpu(c: "VllmConfig") -> str | None:
+def _find_missing_on_cpu() -> str | None:
     """What a CPU lacks for this model, or None. Without an active Triton driver vLLM silently takes its deprecated
     runner (V1), which knows no model states; Triton decides at import whether kernels are interpreted."""
     from vllm.platforms import current_platform
@@ -68,10 +69,20 @@ def _find_missing_on_cpu(c: "VllmConfig") -> str | None:
         )
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'vllm-twotower[cpu]'"
+    return None
+
+
+def _find_refused_on_cpu(c: "VllmConfig") -> str | None:
+    """What a CPU refuses whether diffusion is on or not, or None."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return None
     if c.speculative_config is not None:
         return "speculative_config is set: with it vLLM's Mamba layers are wrong on a CPU; leave it out"
-    groups = [c.model_config.hf_config.n_group, c.model_config.hf_config.topk_group]
-    if "E" in c.model_config.hf_config.hybrid_override_pattern and groups != [1, 1]:
+    config = c.model_config.hf_config
+    groups = [config.n_group, config.topk_group]
+    if "E" in config.hybrid_override_pattern and groups != [1, 1]:
         return f"n_group={groups[0]}, topk_group={groups[1]}: a two-tower model has one group of experts; set both to 1"
     return None
 

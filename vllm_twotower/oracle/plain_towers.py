@@ -166,6 +166,8 @@ class PlainTwoTower:
     ) -> torch.Tensor:
         """One layer's mixer over new tokens, [B, L, D]. ``cache`` is only read; what it becomes goes into ``kept``."""
         name, kind = f"{tower}.layers.{index}", self.shape.hybrid_override_pattern[index]
+        has_context = index in cache.attention or index in cache.mamba
+        assert tower == CONTEXT or kind not in "*M" or has_context, "the denoiser starts from a context"
         if kind == "*":
             out_BLD, kept.attention[index] = self._attention(name, x_BLD, cache.attention.get(index), causal)
         elif kind == "M":

@@ -106,7 +106,7 @@ def _fits(report: Report) -> Iterable[str]:
     rows = [[name, *(line.get(column, "") for column in columns)] for name, line in lines.items()]
     yield from _table(["", *(f"{_name_way(p)}, {_precision(report, q)}" for p, q in columns)], rows)
     yield "AR: the context tower alone; colocated: both towers sharded over all GPUs, which tower_placement=auto means"
-    yield "wherever the heads divide; split, as published: half of the GPUs for each tower"
+    yield "wherever a tower divides; split, as published: half of the GPUs for each tower"
     yield "A step runs one tower: with split the other half of the GPUs waits, which is why auto is colocated"
     yield (
         f"vLLM takes {assumed['gpu_memory_utilization']:.0%} of a GPU's memory; "

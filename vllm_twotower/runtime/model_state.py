@@ -330,14 +330,14 @@ class TwoTowerModelState(MambaHybridModelState):
 
     def make_loop(self, **parts: Any) -> DenoiseLoop:
         """The loop, of its parts without the denoiser."""
-        return DenoiseLoop(denoiser=self.log_kernels(), **parts)
-
-    def log_kernels(self) -> DenoiserTower:
-        """Say what the passes of the denoiser run on; returns it."""
         denoiser = self.model.denoiser
         assert denoiser is not None
+        self.log_kernels(denoiser)
+        return DenoiseLoop(denoiser=denoiser, **parts)
+
+    def log_kernels(self, denoiser: DenoiserTower) -> None:
+        """Say what the denoiser's passes run on."""
         logger.info("Denoise passes run on these kernels: %s", describe_kernels(denoiser, self.model.model.layers))
-        return denoiser
 
     def make_sampler(self, base: Sampler, **parts: Any) -> CanvasSampler:
         """The canvas sampler, of vLLM's and its other parts."""

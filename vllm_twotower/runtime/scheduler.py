@@ -236,7 +236,7 @@ class BlockCommitScheduler(Scheduler):
         self._denoising = frozenset()
         commits = rows.commits
         prompts = [r for r in rows.others if self._is_prompt(r)]
-        taken = [] if self._commits_step_aside else self._take_turns(commits, self._count_tokens)
+        taken = [] if self._commits_step_aside else [r for r, _ in self._take_turns(commits, self._count_tokens)]
         hidden = [*rows.canvases, *(r for r in commits if r not in taken)]
         for request in taken:
             # as for a canvas: upstream allocates slots for draft tokens, and these stay in the worker
@@ -251,14 +251,16 @@ class BlockCommitScheduler(Scheduler):
         self._queue_is_stuck |= nobody_came and not wrote_a_prompt and not self._commits_step_aside
         return output
 
-    def _take_turns(self, requests: Iterable[Request], count_tokens: Callable[[Request], int]) -> list[Request]:
-        """Those that a step's budget holds, the longest without a denoise step first."""
+    def _take_turns(
+        self, requests: Iterable[Request], count_tokens: Callable[[Request], int]
+    ) -> list[tuple[Request, int]]:
+        """Those that a step's budget holds, and their tokens, the longest without a denoise step first."""
         budget, taken = self._budget(), []
         for request in sorted(requests, key=lambda r: self._progress_of(r).last_denoised):
             num_tokens = count_tokens(request)
             if num_tokens <= budget:
                 budget -= num_tokens
-                taken.append(request)
+                taken.append((request, num_tokens))
         return taken
 
     def _count_tokens(self, commit: Request) -> int:
@@ -282,12 +284,12 @@ class BlockCommitScheduler(Scheduler):
         """Whole canvases only, as many as the budget holds, the least recently served first; nobody is admitted."""
         self._num_denoise_steps += 1
         rows = self._take_turns(canvases, self._canvas_width)
-        for request in rows:
+        for request, width in rows:
             progress = self._progress_of(request)
             # upstream allocates KV slots for draft tokens: what of the canvas lies past the end of the request
-            request.spec_token_ids = [NOT_A_TOKEN] * (self._canvas_width(request) - progress.options.context_lag)
+            request.spec_token_ids = [NOT_A_TOKEN] * (width - progress.options.context_lag)
             progress.last_denoised = self._num_denoise_steps
-        self._denoising = frozenset(r.request_id for r in rows)
+        self._denoising = frozenset(request.request_id for request, _ in rows)
         hidden = [r for r in self.running if r.request_id not in self._denoising]
         with compat.without_caching_blocks(self.kv_cache_manager):
             output = self._schedule_without(hidden, 0, args, kwargs)

@@ -47,8 +47,9 @@ class SplitModelState(TwoTowerModelState):
 
     def make_loop(self, **parts: Any) -> DenoiseLoop:
         """As the base class's, with the link; the context tower's ranks wait there for the others."""
-        denoiser = self.log_kernels() if self.model.holds_denoiser else None
-        return SplitDenoiseLoop(denoiser=denoiser, link=self.link, **parts)
+        if self.model.denoiser is not None:
+            self.log_kernels(self.model.denoiser)
+        return SplitDenoiseLoop(denoiser=self.model.denoiser, link=self.link, **parts)
 
     def make_sampler(self, base: Sampler, **parts: Any) -> SplitCanvasSampler:
         """As the base class's, with the link."""
