@@ -5,7 +5,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from tests.harness.engine import MAX_MODEL_LEN, start_engine
+from tests.harness.engine import MAX_MODEL_LEN, count_tensors, start_engine
 from tests.harness.goldens import golden_params
 from vllm_twotower import diffusion_params
 
@@ -111,6 +111,22 @@ def test_ar_and_mask_diffusion_share_an_engine(e, tiny_moe):
     outputs = e.tokens([c["prompt"] for c in ar + diffusion], params)
     assert outputs == [c["output"][:12] for c in ar] + [c["output"] for c in diffusion]
     e.assert_one_tower_per_step()
+
+
+def test_finished_requests_leave_no_tensor_behind(e, tiny_moe):
+    """All modes, sampled, with log-probabilities: after some rounds of the same requests a round adds nothing."""
+    asked = {"temperature": 0.7, "seed": 3, "max_tokens": 20, "ignore_eos": True, "detokenize": False, "logprobs": 1}
+    modes = ("mask_diffusion", "self_speculation", "mock_ar", "ar")
+    params = [diffusion_params(mode=mode, **asked) for mode in modes for _ in range(4)]
+    prompts = [c["prompt"] for c in tiny_moe.ar[:4]] * len(modes)
+    counts = []
+    for _ in range(6):  # a slot may keep its last request's log-probabilities, so the rounds need not agree at once
+        e.tokens(prompts, params)
+        counts.append(count_tensors())
+        if counts[-2:-1] == counts[-1:]:
+            break
+    else:
+        pytest.fail(f"tensors after each round: {counts}")
 
 
 def test_prompt_logprobs_in_mask_diffusion_are_the_context_towers(e, tiny_moe):

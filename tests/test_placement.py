@@ -1,6 +1,7 @@
 """Worker processes over gloo: towers split, split and sharded, and both sharded over all; NVIDIA's tokens each way."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -55,8 +56,8 @@ def run_job(name, **job):
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
-def run(golden, diffusion, cases, **engine):
-    answer = run_job(golden.name, diffusion=diffusion, cases=cases, engine=engine)
+def run(golden, diffusion, cases, rounds=0, **engine):
+    answer = run_job(golden.name, diffusion=diffusion, cases=cases, rounds=rounds, engine=engine)
     name = {"self_speculation": "ar"}
     expected = [getattr(golden, name.get(mode, mode))[i] for mode, indices in cases.items() for i in indices]
     assert expected, "no cases, no test"
@@ -78,10 +79,12 @@ def everything(golden, canvas_length):
 
 
 def test_split_towers_write_the_references_tokens(tiny_moe):
-    """With log-probabilities; each rank loads its own tower; what crosses is what the formula says."""
+    """With log-probabilities; each rank loads its own tower; what crosses is what the formula says; nothing is kept."""
     cases = {"mask_diffusion": SOME["mask_diffusion"]}
     assert {tiny_moe.mask_diffusion[i]["params"]["block_size"] for i in cases["mask_diffusion"]} == {16}
-    answer = run(tiny_moe, {"passes_per_step": 1, "tower_placement": "split"}, cases)
+    answer = run(tiny_moe, {"passes_per_step": 1, "tower_placement": "split"}, cases, rounds=3)
+    counts = answer["num_tensors"]
+    assert any(a == b for a, b in itertools.pairwise(counts)), f"tensors after each round: {counts}"
     assert answer["num_logprobs"] == [len(tokens) for tokens in answer["tokens"]]
 
     facts = dataclasses.replace(ModelFacts.from_config(tiny_moe.config), dtype="float32")

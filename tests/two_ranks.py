@@ -14,7 +14,7 @@ os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `apply_model` sends a f
 
 import tests.conftest  # noqa: F401 - sets the environment
 from benchmarks.quality_parts.questions import held_out
-from tests.harness.engine import find_scheduler, start_llm
+from tests.harness.engine import count_tensors, find_scheduler, start_llm
 from tests.harness.goldens import Golden, golden_params
 from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
@@ -30,6 +30,13 @@ def count_heads(worker) -> int:
     """Attention heads of a rank, as vLLM's attention backends compute them."""
     config = worker.vllm_config
     return config.model_config.get_num_attention_heads(config.parallel_config)
+
+
+def count_after(llm, prompts, params):
+    """Tensors that each worker holds when it has answered these requests once more."""
+    llm.reset_prefix_cache()
+    llm.generate(prompts, params, use_tqdm=False)
+    return llm.collective_rpc(count_tensors)
 
 
 def requests_of(golden, cases):
@@ -112,6 +119,7 @@ def main() -> None:
             "weight_bytes": llm.apply_model(weight_bytes),
             "num_heads": llm.collective_rpc(count_heads),
         }
+        result["num_tensors"] = [count_after(llm, prompts, params) for _ in range(job.get("rounds", 0))]
     print("RESULT " + json.dumps(result))
 
 
