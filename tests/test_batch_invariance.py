@@ -18,7 +18,6 @@ from tests.near_ties import can_replay, check_same, replay
 from tests.request_mixes import alone, draw_mix, longest_queue_allowed, longest_wait_allowed, play, set_timing
 from vllm_twotower.core import Mode
 from vllm_twotower.oracle.plain_towers import PlainTwoTower
-from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 QUORUMS = (0, 0.4, 1)
 PASSES_PER_STEP = (1, 4)
@@ -37,8 +36,8 @@ def plain(tiny_moe):
 def roomy_engine(model, prefix_caching):
     """Room for everybody: nothing here is about budgets or memory (test_cache_pressure.py is)."""
     room = {"max_num_seqs": 16, "max_num_batched_tokens": 4096}
-    with start_engine(model, {"passes_per_step": 16}, enable_prefix_caching=prefix_caching, **room) as e:
-        e.scheduler.draft_policy = AlwaysDraft()
+    diffusion = {"passes_per_step": 16, "draft_policy": "always"}
+    with start_engine(model, diffusion, enable_prefix_caching=prefix_caching, **room) as e:
         yield e
 
 

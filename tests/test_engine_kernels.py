@@ -7,7 +7,6 @@ from tests.harness.engine import start_engine
 from tests.harness.goldens import golden_params
 from vllm_twotower import diffusion_params, diffusion_stats
 from vllm_twotower.core import KERNELS_VARIABLE
-from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 KERNELS = {
     "_read_piece",
@@ -53,8 +52,8 @@ def test_all_modes_with_kernels_on_and_off_in_one_engine(tiny_moe, launched, mon
     speculation = diffusion_params(mode="self_speculation", temperature=0.0, max_tokens=3, detokenize=False)
     prompts = [case["prompt"], case["prompt"][:20], tiny_moe.mock_ar[0]["prompt"], tiny_moe.ar[0]["prompt"]]
     # a small cache: for every kernel the interpreter copies the whole allocation that a tensor lies in
-    with start_engine(tiny_moe.path, {"passes_per_step": 16}, kv_cache_memory_bytes=16 << 20) as e:
-        e.scheduler.draft_policy = AlwaysDraft()
+    diffusion = {"passes_per_step": 16, "draft_policy": "always"}
+    with start_engine(tiny_moe.path, diffusion, kv_cache_memory_bytes=16 << 20) as e:
         tokens, passes = {}, {}
         for form in ("triton", "reference", "auto"):  # auto: C++ where it was built
             monkeypatch.setenv(KERNELS_VARIABLE, form)

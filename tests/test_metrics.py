@@ -8,7 +8,6 @@ from tests.harness.goldens import golden_params
 from tests.test_self_speculation import params
 from vllm_twotower import diffusion_params
 from vllm_twotower.commands.cli import DEMO_MODEL
-from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 
 def test_prometheus_and_the_log_line_agree_with_diffusion_stats(tiny_moe, caplog):
@@ -52,8 +51,8 @@ def test_drafts_are_counted_in_vllms_own_words(caplog):
     """On the demo model, whose drafts are mostly right; canvases are those of mask diffusion only."""
     logging.getLogger("vllm").propagate = True
     caplog.set_level(logging.INFO, logger="vllm")
-    with start_engine(DEMO_MODEL, disable_log_stats=False, skip_tokenizer_init=False) as e:
-        e.scheduler.draft_policy = AlwaysDraft()
+    settings = {"disable_log_stats": False, "skip_tokenizer_init": False}
+    with start_engine(DEMO_MODEL, {"draft_policy": "always"}, **settings) as e:
         prompt = e.llm.get_tokenizer().encode(SHORT)
         (tokens,) = e.tokens([prompt], params("self_speculation", max_tokens=30))
         stats = e.stats()

@@ -187,6 +187,7 @@ def test_without_the_interpreter_a_cpu_says_what_to_type(make_config, monkeypatc
         ({"canvas_length": 0}, "canvas_length=0.*from 1 to 32"),
         ({"commit_quorum": 1.5}, "commit_quorum=1.5"),
         ({"commit_quorum": "some"}, "commit_quorum='some'.*a number from 0"),
+        ({"draft_policy": "never"}, "draft_policy='never' is not allowed: use one of auto, always"),
         ("yes", "diffusion='yes'"),
     ],
 )

@@ -7,12 +7,8 @@ import vllm.envs
 from tests.harness.engine import start_engine
 from tests.harness.goldens import golden_params
 from vllm_twotower import diffusion_params
-from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
-
-def speculating(e):
-    e.scheduler.draft_policy = AlwaysDraft()
-    return e
+SPECULATING = {"draft_policy": "always"}
 
 
 def params(mode, **more):
@@ -36,8 +32,7 @@ FAST = 2
 @pytest.mark.parametrize("max_steps", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_nvidias_ar_tokens(tiny_moe, settings, max_steps):
     cases = tiny_moe.ar[3:]
-    with start_engine(tiny_moe.path, **settings) as e:
-        speculating(e)
+    with start_engine(tiny_moe.path, SPECULATING, **settings) as e:
         asked = params("self_speculation", max_tokens=20, max_steps=max_steps)
         outputs = e.tokens([c["prompt"] for c in cases], asked, 3000)
         assert outputs == [c["output"][:20] for c in cases]
@@ -80,8 +75,8 @@ def test_drafts_by_an_oracle_around_every_boundary(tiny_moe, prefix_caching):
     longest = max((c["prompt"] for c in tiny_moe.ar), key=len)
     prompts = [longest[-n:] for n in range(97, 131)]
     asked = params("self_speculation", max_tokens=36)
-    with start_engine(tiny_moe.path, enable_prefix_caching=prefix_caching) as e:
-        expected = speculating(e).tokens(prompts, params("ar", max_tokens=52), 2000)
+    with start_engine(tiny_moe.path, SPECULATING, enable_prefix_caching=prefix_caching) as e:
+        expected = e.tokens(prompts, params("ar", max_tokens=52), 2000)
         answers = {str(i): pair for i, pair in enumerate(zip(prompts, expected, strict=True))}
         answers_wanted = [tokens[:36] for tokens in expected]
         oracle = OracleDrafts(e, answers)
@@ -104,9 +99,9 @@ def test_the_host_knows_the_lengths_that_the_device_has(tiny_moe, settings):
     every mode, also after drafts were accepted in part and after preemptions."""
     cases, modes = tiny_moe.ar[5:9], ["self_speculation", "mask_diffusion", "mock_ar", "ar"]
     on_device, on_host = [], []
-    with start_engine(tiny_moe.path, **settings) as e:
+    with start_engine(tiny_moe.path, SPECULATING, **settings) as e:
         state, answers = e.runner.model_state, {str(i): (c["prompt"], c["output"]) for i, c in enumerate(cases)}
-        OracleDrafts(speculating(e), answers, lambda tokens: torch.cat([tokens[:3], (tokens[3:] + 1) % 100]))
+        OracleDrafts(e, answers, lambda tokens: torch.cat([tokens[:3], (tokens[3:] + 1) % 100]))
         prepare_attn = state.prepare_attn
 
         def note_lengths(batch, *args, **kwargs):
@@ -137,8 +132,8 @@ def test_the_prefix_cache_never_holds_a_draft(tiny_moe):
     prompts = [longest[-n:] for n in (130, 150, 171)]
     hashes, outputs = {}, {}
     for mode in ("ar", "self_speculation"):
-        with start_engine(tiny_moe.path) as e:
-            outputs[mode] = speculating(e).tokens(prompts, params(mode, max_tokens=150), 2000)
+        with start_engine(tiny_moe.path, SPECULATING) as e:
+            outputs[mode] = e.tokens(prompts, params(mode, max_tokens=150), 2000)
             hashes[mode] = cached_hashes(e)
             stats = e.stats()
             if mode == "self_speculation":
@@ -159,8 +154,8 @@ def test_all_modes_in_one_batch(tiny_moe):
     settings = [golden_params(c) for c in diffusion]
     settings += [params(mode, max_tokens=20) for mode in ["ar", "self_speculation"] * 3]
     settings += [params("mock_ar", max_tokens=10)] * 2
-    with start_engine(tiny_moe.path, {"passes_per_step": 2}) as e:
-        outputs = speculating(e).tokens([c["prompt"] for c in cases], settings, max_steps=300)
+    with start_engine(tiny_moe.path, {**SPECULATING, "passes_per_step": 2}) as e:
+        outputs = e.tokens([c["prompt"] for c in cases], settings, max_steps=300)
         assert outputs == [c["output"][: len(o)] for c, o in zip(cases, outputs, strict=True)]
         e.assert_one_tower_per_step()
         # what drafts left in the prefix cache is clean: continuations of the same prompts, from the cache
@@ -174,27 +169,27 @@ def test_up_to_the_longest_length(tiny_moe):
     case = tiny_moe.ar[0]
     room = len(case["prompt"]) + len(case["output"])
     for max_model_len in (room - 1, room - 2, room - 7):
-        with start_engine(tiny_moe.path, max_model_len=max_model_len) as e:
-            (tokens,) = speculating(e).tokens([case["prompt"]], params("self_speculation", max_tokens=1000))
+        with start_engine(tiny_moe.path, SPECULATING, max_model_len=max_model_len) as e:
+            (tokens,) = e.tokens([case["prompt"]], params("self_speculation", max_tokens=1000))
             assert tokens == case["output"][: max_model_len - len(case["prompt"])]
 
 
 def test_the_engine_option_is_every_requests_default(tiny_moe):
     case = tiny_moe.ar[1]
     plain = diffusion_params(temperature=0.0, ignore_eos=True, detokenize=False, max_tokens=24)
-    with start_engine(tiny_moe.path, {"mode": "self_speculation"}) as e:
-        assert speculating(e).tokens([case["prompt"]], plain) == [case["output"][:24]]
+    with start_engine(tiny_moe.path, {**SPECULATING, "mode": "self_speculation"}) as e:
+        assert e.tokens([case["prompt"]], plain) == [case["output"][:24]]
         assert e.stats()["drafts"] > 0
 
 
 def test_no_drafts_where_nobody_reports_that_they_are_done(tiny_moe, monkeypatch):
     """VLLM_RAISE_ON_LOGIT_NANS takes the only channel from a worker to the scheduler."""
     case = tiny_moe.ar[1]
-    with start_engine(tiny_moe.path) as e:
+    with start_engine(tiny_moe.path, SPECULATING) as e:
         # not before: vLLM would count with a kernel that Triton's interpreter cannot run
         monkeypatch.setattr(vllm.envs, "VLLM_RAISE_ON_LOGIT_NANS", True)
         asked = params("self_speculation", max_tokens=24)
-        assert speculating(e).tokens([case["prompt"]], asked) == [case["output"][:24]]
+        assert e.tokens([case["prompt"]], asked) == [case["output"][:24]]
         assert e.stats()["drafts"] == 0
 
 

@@ -4,13 +4,12 @@ import pytest
 
 from benchmarks.quality_parts.questions import held_out
 from tests.harness.engine import start_engine
-from tests.test_self_speculation import params
+from tests.test_self_speculation import SPECULATING, params
 from tests.test_self_speculation_sampling import ask
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.decoding.drafts import HINT_THRESHOLD
 from vllm_twotower.oracle.plain_towers import PlainTwoTower
 from vllm_twotower.oracle.self_speculation import SelfSpeculation
-from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 
 def test_rounds_are_the_oracles():
@@ -18,8 +17,7 @@ def test_rounds_are_the_oracles():
     towers = PlainTwoTower.load(DEMO_MODEL)
     asked = params("self_speculation", max_tokens=64, ignore_eos=False)
     # a canvas is not cut at a block of states here, as the oracle cuts none
-    with start_engine(DEMO_MODEL, skip_tokenizer_init=False, enable_prefix_caching=False) as e:
-        e.scheduler.draft_policy = AlwaysDraft()
+    with start_engine(DEMO_MODEL, SPECULATING, skip_tokenizer_init=False, enable_prefix_caching=False) as e:
         for item in held_out(1):
             prompt = e.llm.get_tokenizer().encode(item.prompt)
             oracle = towers.speculate(prompt, 64, SelfSpeculation(eos_token_id=2, hint_threshold=HINT_THRESHOLD))
@@ -34,8 +32,7 @@ def test_rounds_are_the_oracles():
 def test_answers_in_bf16_are_ars():
     """A CPU with bf16 instructions packs weights in place, which a verification must not read. These answers are sure,
     so that rounding decides nothing."""
-    with start_engine(DEMO_MODEL, skip_tokenizer_init=False, dtype="bfloat16") as e:
-        e.scheduler.draft_policy = AlwaysDraft()
+    with start_engine(DEMO_MODEL, SPECULATING, skip_tokenizer_init=False, dtype="bfloat16") as e:
         prompts = [e.llm.get_tokenizer().encode(item.prompt) for item in held_out(1)]
         assert ask(e, "self_speculation", prompts, 0.0) == ask(e, "ar", prompts, 0.0)
         stats = e.stats()
@@ -55,8 +52,7 @@ def test_answers_in_bf16_are_ars():
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_held_out_questions_under_pressure(settings, temperature):
-    with start_engine(DEMO_MODEL, skip_tokenizer_init=False, **settings) as e:
-        e.scheduler.draft_policy = AlwaysDraft()
+    with start_engine(DEMO_MODEL, SPECULATING, skip_tokenizer_init=False, **settings) as e:
         prompts = [e.llm.get_tokenizer().encode(item.prompt) for item in held_out(16 if not temperature else 6)]
         if "num_gpu_blocks_override" in settings:  # all grow out of their first block
             prompts = [(8 * prompt)[-120:] for prompt in prompts]

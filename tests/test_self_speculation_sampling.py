@@ -8,7 +8,6 @@ from tests.demo_questions import LONG, OPEN, SHORT
 from tests.harness.engine import start_engine
 from tests.test_self_speculation import params
 from vllm_twotower.commands.cli import DEMO_MODEL
-from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 QUESTIONS = [LONG, SHORT, OPEN, "It is Monday. Move by days: -2 +3 +3 +5 -6 -1 -8\nAnswer:"]
 SAMPLING = {
@@ -22,8 +21,7 @@ SAMPLING = {
 
 @pytest.fixture(scope="module")
 def demo():
-    with start_engine(DEMO_MODEL, skip_tokenizer_init=False) as e:
-        e.scheduler.draft_policy = AlwaysDraft()
+    with start_engine(DEMO_MODEL, {"draft_policy": "always"}, skip_tokenizer_init=False) as e:
         yield e
 
 

@@ -16,7 +16,6 @@ from tools.screenshot import find_browser
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.commands.live import Recording
 from vllm_twotower.commands.trace_page import list_canvases, render_page
-from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 # Drives the page as a person would, and leaves what it saw in the document's title.
 CLICKS = """
@@ -109,7 +108,6 @@ def test_a_page_needs_passes():
 
 def record_rounds(e, prompts, **more):
     """Recordings of self-speculation, and how often drafts were verified and kept."""
-    e.scheduler.draft_policy = AlwaysDraft()
     e.stats()
     e.llm.collective_rpc("diffusion_trace_start")
     asked = params("self_speculation", ignore_eos=False, max_tokens=64, **more)
@@ -124,7 +122,7 @@ def record_rounds(e, prompts, **more):
 @pytest.fixture(scope="module")
 def rounds():
     """Of the demo model, whose drafts are right now and then: four requests, drafts of three passes, then of one."""
-    with start_engine(DEMO_MODEL, skip_tokenizer_init=False) as e:
+    with start_engine(DEMO_MODEL, {"draft_policy": "always"}, skip_tokenizer_init=False) as e:
         prompts = [e.llm.get_tokenizer().encode(item.prompt) for item in held_out(1)[:4]]
         e.llm.collective_rpc("diffusion_trace_start")
         e.llm.collective_rpc("diffusion_trace_stop")

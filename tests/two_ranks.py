@@ -14,9 +14,8 @@ os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `apply_model` sends a f
 
 import tests.conftest  # noqa: F401 - sets the environment
 from benchmarks.quality_parts.questions import held_out
-from tests.harness.engine import count_tensors, find_scheduler, start_llm
+from tests.harness.engine import count_tensors, start_llm
 from tests.harness.goldens import Golden, golden_params
-from vllm_twotower.runtime.draft_policy import AlwaysDraft
 
 
 def weight_bytes(model) -> int:
@@ -74,7 +73,6 @@ def run_questions(job, settings):
     with start_llm(model, **{**settings, "skip_tokenizer_init": False}) as llm:
         if model != str(DEMO_MODEL):
             llm.collective_rpc("reload_weights", kwargs={"weights_path": str(DEMO_MODEL)})
-        find_scheduler(llm).draft_policy = AlwaysDraft()
         items = held_out(job["questions_per_family"])
         prompts, answers, num_right = [item.prompt for item in items], {}, 0
         for mode in ("ar", "self_speculation"):
@@ -98,7 +96,11 @@ def main() -> None:
     job = json.loads(sys.argv[2])
     small = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
     settings = {"tensor_parallel_size": 2} | small | job["engine"]
-    settings |= {"dtype": "float32", "disable_log_stats": False, "additional_config": {"diffusion": job["diffusion"]}}
+    settings |= {
+        "dtype": "float32",
+        "disable_log_stats": False,
+        "additional_config": {"diffusion": {"draft_policy": "always", **job["diffusion"]}},
+    }
     give_cores(settings["tensor_parallel_size"])
     if sys.argv[1] == "demo":
         print("RESULT " + json.dumps(run_questions(job, settings)))
@@ -106,7 +108,6 @@ def main() -> None:
     golden = Golden(sys.argv[1])
     prompts, params = requests_of(golden, job["cases"])
     with start_llm(golden.path, **settings) as llm:
-        find_scheduler(llm).draft_policy = AlwaysDraft()
         answers = llm.generate(prompts, params, use_tqdm=False)
         outputs = [o.outputs[0] for o in answers]
         result = {

@@ -27,6 +27,8 @@ MAX_STEPS_LIMIT = 1024
 
 PLACEMENTS = ("auto", "colocated", "split")
 
+DRAFT_POLICIES = ("auto", "always")
+
 REFUSE = "refuse"
 UNSUPPORTED = (REFUSE, "self_speculation", "ar")
 
@@ -62,6 +64,10 @@ class EngineOptions:
     passes_per_step: int = 1
     """Denoise passes inside one engine step; more share its host work, fewer let requests join and leave sooner."""
 
+    draft_policy: str = "auto"
+    """Which requests in ``self_speculation`` draft: ``auto``, those for which drafts are faster than AR steps, by what
+    both cost as the engine runs; ``always``, every one that can, so that drafting depends on the requests alone."""
+
     tower_placement: str = "auto"
     """Where the towers live: ``colocated`` on every device, ``split`` (the context tower on the first half of the
     devices, the denoiser on the other), or ``auto``: colocated wherever each tower divides over the devices,
@@ -76,6 +82,7 @@ class EngineOptions:
         _check(is_share, where, "commit_quorum", quorum, "a number from 0 (commit at once) to 1 (wait for all)")
         _check_choice(where, "unsupported", self.unsupported, UNSUPPORTED)
         _check_int(where, "passes_per_step", self.passes_per_step, 1, MAX_STEPS_LIMIT)
+        _check_choice(where, "draft_policy", self.draft_policy, DRAFT_POLICIES)
         _check_choice(where, "tower_placement", self.tower_placement, PLACEMENTS)
 
     def allows_another_mode(self, extra_args: Mapping[str, Any] | None) -> bool:

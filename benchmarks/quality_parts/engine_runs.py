@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from benchmarks.quality_parts.questions import MAX_TOKENS, Item, Outcome, shares
-from tests.harness.engine import find_scheduler, start_llm
-from vllm_twotower.runtime.draft_policy import AlwaysDraft
+from tests.harness.engine import start_llm
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -23,14 +22,13 @@ def started(model: pathlib.Path) -> Iterator["LLM"]:
     with start_llm(
         model,
         skip_tokenizer_init=False,
-        additional_config={"diffusion": {"passes_per_step": 16}},
+        additional_config={"diffusion": {"passes_per_step": 16, "draft_policy": "always"}},
         dtype="float32",
         max_model_len=512,
         max_num_seqs=64,
         enforce_eager=True,
         kv_cache_memory_bytes=128 << 20,
     ) as llm:
-        find_scheduler(llm).draft_policy = AlwaysDraft()
         yield llm
 
 

@@ -75,7 +75,7 @@ def make_config(setup: Setup) -> Any:
         model=str(folder),
         skip_tokenizer_init=True,
         load_format="dummy",
-        additional_config={"diffusion": {"tower_placement": setup.placement}},
+        additional_config={"diffusion": {"tower_placement": setup.placement, "draft_policy": "always"}},
         tensor_parallel_size=setup.tensor_parallel_size,
         quantization=setup.quantization,
         attention_backend=setup.attention_backend,

@@ -121,9 +121,6 @@ WITHOUT_CONTEXT = ("mask_diffusion", "mock_ar")
 
 def rehearse(core: Any, device: Device, num_rows: int) -> tuple[list[RehearsedStep], Watch]:
     """Every kind of step, on an engine that has started."""
-    from vllm_twotower.runtime.draft_policy import AlwaysDraft
-
-    core.scheduler.draft_policy = AlwaysDraft()
     watch = Watch(core, device)
     steps: list[RehearsedStep] = []
     holds_context = find_model(core.model_executor).holds_context

@@ -53,13 +53,8 @@ def start_engine(model: str, **settings: Any) -> "LLM":
     it can, so that drafts are seen however busy the machine is; a server drafts where that pays."""
     from vllm import LLM
 
-    from vllm_twotower.runtime.draft_policy import AlwaysDraft
-
-    diffusion: dict[str, Any] = {CONFIG_KEY: True}
-    llm = LLM(model, additional_config=diffusion, max_model_len=512, max_num_seqs=16, enforce_eager=True, **settings)
-    core: Any = llm.llm_engine.engine_core
-    core.engine_core.scheduler.draft_policy = AlwaysDraft()
-    return llm
+    config: dict[str, Any] = {CONFIG_KEY: {"draft_policy": "always"}}
+    return LLM(model, additional_config=config, max_model_len=512, max_num_seqs=16, enforce_eager=True, **settings)
 
 
 def write_silently(llm: "LLM", prompts: list[str], params: "SamplingParams", title: str) -> Run:

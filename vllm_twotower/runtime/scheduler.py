@@ -22,7 +22,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm_twotower import compat
 from vllm_twotower.config import EngineOptions, RequestOptions
 from vllm_twotower.core import Mode, StepKind
-from vllm_twotower.runtime.draft_policy import DraftPolicy, StepClass, StepTimer
+from vllm_twotower.runtime.draft_policy import AlwaysDraft, DraftPolicy, StepClass, StepTimer
 from vllm_twotower.runtime.policy import RunnableRows, StepPolicy
 from vllm_twotower.runtime.stat_loggers import StepCounts
 
@@ -91,7 +91,7 @@ class BlockCommitScheduler(Scheduler):
         self._progress: dict[str, Progress] = {}
         self._denoising: frozenset[str] = frozenset()  # while a step is scheduled, its canvases
         self._num_denoise_steps = 0
-        self.draft_policy = DraftPolicy()
+        self.draft_policy = AlwaysDraft() if options.draft_policy == "always" else DraftPolicy()
         self.step_timer = StepTimer(self.draft_policy.costs)
         self._speculation: SpecDecodingStats | None = None
         self._held_prompt_logprobs: dict[str, tuple[Any, Any]] = {}
