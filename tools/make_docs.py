@@ -113,8 +113,8 @@ and overrides that no longer fit, without installing it.
 
 VERSIONS = {
     "0.32 (CPU wheel)": "All tests, on a CPU; no GPU.",
-    "0.33": "On a CPU, its Python over 0.32's compiled libraries: all 257 tests of `make test-next` "
-    "(2026-11-29, 12 minutes on a busy core), and vLLM's own API tests in every mode (`make conformance-next`); its "
+    "0.33": "On a CPU, its Python over 0.32's compiled libraries: all 260 tests of `make test-next` "
+    "(2026-11-29, 10 minutes on one core), and vLLM's own API tests in every mode (`make conformance-next`); its "
     "CUDA platform with made-up GPUs: `make rehearsal`. "
     "`tools/check_vllm_names.py` finds nothing missing in its wheel.",
 }
