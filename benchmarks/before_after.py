@@ -3,8 +3,8 @@
 A shared machine's speed drifts by half within minutes, so runs one after the other compare nothing. Here each checkout
 has a process with the demo model in it, one of the two works at a time, and they change after every few questions. Both
 must write the same tokens. Mask diffusion, fp32, greedy, four passes a step; the host's time is what is left when the
-towers' forwards are taken away. ``serve`` runs on either checkout, so it uses nothing of this repository
-but ``diffusion_stats`` and the names of the towers. Prints a page for ``results/before-after.md``.
+towers' forwards are taken away. ``serve`` runs on either checkout, so it uses nothing of this repository but
+``diffusion_stats`` and the names of the towers. Prints a page for ``results/before-after.md``.
 """
 
 import argparse

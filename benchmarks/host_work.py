@@ -14,7 +14,9 @@ import argparse
 import contextlib
 import enum
 import os
+import shlex
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -250,10 +252,11 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="the table into benchmarks/results")
     args = parser.parse_args()
     columns = {**measure(args, is_diffusion=True), **measure(args, is_diffusion=False)}
+    command = shlex.join(["python", "-m", "benchmarks.host_work", *sys.argv[1:]])
     lines = [
         "# Host work of a step",
         "",
-        f"Written by `python -m benchmarks.host_work --write`; {described(environment())}.",
+        f"Written by `{command}`; {described(environment())}.",
         "",
         "Milliseconds of one step over so many requests, medians; what the parts are, `benchmarks/host_work.py` says.",
         "",

@@ -14,7 +14,7 @@ NAME = "vllm_twotower"
 
 
 def module_name(path: pathlib.Path) -> str:
-    return ".".join([NAME, *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
 MODULES = {module_name(path): path for path in ROOT.rglob("*.py")}
@@ -152,13 +152,9 @@ def test_registration_is_light():
 
 def test_tools_benchmarks_and_tests_find_what_they_import_of_each_other():
     """Most of their modules no test imports, and a name that is gone would be missed by the next who runs one."""
-    root = ROOT.parent
     names: dict[str, set[str]] = {}
-    paths = {
-        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
-        for folder in ("tools", "benchmarks", "tests", NAME)
-        for path in (root / folder).rglob("*.py")
-    }
+    others = [path for folder in ("tools", "benchmarks", "tests") for path in (ROOT.parent / folder).rglob("*.py")]
+    paths = MODULES | {module_name(path): path for path in others}
     trees = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in paths.items()}
     for module, tree in trees.items():
         found = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}

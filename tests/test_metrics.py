@@ -5,7 +5,7 @@ import logging
 from tests.demo_questions import SHORT
 from tests.harness.engine import start_engine
 from tests.harness.goldens import golden_params
-from tests.test_self_speculation import params
+from tests.test_self_speculation import SPECULATING, params
 from vllm_twotower import diffusion_params
 from vllm_twotower.commands.cli import DEMO_MODEL
 
@@ -52,7 +52,7 @@ def test_drafts_are_counted_in_vllms_own_words(caplog):
     logging.getLogger("vllm").propagate = True
     caplog.set_level(logging.INFO, logger="vllm")
     settings = {"disable_log_stats": False, "skip_tokenizer_init": False}
-    with start_engine(DEMO_MODEL, {"draft_policy": "always"}, **settings) as e:
+    with start_engine(DEMO_MODEL, SPECULATING, **settings) as e:
         prompt = e.llm.get_tokenizer().encode(SHORT)
         (tokens,) = e.tokens([prompt], params("self_speculation", max_tokens=30))
         stats = e.stats()

@@ -6,7 +6,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from benchmarks.quality_parts.questions import held_out
 from tests.demo_questions import LONG, OPEN, SHORT
 from tests.harness.engine import start_engine
-from tests.test_self_speculation import params
+from tests.test_self_speculation import SPECULATING, params
 from vllm_twotower.commands.cli import DEMO_MODEL
 
 QUESTIONS = [LONG, SHORT, OPEN, "It is Monday. Move by days: -2 +3 +3 +5 -6 -1 -8\nAnswer:"]
@@ -21,7 +21,7 @@ SAMPLING = {
 
 @pytest.fixture(scope="module")
 def demo():
-    with start_engine(DEMO_MODEL, {"draft_policy": "always"}, skip_tokenizer_init=False) as e:
+    with start_engine(DEMO_MODEL, SPECULATING, skip_tokenizer_init=False) as e:
         yield e
 
 

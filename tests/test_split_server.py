@@ -27,8 +27,8 @@ OPTIONS += ["--max-num-batched-tokens", str(MOST_TOKENS)]
 NUM_CLIENTS = 12
 """More than the engine has places: some requests leave the queue."""
 MOST_GROWTH_MIB, MOST_GROWTH_MIB_ALONE = 40, 1
-"""Of each worker's memory: under load after a warm-up of the same kind, and then by one request after the other. Of its
-files' pages the system keeps what it likes: they do not count."""
+"""Of each worker's memory: in all after a warm-up of the same kind, and in the last round of one request after the
+other. Of its files' pages the system keeps what it likes: they do not count."""
 MOST_ROUNDS_ALONE = 4
 """How often the requests are sent one after the other until one round adds next to nothing. When a draft pays is
 measured, so on a busy machine a verification may ask for a number of logits that no step had before, at 1 to 10 MiB
@@ -148,12 +148,12 @@ def test_random_requests_and_clients_that_leave(num_requests, tmp_path):
     print(f"{num_requests} requests, {len(stayed)} of them to the end, in {seconds:.0f} s; MiB {[warm, *memory]}")
     hits, preemptions = after_load["prefix_cache_hits_total"], after_load["num_preemptions_total"]
     print(f"{hits:.0f} tokens hit the prefix cache, {preemptions:.0f} preemptions")
-    for solo in rounds:
-        assert [answers[i] for i in stayed] == solo
-    assert [len(t) for t in solo] == [visits[i].body["max_tokens"] for i in stayed]
+    expected = [answers[i] for i in stayed]
+    assert rounds == [expected] * len(rounds)
+    assert [len(t) for t in expected] == [visits[i].body["max_tokens"] for i in stayed]
     assert hits > 0
     assert preemptions > 0 or num_requests < 200
     held = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     assert {name: idle[name] for name in held} == dict.fromkeys(held, 0)
-    assert grew_by(warm, memory[0]) < MOST_GROWTH_MIB
+    assert max(grew_by(warm, after) for after in memory) < MOST_GROWTH_MIB
     assert grew_by(*memory[-2:]) < MOST_GROWTH_MIB_ALONE

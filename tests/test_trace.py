@@ -11,7 +11,7 @@ import pytest
 from benchmarks.quality_parts.questions import held_out
 from tests.harness.engine import start_engine
 from tests.harness.goldens import golden_params
-from tests.test_self_speculation import params
+from tests.test_self_speculation import SPECULATING, params
 from tools.screenshot import find_browser
 from vllm_twotower.commands.cli import DEMO_MODEL
 from vllm_twotower.commands.live import Recording
@@ -122,7 +122,7 @@ def record_rounds(e, prompts, **more):
 @pytest.fixture(scope="module")
 def rounds():
     """Of the demo model, whose drafts are right now and then: four requests, drafts of three passes, then of one."""
-    with start_engine(DEMO_MODEL, {"draft_policy": "always"}, skip_tokenizer_init=False) as e:
+    with start_engine(DEMO_MODEL, SPECULATING, skip_tokenizer_init=False) as e:
         prompts = [e.llm.get_tokenizer().encode(item.prompt) for item in held_out(1)[:4]]
         e.llm.collective_rpc("diffusion_trace_start")
         e.llm.collective_rpc("diffusion_trace_stop")

@@ -2,8 +2,7 @@
 
 ``check_params`` and ``check_request`` run before and after vLLM's own processing of a request
 (``compat.check_requests``): the first sees what the client sent, the second what vLLM made of it, with its defaults,
-the model's stop tokens and the prompt. Imports neither torch nor vLLM before a request
-is checked.
+the model's stop tokens and the prompt. Imports neither torch nor vLLM before a request is checked.
 """
 
 from typing import TYPE_CHECKING, Any
